@@ -1,0 +1,1 @@
+"""The contracts: mixer, state, update, layout, card, registry, errors."""

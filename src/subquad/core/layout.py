@@ -1,0 +1,123 @@
+"""Layout: where the tokens of a block stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subquad.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns of a block ``[b, t]`` are tokens, and where they stand.
+
+    Rows are padded on the right: row ``i`` holds tokens in columns ``[0, lengths_b[i])``. What stands beyond is
+    read by nobody and changes nothing; outputs there are finite and otherwise unspecified. (Left padding is turned
+    into right padding at the door, by `from_mask`.)
+
+    Attributes:
+        lengths_b: int64 ``[b]``, number of tokens of each row.
+        positions_bt: int64 ``[b, t]``, position of each token in its document, as the model's rotary embedding
+            counts them.
+        documents_bt: int64 ``[b, t]``, or None when a row is one document. Document 0 continues the incoming
+            state; every later one starts from an empty state. Never decreases along a row.
+        padded: False promises that every column is a token, without asking the device.
+    """
+
+    lengths_b: Tensor
+    positions_bt: Tensor
+    documents_bt: Tensor | None = None
+    padded: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(b, t)``."""
+        b, t = self.positions_bt.shape
+        return b, t
+
+    @property
+    def valid_bt(self) -> Tensor:
+        """bool ``[b, t]``: True where a token stands."""
+        t = self.positions_bt.shape[1]
+        return torch.arange(t, device=self.lengths_b.device) < self.lengths_b[:, None]
+
+    @staticmethod
+    def dense(batch: int, time: int, *, start_b: Tensor | int = 0, device: torch.device | str | None = None) -> Layout:
+        """Every column a token; row ``i`` starts at position ``start_b[i]``."""
+        start_bt = start_b[:, None] if isinstance(start_b, Tensor) else torch.full((batch, 1), start_b, device=device)
+        positions_bt = start_bt + torch.arange(time, device=start_bt.device)
+        lengths_b = torch.full((batch,), time, device=start_bt.device)
+        return Layout(lengths_b, positions_bt, padded=False)
+
+    @staticmethod
+    def ragged(lengths_b: Tensor, time: int, *, start_b: Tensor | int = 0) -> Layout:
+        """Right-padded rows of `lengths_b` tokens in `time` columns, starting at `start_b`."""
+        dense = Layout.dense(len(lengths_b), time, start_b=start_b, device=lengths_b.device)
+        return Layout(lengths_b.to(torch.int64), dense.positions_bt)
+
+    @staticmethod
+    def packed(document_lengths: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> Layout:
+        """Several documents a row, one after the other; rows may sum to different lengths.
+
+        Args:
+            document_lengths: for each row the lengths of its documents, each at least 1. The first document of a
+                row continues the incoming state.
+        """
+        if any(n < 1 for row in document_lengths for n in row):
+            raise ConfigError(f"expected document lengths of at least 1, got {document_lengths}; drop the empty ones")
+        lengths = [sum(row) for row in document_lengths]
+        time = max(lengths, default=0)
+        positions_bt = torch.zeros(len(lengths), time, dtype=torch.int64)
+        documents_bt = torch.zeros(len(lengths), time, dtype=torch.int64)
+        for i, row in enumerate(document_lengths):
+            at = 0
+            for j, n in enumerate(row):
+                positions_bt[i, at : at + n] = torch.arange(n)
+                documents_bt[i, at : at + n] = j
+                at += n
+            documents_bt[i, at:] = max(len(row) - 1, 0)
+        return Layout(
+            torch.tensor(lengths, device=device),
+            positions_bt.to(device),
+            documents_bt.to(device),
+            padded=any(n != time for n in lengths),
+        )
+
+    @staticmethod
+    def from_mask(mask_bt: Tensor, *, start_b: Tensor | int = 0) -> tuple[Layout, Tensor]:
+        """Turn an attention mask with left or right padding into a layout and the columns to gather.
+
+        Args:
+            mask_bt: ``[b, t]``, non-zero where a token stands; the ones of a row must be contiguous.
+
+        Returns:
+            The layout and int64 ``columns_bt``: ``x.gather(1, columns_bt)`` moves the tokens to the left.
+
+        Raises:
+            ConfigError: a row's tokens have a hole between them.
+        """
+        real_bt = mask_bt != 0
+        lengths_b = real_bt.sum(1)
+        first_b = real_bt.to(torch.int64).argmax(1)
+        columns_bt = torch.arange(mask_bt.shape[1], device=mask_bt.device)
+        inside_bt = (columns_bt >= first_b[:, None]) & (columns_bt < (first_b + lengths_b)[:, None])
+        if not torch.equal(inside_bt, real_bt):
+            raise ConfigError(
+                "attention_mask: expected one contiguous run of tokens in each row, got a hole; "
+                "pad on one side only, or pack documents with Layout.packed"
+            )
+        order_bt = (columns_bt + first_b[:, None]) % max(mask_bt.shape[1], 1)
+        return Layout.ragged(lengths_b, mask_bt.shape[1], start_b=start_b), order_bt
+
+    def narrow(self, start: int, stop: int) -> Layout:
+        """The layout of columns ``[start, stop)``, read after the columns before `start` were committed."""
+        documents_bt = None
+        if self.documents_bt is not None:
+            before_b1 = self.documents_bt[:, start - 1 : start] if start > 0 else 0
+            documents_bt = self.documents_bt[:, start:stop] - before_b1
+        lengths_b = (self.lengths_b - start).clamp(0, stop - start)
+        return Layout(lengths_b, self.positions_bt[:, start:stop], documents_bt, self.padded)

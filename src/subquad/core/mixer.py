@@ -1,0 +1,120 @@
+"""The contract of every layer that mixes along time: read, then commit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from subquad.core.attention import AttentionStats, AttentionWeights
+from subquad.core.errors import ConfigError, UnsupportedError
+from subquad.core.layout import Layout
+from subquad.core.state import State
+
+Shared = Mapping[str, Tensor]
+NOTHING: Shared = MappingProxyType({})
+
+
+class Update(ABC):
+    """What one block would change. Holds the block's inputs to the recurrence, never a state per token."""
+
+    @abstractmethod
+    def commit(self, n_b: Tensor | None = None) -> State:
+        """The state after the first `n_b` tokens of each row, as a new value.
+
+        Args:
+            n_b: int64 ``[b]``, each from 0 to the row's length; None keeps every token.
+        """
+
+    @torch.no_grad()
+    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+        """The same into fixed buffers: `rows` of `pool` (all, in order, when None) take the new state.
+
+        `n_b` stays on the device, and nothing here waits for it.
+        """
+        pool.write_(rows, self.commit(n_b))
+
+    def tentative(self) -> State:
+        """The state as if the whole block were kept, to draft on; commit of a shorter n stays possible."""
+        return self.commit(None)
+
+    def summary(self) -> tuple[Tensor, Tensor] | None:
+        """The block as an affine map of the state ``(transition, addition)``, or None where it has none."""
+        return None
+
+
+class Mixer(nn.Module, ABC):
+    """A layer ``[b, t, d] -> [b, t, d]`` that may look along time, with an explicit state.
+
+    One rule: `read` is pure. Nothing is written before it is certain, so nothing is ever taken back.
+    A subclass owns a frozen ``Config`` and is built from it.
+    """
+
+    Config: ClassVar[type[Any]]
+    causal: ClassVar[bool] = True
+    splittable: ClassVar[bool] = True
+
+    @abstractmethod
+    def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> State:
+        """An empty state for `batch` rows.
+
+        Args:
+            capacity: most tokens that will ever be committed; what grows with the context allocates for it once,
+                what is constant ignores it.
+            factory: ``device`` and ``dtype``, by default those of the parameters. ``device="meta"`` costs nothing
+                and tells ``nbytes``.
+        """
+
+    @abstractmethod
+    def read(
+        self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
+    ) -> tuple[Tensor, Update]:
+        """Read a block against `state` and return its output and what it would change.
+
+        Args:
+            x_btd: ``[b, t, d]``, the block.
+            state: rows aligned with the block's; not modified.
+            layout: where its tokens stand; None is a dense block that starts at position 0.
+            shared: earlier layers' and encoders' outputs by name, read-only.
+        """
+
+    def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:
+        """The training form: read from an empty state and let the update go."""
+        state = self.init_state(x_btd.shape[0], device=x_btd.device, dtype=x_btd.dtype)
+        return self.read(x_btd, state, layout, shared)[0]
+
+    def commit_(self, pool: State, rows: Tensor | None, update: Update, n_b: Tensor | None = None) -> None:
+        """Commit `update` in place into `rows` of `pool`; see `Update.commit_`."""
+        update.commit_(pool, rows, n_b)
+
+    @classmethod
+    def from_attention(cls, source: AttentionWeights, stats: AttentionStats | None = None, **options: Any) -> Self:
+        """Build this mixer from a softmax attention's weights, so that conversion starts near the teacher.
+
+        Args:
+            source: the attention to take over; its tensors are copied.
+            stats: what was measured of it on data, or None for the data-free start.
+            options: fields of ``Config`` to set otherwise than the mapping does.
+
+        Raises:
+            UnsupportedError: this mixer has no mapping from attention.
+        """
+        raise UnsupportedError(f"{cls.__name__} has no mapping from attention; choose a mixer whose card says so")
+
+    def factory(self, **override: Any) -> dict[str, Any]:
+        """``device`` and ``dtype`` of the parameters, with `override`'s in their place."""
+        like = next(self.parameters())
+        return {"device": like.device, "dtype": like.dtype} | {k: v for k, v in override.items() if v is not None}
+
+    def dense_layout(self, x_btd: Tensor, layout: Layout | None) -> Layout:
+        """`layout`, checked against the block, or the dense one when None."""
+        b, t = x_btd.shape[:2]
+        if layout is None:
+            return Layout.dense(b, t, device=x_btd.device)
+        if layout.shape != (b, t):
+            raise ConfigError(f"layout: expected shape {(b, t)} as the block's, got {layout.shape}; build it for this block")
+        return layout
