@@ -28,9 +28,7 @@ def config_from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = ""
     missing = [
         name
         for name, f in fields.items()
-        if name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"{label}: expected {', '.join(missing)}, got {sorted(values)}; add the missing keys")

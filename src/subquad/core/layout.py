@@ -113,6 +113,31 @@ class Layout:
         order_bt = (columns_bt + first_b[:, None]) % max(mask_bt.shape[1], 1)
         return Layout.ragged(lengths_b, mask_bt.shape[1], start_b=start_b), order_bt
 
+    def index_bt(self, seen_b: Tensor) -> Tensor:
+        """int64 ``[b, t]``: how many tokens of its own document stand before each token.
+
+        Args:
+            seen_b: tokens of document 0 that the state already holds.
+        """
+        columns_t = torch.arange(self.shape[1], device=seen_b.device)
+        if self.documents_bt is None:
+            return seen_b[:, None] + columns_t
+        previous_bt = torch.nn.functional.pad(self.documents_bt, (1, 0))[:, :-1]
+        starts_bt = torch.where(self.documents_bt != previous_bt, columns_t, -seen_b[:, None])
+        return columns_t - starts_bt.cummax(1).values
+
+    def tail(self, n_b: Tensor) -> tuple[Tensor, Tensor]:
+        """What a commit of `n_b` tokens keeps: tokens of the document that the last of them belongs to.
+
+        Returns:
+            bool ``[b, t]``, the kept tokens, and bool ``[b]``, whether they continue the incoming state.
+        """
+        kept_bt = torch.arange(self.shape[1], device=n_b.device) < n_b[:, None]
+        if self.documents_bt is None:
+            return kept_bt, torch.ones_like(n_b, dtype=torch.bool)
+        last_b = torch.where(kept_bt, self.documents_bt, 0).amax(1)
+        return kept_bt & (self.documents_bt == last_b[:, None]), last_b == 0
+
     def narrow(self, start: int, stop: int) -> Layout:
         """The layout of columns ``[start, stop)``, read after the columns before `start` were committed."""
         documents_bt = None

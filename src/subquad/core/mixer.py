@@ -116,5 +116,7 @@ class Mixer(nn.Module, ABC):
         if layout is None:
             return Layout.dense(b, t, device=x_btd.device)
         if layout.shape != (b, t):
-            raise ConfigError(f"layout: expected shape {(b, t)} as the block's, got {layout.shape}; build it for this block")
+            raise ConfigError(
+                f"layout: expected shape {(b, t)} as the block's, got {layout.shape}; build it for this block"
+            )
         return layout

@@ -71,9 +71,7 @@ class State:
                 return value.map(fn)
             return tuple(visit(v, declaration) for v in value)
 
-        return type(self)(
-            **{f.name: visit(getattr(self, f.name), dict(f.metadata)) for f in dataclasses.fields(self)}
-        )
+        return type(self)(**{f.name: visit(getattr(self, f.name), dict(f.metadata)) for f in dataclasses.fields(self)})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Dotted name and tensor of everything held."""

@@ -1,0 +1,318 @@
+"""Softmax attention: grouped queries, RoPE, QK norms, biases; full, or a sliding window with sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from subquad.core.attention import AttentionStats, AttentionWeights, RotarySpec
+from subquad.core.card import Card
+from subquad.core.errors import ConfigError
+from subquad.core.layout import Layout
+from subquad.core.mixer import NOTHING, Mixer, Shared, Update
+from subquad.core.state import State, axes
+from subquad.ops import attention, window
+from subquad.ops.qkv import QKV
+
+CARD = Card(
+    title="Attention Is All You Need",
+    entry="Attention",
+    arxiv="1706.03762",
+    gives="exact recall of everything, at a cost that grows with the context; a window with sinks bounds it",
+    status="incubating",
+    claim="a model built on attention alone beats recurrent ones in translation at a fraction of the training cost",
+    measured="not reproduced: here it is the teacher's own layer, whose logits equal those of transformers",
+    from_attention=True,
+)
+
+# Up to this many queries the scores over the cache are held, and the cache is read in place.
+FEW_QUERIES = 16
+
+
+@dataclass(frozen=True)
+class CacheState(State):
+    """Keys and values of all tokens, in buffers of a fixed capacity n."""
+
+    k_bgnk: Tensor = axes("b g n k", shard="g")
+    v_bgnk: Tensor = axes("b g n k", shard="g")
+    seen_b: Tensor = axes("b", precision="index")
+
+
+@dataclass(frozen=True)
+class WindowState(State):
+    """Keys and values of the last w tokens, right-aligned, and of the first s."""
+
+    window_k_bgwk: Tensor = axes("b g w k", shard="g")
+    window_v_bgwk: Tensor = axes("b g w k", shard="g")
+    sink_k_bgsk: Tensor = axes("b g s k", shard="g")
+    sink_v_bgsk: Tensor = axes("b g s k", shard="g")
+    seen_b: Tensor = axes("b", precision="index")
+
+
+@dataclass(frozen=True)
+class CacheUpdate(Update):
+    """Keys and values of one block, heads first."""
+
+    state: CacheState
+    k_bgtk: Tensor
+    v_bgtk: Tensor
+    layout: Layout
+
+    def commit(self, n_b: Tensor | None = None) -> State:
+        """Copy the buffers and write the kept tokens behind what they hold."""
+        n_b = self.layout.lengths_b if n_b is None else n_b
+        capacity = self.state.k_bgnk.shape[2]
+        new = self.state.snapshot() if not torch.is_grad_enabled() else self.state.map(lambda t, _: t.clone())
+        needed = int((self.state.seen_b + n_b).max()) if len(n_b) else 0
+        if self.layout.documents_bt is None and needed > capacity:
+            raise ConfigError(
+                f"attention cache: expected at most capacity={capacity} tokens, got {needed}; "
+                "call init_state with a larger capacity"
+            )
+        self._write_(new, None, n_b)
+        return new
+
+    @torch.no_grad()
+    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+        """Write only the block's own tokens; the cache is not touched elsewhere."""
+        assert isinstance(pool, CacheState)
+        self._write_(pool, rows, self.layout.lengths_b if n_b is None else n_b)
+
+    def _write_(self, pool: CacheState, rows: Tensor | None, n_b: Tensor) -> None:
+        rows = torch.arange(len(n_b), device=n_b.device) if rows is None else rows
+        kept_bt, continues_b = self.layout.tail(n_b)
+        slot_bt = self.layout.index_bt(pool.seen_b[rows])
+        t, capacity = slot_bt.shape[1], pool.k_bgnk.shape[2]
+        if t == 0 or capacity == 0:
+            return
+        # Dropped tokens must write somewhere: they repeat the last kept token, or, where nothing is kept, slot 0 as it is.
+        last_b1 = (n_b - 1).clamp(0, t - 1)[:, None]
+        nothing_b1 = (n_b == 0)[:, None]
+        source_bt = torch.where(kept_bt, torch.arange(t, device=n_b.device), last_b1)
+        slot_bt = torch.where(nothing_b1, 0, slot_bt.gather(1, source_bt)).clamp(max=capacity - 1)
+        for buffer_bgnk, block_bgtk in ((pool.k_bgnk, self.k_bgtk), (pool.v_bgnk, self.v_bgtk)):
+            g, k = block_bgtk.shape[1], block_bgtk.shape[3]
+            value_bgtk = block_bgtk.gather(2, source_bt[:, None, :, None].expand(-1, g, -1, k)).to(buffer_bgnk.dtype)
+            first_bg1k = buffer_bgnk[rows, :, :1]
+            value_bgtk = torch.where(nothing_b1[:, None, :, None], first_bg1k, value_bgtk)
+            buffer_bgnk[rows[:, None], :, slot_bt] = value_bgtk.transpose(1, 2)
+        after_b = torch.where(continues_b, pool.seen_b[rows] + kept_bt.sum(1), kept_bt.sum(1))
+        pool.seen_b[rows] = after_b
+
+
+@dataclass(frozen=True)
+class WindowUpdate(Update):
+    """Keys and values of one block, to be shifted into the window."""
+
+    state: WindowState
+    k_bgtk: Tensor
+    v_bgtk: Tensor
+    layout: Layout
+
+    def commit(self, n_b: Tensor | None = None) -> State:
+        """Shift the window by the kept tokens and fill the sinks that have come."""
+        n_b = self.layout.lengths_b if n_b is None else n_b
+        old = self.state
+        kept_bt, continues_b = self.layout.tail(n_b)
+        kept_b = kept_bt.sum(1)
+        seen_b = torch.where(continues_b, old.seen_b, 0)
+        sinks = [
+            window.fill_sinks(sink, block, seen_b, torch.where(continues_b, 0, n_b - kept_b))
+            for sink, block in ((old.sink_k_bgsk, self.k_bgtk), (old.sink_v_bgsk, self.v_bgtk))
+        ]
+        return WindowState(
+            window.shift(old.window_k_bgwk, self.k_bgtk, n_b),
+            window.shift(old.window_v_bgwk, self.v_bgtk, n_b),
+            *sinks,
+            seen_b + kept_b,
+        )
+
+
+class Attention(Mixer):
+    """Softmax attention, ``softmax(scale q k^T) v`` per head (arXiv 1706.03762, equation 1).
+
+    Grouped queries (2305.13245), RoPE (2104.09864), QK norms (2302.05442), sinks (2309.17453).
+
+    Example:
+        >>> import torch
+        >>> mixer = Attention(Attention.Config(d_model=64, n_heads=4, n_kv_heads=2, head_dim=16))
+        >>> state = mixer.init_state(batch=2, capacity=8)
+        >>> y, update = mixer.read(torch.randn(2, 3, 64), state)
+        >>> update.commit(torch.tensor([3, 1])).seen_b
+        tensor([3, 1])
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """Shape and numerics.
+
+        Attributes:
+            d_model: width of the model.
+            n_heads, n_kv_heads, head_dim: query heads, key/value heads, channels of a head.
+            rotary: fields of `RotarySpec`, or None for no position embedding.
+            qkv_bias, o_bias, qk_norm, norm_eps: as the checkpoint has them.
+            window: tokens a query may see, itself included; None is all.
+            sinks: first tokens that stay visible behind the window.
+            scale: factor on the scores, by default ``head_dim ** -0.5``.
+        """
+
+        d_model: int
+        n_heads: int
+        n_kv_heads: int
+        head_dim: int
+        rotary: Mapping[str, Any] | None = None
+        qkv_bias: bool = False
+        o_bias: bool = False
+        qk_norm: bool = False
+        norm_eps: float = 1e-6
+        window: int | None = None
+        sinks: int = 0
+        scale: float | None = None
+
+        def __post_init__(self) -> None:
+            """Refuse combinations that mean nothing."""
+            if self.window is not None and self.window < 1:
+                raise ConfigError(f"window={self.window} must be at least 1; leave it out for full attention")
+            if self.window is None and self.sinks:
+                raise ConfigError(f"sinks={self.sinks} needs a window, got none; set window or sinks=0")
+
+    config: Config
+    causal: ClassVar[bool] = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.qkv = QKV(
+            config.d_model,
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+            bias=config.qkv_bias,
+            norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            rotary=None if config.rotary is None else RotarySpec(**config.rotary),
+        )
+        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.o_bias)
+        self.scale = config.head_dim**-0.5 if config.scale is None else config.scale
+
+    def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> CacheState | WindowState:
+        """Buffers for `capacity` tokens, or for the window and sinks."""
+        config, like = self.config, self.factory(**factory)
+        seen_b = torch.zeros(batch, dtype=torch.int64, device=like["device"])
+
+        def buffer(size: int) -> Tensor:
+            return torch.zeros(batch, config.n_kv_heads, size, config.head_dim, **like)
+
+        if config.window is None:
+            return CacheState(buffer(capacity), buffer(capacity), seen_b)
+        return WindowState(
+            buffer(config.window), buffer(config.window), buffer(config.sinks), buffer(config.sinks), seen_b
+        )
+
+    def read(
+        self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
+    ) -> tuple[Tensor, Update]:
+        """Attend to the state and, causally, to the block; see `Mixer.read`."""
+        layout = self.dense_layout(x_btd, layout)
+        q_bthk, k_btgk, v_btgk = self.qkv(x_btd, layout)
+        k_bgtk, v_bgtk = k_btgk.transpose(1, 2), v_btgk.transpose(1, 2)
+        if isinstance(state, WindowState):
+            y_bthk = self._read_window(q_bthk, k_bgtk, v_bgtk, state, layout)
+            update: Update = WindowUpdate(state, k_bgtk, v_bgtk, layout)
+        else:
+            assert isinstance(state, CacheState)
+            if state.k_bgnk.shape[2] == 0 and layout.documents_bt is None:
+                y_bthk = attention.causal(q_bthk, k_btgk, v_btgk, self.scale)
+            else:
+                y_bthk = self._read_cache(q_bthk, k_bgtk, v_bgtk, state, layout)
+            update = CacheUpdate(state, k_bgtk, v_bgtk, layout)
+        return self.o_proj(y_bthk.flatten(2)), update
+
+    def _read_cache(self, q_bthk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, state: CacheState, layout: Layout) -> Tensor:
+        t, capacity = q_bthk.shape[1], state.k_bgnk.shape[2]
+        columns_t = torch.arange(t, device=q_bthk.device)
+        cached_btn = (torch.arange(capacity, device=q_bthk.device) < state.seen_b[:, None])[:, None].expand(-1, t, -1)
+        block_btt = (columns_t[:, None] >= columns_t).expand(len(q_bthk), -1, -1)
+        if layout.documents_bt is not None:
+            cached_btn = cached_btn & (layout.documents_bt == 0)[..., None]
+            block_btt = block_btt & (layout.documents_bt[:, :, None] == layout.documents_bt[:, None])
+        if t <= FEW_QUERIES:
+            parts = [(state.k_bgnk, state.v_bgnk, cached_btn), (k_bgtk, v_bgtk, block_btt)]
+            return attention.pieces(q_bthk, parts, self.scale)[0]
+        return attention.masked(
+            q_bthk,
+            torch.cat((state.k_bgnk, k_bgtk), dim=2),
+            torch.cat((state.v_bgnk, v_bgtk), dim=2),
+            torch.cat((cached_btn, block_btt), dim=2),
+            self.scale,
+        )
+
+    def _read_window(
+        self, q_bthk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, state: WindowState, layout: Layout
+    ) -> Tensor:
+        assert self.config.window is not None
+        band = window.band(
+            q_bthk,
+            torch.cat((state.window_k_bgwk, k_bgtk), dim=2),
+            torch.cat((state.window_v_bgwk, v_bgtk), dim=2),
+            window.fill_sinks(state.sink_k_bgsk, k_bgtk, state.seen_b),
+            window.fill_sinks(state.sink_v_bgsk, v_bgtk, state.seen_b),
+            window=self.config.window,
+            seen_b=state.seen_b,
+            layout=layout,
+        )
+        y_xchk = attention.masked(band.q_xchk, band.k_xgnk, band.v_xgnv, band.allowed_xcn, self.scale)
+        return band.join(y_xchk)
+
+    def weights(self) -> AttentionWeights:
+        """This attention as plain data, sharing its tensors."""
+        qkv, config = self.qkv, self.config
+        return AttentionWeights(
+            q_weight=qkv.q_proj.weight,
+            k_weight=qkv.k_proj.weight,
+            v_weight=qkv.v_proj.weight,
+            o_weight=self.o_proj.weight,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            scale=self.scale,
+            q_bias=qkv.q_proj.bias,
+            k_bias=qkv.k_proj.bias,
+            v_bias=qkv.v_proj.bias,
+            o_bias=self.o_proj.bias,
+            q_norm=None if qkv.q_norm is None else qkv.q_norm.weight,
+            k_norm=None if qkv.k_norm is None else qkv.k_norm.weight,
+            norm_eps=config.norm_eps,
+            rotary=qkv.rotary,
+            window=config.window,
+        )
+
+    @classmethod
+    def from_attention(cls, source: AttentionWeights, stats: AttentionStats | None = None, **options: Any) -> Self:
+        """The same attention, or with `window` and `sinks` among the options a cut one."""
+        values: dict[str, Any] = {
+            "d_model": source.q_weight.shape[1],
+            "n_heads": source.n_heads,
+            "n_kv_heads": source.n_kv_heads,
+            "head_dim": source.head_dim,
+            "rotary": None
+            if source.rotary is None
+            else {f.name: getattr(source.rotary, f.name) for f in fields(RotarySpec)},
+            "qkv_bias": source.q_bias is not None,
+            "o_bias": source.o_bias is not None,
+            "qk_norm": source.q_norm is not None,
+            "norm_eps": source.norm_eps,
+            "window": source.window,
+            "scale": source.scale,
+        }
+        mixer = cls(cls.Config(**(values | options))).to(source.q_weight)
+        mixer.qkv.take_(source)
+        with torch.no_grad():
+            mixer.o_proj.weight.copy_(source.o_weight)
+            if source.o_bias is not None:
+                mixer.o_proj.bias.copy_(source.o_bias)
+        return mixer

@@ -1,0 +1,105 @@
+"""Rotary position embedding with the context extensions of published checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from subquad.core.attention import RotarySpec
+from subquad.core.errors import ConfigError, UnsupportedError, nearest
+from subquad.core.state import precise
+
+
+def frequencies(spec: RotarySpec, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
+    """Angular frequency of each rotated pair, in radians a position, and the factor on cosine and sine.
+
+    Plain RoPE is ``theta ** (-2 i / dim)`` (arXiv 2104.09864, section 3.2.2). ``linear`` divides every frequency by ``factor``
+    (arXiv 2306.15595); ``llama3`` divides the slow ones and blends between ``low_freq_factor`` and ``high_freq_factor`` turns
+    of the original context (as released with Llama 3.1); ``yarn`` blends by turns with a linear ramp and scales cosine and
+    sine (arXiv 2309.00071, equations 18 to 24).
+
+    Args:
+        spec: what to compute.
+        dtype: arithmetic of the frequencies; float32 reproduces the published checkpoints.
+
+    Returns:
+        ``[dim / 2]`` frequencies and the factor.
+
+    Raises:
+        ConfigError: a scaling parameter is missing.
+        UnsupportedError: a scaling that depends on the length of the current input, which no cached key survives.
+    """
+    if spec.dim % 2:
+        raise ConfigError(f"rotary dim={spec.dim} must be even; give the number of rotated channels of a head")
+    plain = 1.0 / spec.theta ** (torch.arange(0, spec.dim, 2, dtype=torch.int64).to(dtype) / spec.dim)
+    kind = spec.scaling.get("rope_type", "default")
+
+    def parameter(name: str, default: float | None = None) -> float:
+        value = spec.scaling.get(name, default)
+        if value is None:
+            raise ConfigError(f"rope_type={kind!r} needs {name!r}, got {sorted(spec.scaling)}; add it to the scaling")
+        return float(value)
+
+    if kind == "default":
+        return plain, 1.0
+    if kind == "linear":
+        return plain / parameter("factor"), 1.0
+    if kind == "llama3":
+        original = parameter("original_max_position_embeddings")
+        low, high = parameter("low_freq_factor"), parameter("high_freq_factor")
+        wavelength = 2 * math.pi / plain
+        slow = plain / parameter("factor")
+        blend = (original / wavelength - low) / (high - low)
+        mixed = (1 - blend) * slow + blend * plain
+        out = torch.where(wavelength > original / low, slow, plain)
+        between = (wavelength >= original / high) & (wavelength <= original / low)
+        return torch.where(between, mixed, out), 1.0
+    if kind == "yarn":
+        factor, original = parameter("factor"), parameter("original_max_position_embeddings")
+
+        def pair_of(turns: float) -> float:
+            return spec.dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))
+
+        low, high = pair_of(parameter("beta_fast", 32.0)), pair_of(parameter("beta_slow", 1.0))
+        if spec.scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, spec.dim - 1)
+        width = high - low if high != low else 0.001
+        slow_share = ((torch.arange(spec.dim // 2, dtype=dtype) - low) / width).clamp(0, 1)
+
+        def scale_of(weight: float) -> float:
+            return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+        over, under = spec.scaling.get("mscale"), spec.scaling.get("mscale_all_dim")
+        usual = scale_of(over) / scale_of(under) if over and under else scale_of(1.0)
+        given = spec.scaling.get("attention_factor")
+        return plain / factor * slow_share + plain * (1 - slow_share), usual if given is None else float(given)
+    if kind in ("dynamic", "longrope"):
+        raise UnsupportedError(
+            f"rope_type={kind!r} changes its frequencies with the length of the input, so cached keys would no longer fit; "
+            "use a checkpoint with linear, llama3 or yarn scaling, or set a fixed one"
+        )
+    raise ConfigError(f"unknown rope_type {kind!r}{nearest(kind, ('default', 'linear', 'llama3', 'yarn'))}")
+
+
+def tables(spec: RotarySpec, positions_bt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[b, t, 1, dim / 2]`` at integer positions, computed in at least float32 and cast to `dtype`."""
+    wide = precise(dtype)
+    freq_f, factor = frequencies(spec, dtype=wide)
+    angle_btf = positions_bt[..., None].to(wide) * freq_f.to(positions_bt.device)
+    return (angle_btf.cos() * factor).to(dtype)[:, :, None], (angle_btf.sin() * factor).to(dtype)[:, :, None]
+
+
+def rotate(x_bthk: Tensor, tables_: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first ``dim`` channels of every head, channel i paired with channel ``i + dim / 2``.
+
+    Args:
+        x_bthk: queries or keys.
+        tables_: what `tables` returned for their positions.
+    """
+    cos, sin = tables_
+    half = cos.shape[-1]
+    a, b, rest = x_bthk[..., :half], x_bthk[..., half : 2 * half], x_bthk[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)

@@ -1,0 +1,122 @@
+"""Sliding-window attention in linear time: a band of keys for each chunk of queries, and sinks beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subquad.core.layout import Layout
+
+
+@dataclass(frozen=True)
+class Band:
+    """Queries in chunks with the keys each chunk may see; the chunks stand in the batch axis.
+
+    Attributes:
+        q_xchk: ``[b * chunks, c, h, k]``.
+        k_xgnk, v_xgnv: keys and values, sinks first.
+        allowed_xcn: bool mask.
+        time: t before padding to whole chunks.
+    """
+
+    q_xchk: Tensor
+    k_xgnk: Tensor
+    v_xgnv: Tensor
+    allowed_xcn: Tensor
+    batch: int
+    time: int
+
+    def join(self, y_xc: Tensor) -> Tensor:
+        """Bring a result ``[b * chunks, c, ...]`` back to ``[b, t, ...]``."""
+        return y_xc.unflatten(0, (self.batch, -1)).flatten(1, 2)[:, : self.time]
+
+
+def fill_sinks(sink_bgsk: Tensor, block_bgtk: Tensor, seen_b: Tensor, start_b: Tensor | int = 0) -> Tensor:
+    """The first s tokens of the document: from the store where it has them, else from the block.
+
+    Args:
+        sink_bgsk: store, slot j valid when ``j < seen_b``.
+        block_bgtk: keys or values of the block.
+        seen_b: tokens of the document before the block; 0 for one that starts in it.
+        start_b: column at which the document's first token of the block stands.
+
+    Returns:
+        ``[b, g, s, k]``; slots of tokens that have not come yet hold arbitrary finite values.
+    """
+    s, t = sink_bgsk.shape[2], block_bgtk.shape[2]
+    slots_s = torch.arange(s, device=seen_b.device)
+    start_b1 = start_b[:, None] if isinstance(start_b, Tensor) else start_b
+    column_bs = (slots_s - seen_b[:, None] + start_b1).clamp(0, max(t - 1, 0))
+    source_bs = torch.where(slots_s < seen_b[:, None], slots_s, s + column_bs)
+    joint_bgnk = torch.cat((sink_bgsk, block_bgtk), dim=2)
+    return joint_bgnk.gather(2, source_bs[:, None, :, None].expand(-1, joint_bgnk.shape[1], -1, joint_bgnk.shape[3]))
+
+
+def band(
+    q_bthk: Tensor,
+    k_bgmk: Tensor,
+    v_bgmv: Tensor,
+    sink_k_bgsk: Tensor,
+    sink_v_bgsv: Tensor,
+    *,
+    window: int,
+    seen_b: Tensor,
+    layout: Layout,
+) -> Band:
+    """Lay out a block's queries against the window before it, the block itself and the sinks.
+
+    Query t sees keys of its own document with ``0 <= index_q - index_k < window`` or ``index_k < s``.
+
+    Args:
+        q_bthk: the block's queries.
+        k_bgmk, v_bgmv: ``m = window + t`` keys and values: the last `window` tokens, right-aligned, then the block's.
+        sink_k_bgsk, sink_v_bgsv: first s tokens of document 0, from `fill_sinks`.
+        window: tokens a query may see, itself included.
+        seen_b: tokens of document 0 before the block.
+        layout: the block's.
+    """
+    b, t, h, k = q_bthk.shape
+    s, device = sink_k_bgsk.shape[2], q_bthk.device
+    index_bt = layout.index_bt(seen_b)
+    # Packed documents each have sinks of their own inside the block, so their band is the whole block.
+    whole = layout.documents_bt is not None or t <= window
+    chunk = t if whole else window
+    n_chunks = -(-t // chunk)
+    pad = n_chunks * chunk - t
+
+    def chunked(x: Tensor, dim: int, size: int) -> Tensor:
+        """Windows of `size` every `chunk` along `dim`, moved into the batch axis."""
+        if pad:
+            x = torch.cat((x, x.new_zeros(*x.shape[:dim], pad, *x.shape[dim + 1 :])), dim)
+        return x.unfold(dim, size, chunk).movedim(dim, 1).movedim(-1, dim + 1).flatten(0, 1)
+
+    past_bw = seen_b[:, None] - window + torch.arange(window, device=device)
+    index_bm = torch.cat((past_bw, index_bt), dim=1)
+    index_xc, index_xn = chunked(index_bt, 1, chunk), chunked(index_bm, 1, chunk + window)
+    distance_cn = (
+        torch.arange(chunk, device=device)[:, None] + window - torch.arange(chunk + window, device=device)[None, :]
+    )
+    inside_xcn = ((distance_cn >= 0) & (distance_cn < window))[None] & (index_xn >= 0)[:, None]
+    sink_xcs = torch.arange(s, device=device) <= index_xc[..., None] - window
+    if layout.documents_bt is not None:
+        document_bm = torch.cat((layout.documents_bt.new_zeros(b, window), layout.documents_bt), dim=1)
+        own = layout.documents_bt[:, :, None] == document_bm[:, None]
+        later_sink = (layout.documents_bt > 0)[:, :, None] & (index_bm < s)[:, None] & (distance_cn >= 0)
+        inside_xcn = own & (inside_xcn | later_sink)
+        sink_xcs = sink_xcs & (layout.documents_bt == 0)[..., None]
+    allowed_xcn = torch.cat((sink_xcs, inside_xcn), dim=-1)
+
+    def keys(sink: Tensor, joint: Tensor) -> Tensor:
+        return torch.cat((sink.repeat_interleave(n_chunks, dim=0), chunked(joint, 2, chunk + window)), dim=2)
+
+    return Band(chunked(q_bthk, 1, chunk), keys(sink_k_bgsk, k_bgmk), keys(sink_v_bgsv, v_bgmv), allowed_xcn, b, t)
+
+
+def shift(window_bgwk: Tensor, block_bgtk: Tensor, n_b: Tensor) -> Tensor:
+    """The last w of the window's tokens and the first `n_b` of the block's, right-aligned, ``[b, g, w, k]``."""
+    w = window_bgwk.shape[2]
+    source_bw = n_b[:, None] + torch.arange(w, device=n_b.device)
+    joint_bgmk = torch.cat((window_bgwk, block_bgtk), dim=2)
+    return joint_bgmk.gather(2, source_bw[:, None, :, None].expand(-1, joint_bgmk.shape[1], -1, joint_bgmk.shape[3]))
