@@ -20,7 +20,7 @@ def read_card(source: Path) -> Card | None:
     """The ``CARD = Card(...)`` of a source file, read without running it; None where there is none.
 
     Raises:
-        ConfigError: the card has positional arguments, an unknown field, a value that is no literal or an unknown status.
+        ConfigError: the card has positional arguments, an unknown field or status, or a value that is no literal.
     """
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if not (isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "CARD" for t in node.targets)):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -28,7 +29,9 @@ def axes(names: str, *, shard: str | None = None, precision: str = "model") -> A
         precision: ``model`` follows the model's dtype, ``high`` is that but never below float32, ``index`` is
             an integer and never cast.
     """
-    assert names.split()[0] == "b" and precision in PRECISIONS and (shard is None or shard in names.split())
+    assert names.split()[0] == "b"
+    assert precision in PRECISIONS
+    assert shard is None or shard in names.split()
     return dataclasses.field(metadata={"axes": names, "shard": shard, "precision": precision})
 
 
@@ -176,7 +179,7 @@ class State:
         Raises:
             CheckpointError: no state there, an unknown kind, or a schema with no migration.
         """
-        with safe_open(str(path), "pt") as f:  # pyright: ignore[reportUnknownVariableType]
+        with safe_open(str(path), "pt") as f:
             header = (f.metadata() or {}).get("subquad_state")
         if header is None:
             raise CheckpointError(f"{path}: expected a saved state, got another safetensors file; write it with save()")

@@ -89,7 +89,7 @@ class CacheUpdate(Update):
         t, capacity = slot_bt.shape[1], pool.k_bgnk.shape[2]
         if t == 0 or capacity == 0:
             return
-        # Dropped tokens must write somewhere: they repeat the last kept token, or, where nothing is kept, slot 0 as it is.
+        # Dropped tokens must write somewhere: they repeat the last kept one, or, if none is kept, slot 0 as it is.
         last_b1 = (n_b - 1).clamp(0, t - 1)[:, None]
         nothing_b1 = (n_b == 0)[:, None]
         source_bt = torch.where(kept_bt, torch.arange(t, device=n_b.device), last_b1)
@@ -120,14 +120,12 @@ class WindowUpdate(Update):
         kept_bt, continues_b = self.layout.tail(n_b)
         kept_b = kept_bt.sum(1)
         seen_b = torch.where(continues_b, old.seen_b, 0)
-        sinks = [
-            window.fill_sinks(sink, block, seen_b, torch.where(continues_b, 0, n_b - kept_b))
-            for sink, block in ((old.sink_k_bgsk, self.k_bgtk), (old.sink_v_bgsk, self.v_bgtk))
-        ]
+        start_b = torch.where(continues_b, 0, n_b - kept_b)
         return WindowState(
             window.shift(old.window_k_bgwk, self.k_bgtk, n_b),
             window.shift(old.window_v_bgwk, self.v_bgtk, n_b),
-            *sinks,
+            window.fill_sinks(old.sink_k_bgsk, self.k_bgtk, seen_b, start_b),
+            window.fill_sinks(old.sink_v_bgsk, self.v_bgtk, seen_b, start_b),
             seen_b + kept_b,
         )
 

@@ -65,8 +65,8 @@ class QKV(nn.Module):
         copies.append((self.v_proj, source.v_weight, source.v_bias))
         for linear, weight, bias in copies:
             linear.weight.copy_(weight)
-            if linear.bias is not None:
-                linear.bias.copy_(torch.zeros_like(linear.bias) if bias is None else bias)
+            if bias is not None:
+                linear.bias.copy_(bias)
         if (
             self.q_norm is not None
             and self.k_norm is not None

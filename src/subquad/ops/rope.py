@@ -15,10 +15,10 @@ from subquad.core.state import precise
 def frequencies(spec: RotarySpec, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
     """Angular frequency of each rotated pair, in radians a position, and the factor on cosine and sine.
 
-    Plain RoPE is ``theta ** (-2 i / dim)`` (arXiv 2104.09864, section 3.2.2). ``linear`` divides every frequency by ``factor``
-    (arXiv 2306.15595); ``llama3`` divides the slow ones and blends between ``low_freq_factor`` and ``high_freq_factor`` turns
-    of the original context (as released with Llama 3.1); ``yarn`` blends by turns with a linear ramp and scales cosine and
-    sine (arXiv 2309.00071, equations 18 to 24).
+    Plain RoPE is ``theta ** (-2 i / dim)`` (arXiv 2104.09864, section 3.2.2). ``linear`` divides every frequency by
+    ``factor`` (arXiv 2306.15595); ``llama3`` divides the slow ones and blends between ``low_freq_factor`` and
+    ``high_freq_factor`` turns of the original context (as released with Llama 3.1); ``yarn`` blends by turns with a
+    linear ramp and scales cosine and sine (arXiv 2309.00071, equations 18 to 24).
 
     Args:
         spec: what to compute.
@@ -78,8 +78,8 @@ def frequencies(spec: RotarySpec, *, dtype: torch.dtype = torch.float32) -> tupl
         return plain / factor * slow_share + plain * (1 - slow_share), usual if given is None else float(given)
     if kind in ("dynamic", "longrope"):
         raise UnsupportedError(
-            f"rope_type={kind!r} changes its frequencies with the length of the input, so cached keys would no longer fit; "
-            "use a checkpoint with linear, llama3 or yarn scaling, or set a fixed one"
+            f"rope_type={kind!r} changes its frequencies with the length of the input, so cached keys would no longer "
+            "fit; use a checkpoint with linear, llama3 or yarn scaling, or set a fixed one"
         )
     raise ConfigError(f"unknown rope_type {kind!r}{nearest(kind, ('default', 'linear', 'llama3', 'yarn'))}")
 

@@ -77,7 +77,7 @@ def band(
         seen_b: tokens of document 0 before the block.
         layout: the block's.
     """
-    b, t, h, k = q_bthk.shape
+    b, t = q_bthk.shape[:2]
     s, device = sink_k_bgsk.shape[2], q_bthk.device
     index_bt = layout.index_bt(seen_b)
     # Packed documents each have sinks of their own inside the block, so their band is the whole block.
