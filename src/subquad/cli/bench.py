@@ -1,0 +1,58 @@
+"""Run bench rooms, and refresh the tables made from their results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="family/slug, or a family for all of it; every bench when left out.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to measure: cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Default: float32 on a CPU, bfloat16 elsewhere.")] = "",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's choice.")] = 0,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Tiny sizes, once; writes nothing.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path("bench/results"),
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Run nothing; rewrite the tables in README.md and docs from the results.")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="With --tables: fail if one is out of date.")] = False,
+) -> None:
+    """Measure the methods: correctness first, then speed against a baseline in turns, written as JSON."""
+    from subquad.core.errors import ConfigError
+
+    if tables:
+        from subquad.bench.tables import refresh
+
+        pages = [Path("README.md"), *sorted(Path("docs").rglob("*.md"))]
+        stale = [page for page in pages if refresh(page, out, write=not check)]
+        for page in stale:
+            typer.echo(f"{'out of date' if check else 'rewrote'}: {page}")
+        if check and stale:
+            raise ConfigError("tables differ from bench/results; run `subquad bench --tables`")
+        return
+
+    import torch
+
+    from subquad.bench.harness import find_rooms, run_room
+    from subquad.bench.results import result_path
+    from subquad.bench.tables import terminal_table
+
+    wanted = getattr(torch, dtype, None) if dtype else None
+    if dtype and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise ConfigError(f"--dtype: expected float32, bfloat16, float16 or float64, got {dtype!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("--device: expected a device that is there, got cuda without a GPU; leave it out for the CPU")
+    if threads:
+        torch.set_num_threads(threads)
+    for room in find_rooms(names or []):
+        result = run_room(room, device=device, dtype=wanted, smoke=smoke)
+        typer.echo(terminal_table(result))
+        if not smoke:
+            path = result_path(out, result.bench, torch.device(device))
+            result.save(path)
+            typer.echo(f"wrote {path}")
