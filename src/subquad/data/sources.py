@@ -1,0 +1,180 @@
+"""Where documents come from: text files, JSONL, Hugging Face datasets, and the text every Python carries."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from subquad.core.errors import DataError, nearest
+
+OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+DOCUMENT_CHARS = 8_192
+LONGEST_CHARS = 65_536
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; those of `transformers` serve."""
+
+    eos_token_id: int | None
+    chat_template: Any
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, Any]:
+        """``{"input_ids": one list of ids a text}``."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool) -> Any:
+        """The conversation as one string."""
+        ...
+
+
+Conversation = list[dict[str, str]]
+Document = str | Conversation
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents of one origin; `open` starts from the first one, always in the same order."""
+
+    name: str
+    open: Callable[[], Iterator[Document]]
+
+
+def render(document: Document, tokenizer: Tokenizer) -> str:
+    """A document as plain text; a conversation goes through the tokenizer's chat template where it has one."""
+    if isinstance(document, str):
+        return document
+    if tokenizer.chat_template:
+        return str(tokenizer.apply_chat_template(document, tokenize=False))
+    return "\n\n".join(turn["content"] for turn in document)
+
+
+def parse_source(spec: str) -> Source:
+    """The source that `spec` names.
+
+    Args:
+        spec: ``FILE.txt`` (also .md, .rst), ``FILE.jsonl[#FIELD]`` or ``FILE.jsonl#PROMPT+RESPONSE``, each also with
+            .gz or .xz behind it; ``datasets:NAME[:CONFIG][@SPLIT][#FIELD]``; or ``pydoc``. Without a field a record is
+            read by its ``text``, its ``messages``, or its ``prompt`` and ``response``.
+
+    Raises:
+        DataError: no such file, or a kind that is not known.
+    """
+    if spec == "pydoc":
+        return Source(spec, _pydoc)
+    name, _, field = spec.partition("#")
+    if name.startswith("datasets:"):
+        return Source(spec, lambda: _hub(name.removeprefix("datasets:"), field))
+    path = Path(name)
+    if not path.is_file():
+        there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"--data {name}: no such file{nearest(path.name, [*there, 'pydoc'])}")
+    suffixes = [s for s in path.suffixes if s not in OPENERS]
+    kind = suffixes[-1] if suffixes else ""
+    if kind == ".jsonl":
+        return Source(spec, lambda: _jsonl(path, field))
+    if kind in TEXT_SUFFIXES:
+        return Source(spec, lambda: _text(path))
+    raise DataError(
+        f"--data {name}: expected one of {', '.join(TEXT_SUFFIXES)} or .jsonl (with .gz or .xz if packed), "
+        f"got {kind or 'no suffix'!r}; rename it to what it holds"
+    )
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+            yield from file
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: expected intact UTF-8 text, got {error}; repair or re-encode the file") from error
+
+
+def _text(path: Path) -> Iterator[Document]:
+    # Plain text names no documents, so it is cut where a paragraph ends, each piece long enough to have a context.
+    held: list[str] = []
+    size = 0
+    for line in _lines(path):
+        held.append(line)
+        size += len(line)
+        if (size >= DOCUMENT_CHARS and not line.strip()) or size >= LONGEST_CHARS:
+            yield "".join(held)
+            held, size = [], 0
+    if "".join(held).strip():
+        yield "".join(held)
+
+
+def _jsonl(path: Path, field: str) -> Iterator[Document]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}:{number}: expected one JSON object a line, got {error}; repair the line"
+            ) from error
+        yield _document(record, field, f"{path}:{number}")
+
+
+def _document(record: Any, field: str, where: str) -> Document:
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(record).__name__}; write one record a line")
+    record = cast("dict[str, Any]", record)
+    prompt, plus, response = field.partition("+")
+    wanted = [prompt, response] if plus else [field] if field else []
+    for key in wanted:
+        if key not in record:
+            raise DataError(f"{where}: no field {key!r}{nearest(key, record)}")
+    if plus:
+        return _turns(str(record[prompt]), str(record[response]))
+    if field and isinstance(record[field], str):
+        return str(record[field])
+    if not field and isinstance(record.get("text"), str):
+        return str(record["text"])
+    messages = record.get(field or "messages")
+    if isinstance(messages, list):
+        return [{"role": str(m["role"]), "content": str(m["content"])} for m in cast("list[dict[str, Any]]", messages)]
+    if not field and "prompt" in record and "response" in record:
+        return _turns(str(record["prompt"]), str(record["response"]))
+    raise DataError(
+        f"{where}: expected text, messages, or prompt and response, got {', '.join(record)}; "
+        "name the field behind the file: FILE.jsonl#FIELD or FILE.jsonl#PROMPT+RESPONSE"
+    )
+
+
+def _turns(prompt: str, response: str) -> Conversation:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def _pydoc() -> Iterator[Document]:
+    from pydoc_data.topics import topics  # pyright: ignore[reportMissingModuleSource, reportUnknownVariableType]
+
+    yield from topics.values()
+
+
+def _hub(name: str, field: str) -> Iterator[Document]:
+    try:
+        from datasets import load_dataset  # pyright: ignore
+    except ImportError as error:
+        raise DataError('datasets: expected the package datasets, got none; pip install "subquad[datasets]"') from error
+    name, _, split = name.partition("@")
+    name, _, config = name.partition(":")
+    records: Any = load_dataset(name, config or None, split=split or "train", streaming=True)
+    for number, record in enumerate(records, 1):
+        yield _document(record, field, f"datasets:{name} record {number}")
+
+
+def pieces(text: str, longest: int = LONGEST_CHARS) -> Iterator[str]:
+    """`text` in pieces of at most about `longest` characters, cut before white space so that no word is torn."""
+    start = 0
+    while len(text) - start > longest:
+        cut = next((i for i in islice(range(start + longest, start, -1), 4_096) if text[i].isspace()), start + longest)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]

@@ -1,0 +1,242 @@
+"""Token streams: documents, tokenised in the background and cut into sequences, that resume where they stood."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subquad.core.errors import ConfigError, DataError
+from subquad.data.sources import Source, Tokenizer, pieces, render
+
+Rows = np.ndarray[Any, np.dtype[np.int32]]
+TOKENISE_CHARS = 262_144
+
+
+def held_out(text: str, fraction: float) -> bool:
+    """Whether a document is kept from training: its content alone decides, so that no copy leaks from side to side."""
+    digest = hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) < fraction * 2**64
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a chunk of sequences begins: enough to read it again.
+
+    Attributes:
+        epoch: passes over the data that are complete.
+        chunk: number of the chunk, which seeds its shuffle.
+        taken: documents read of each source in this epoch.
+        carry: tokens that were left over from the chunk before.
+    """
+
+    epoch: int
+    chunk: int
+    taken: tuple[int, ...]
+    carry: tuple[int, ...] = ()
+
+
+class Documents:
+    """The texts of one side of the train/held-out split, sources interleaved in proportion to their size."""
+
+    def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, *, fraction: float, train: bool) -> None:
+        """`fraction` of the documents is held out; `train` chooses the side."""
+        self.sources, self.tokenizer, self.fraction, self.train = tuple(sources), tokenizer, fraction, train
+        self.sizes: list[int] | None = None
+
+    def read(self, taken: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """Index of the source and text of each document, from where `taken` documents of each source were read."""
+        if self.sizes is None:
+            # One source needs no proportions, so its size is never counted.
+            alone = len(self.sources) == 1
+            self.sizes = [1 if alone else max(sum(len(t) for t in self._texts(s)), 1) for s in self.sources]
+        texts = [self._texts(s) for s in self.sources]
+        read = [sum(len(next(texts[i])) for _ in range(n)) for i, n in enumerate(taken)]
+        open_ = list(range(len(texts)))
+        while open_:
+            i = min(open_, key=lambda j: (read[j] / self.sizes[j], j))  # type: ignore[index]
+            text = next(texts[i], None)
+            if text is None:
+                open_.remove(i)
+            else:
+                read[i] += len(text)
+                yield i, text
+
+    def _texts(self, source: Source) -> Iterator[str]:
+        for document in source.open():
+            text = render(document, self.tokenizer)
+            if held_out(text, self.fraction) != self.train:
+                yield text
+
+
+class TokenStream:
+    """An endless iterator of int64 ``[b, t]`` batches, deterministic by seed and resumable to the sequence.
+
+    Documents are joined by the end token and the join is cut every `time` tokens, so no column is padding. Sequences
+    are shuffled within chunks of `chunk_tokens` (a corpus below that is shuffled whole, anew every epoch), and the next
+    chunk is tokenised by a thread while this one is trained on.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
+        *,
+        batch: int,
+        time: int,
+        seed: int = 0,
+        fraction: float = 0.05,
+        chunk_tokens: int = 1 << 21,
+    ) -> None:
+        """Stream the training side of `sources`.
+
+        Args:
+            sources: where documents come from; several are mixed in proportion to their size.
+            tokenizer: its end token separates documents.
+            batch: sequences of a batch, b.
+            time: tokens of a sequence, t.
+            seed: of the shuffle.
+            fraction: share of the documents that is held out.
+            chunk_tokens: tokens shuffled together.
+        """
+        if batch < 1 or time < 2:
+            raise ConfigError(
+                f"batch={batch}, time={time}: expected at least 1 and 2; ask for a larger batch or sequence"
+            )
+        self.documents = Documents(sources, tokenizer, fraction=fraction, train=True)
+        self.batch, self.time, self.seed, self.chunk_tokens = batch, time, seed, max(chunk_tokens, time)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+        self._start(Position(0, 0, (0,) * len(sources)), 0)
+
+    def _start(self, position: Position, at: int) -> None:
+        self._reading: Iterator[tuple[int, str]] | None = None
+        self._position, self._at = position, at
+        self._rows: Rows | None = None
+        self._next: Future[tuple[Rows, Position]] = self._worker.submit(self._chunk, position)
+
+    def __iter__(self) -> TokenStream:
+        return self
+
+    def __next__(self) -> Tensor:
+        """The next batch.
+
+        Raises:
+            DataError: the training side holds less than one sequence.
+        """
+        picked: list[Rows] = []
+        while len(picked) < self.batch:
+            if self._rows is None:
+                self._rows, self._after = self._next.result()
+                self._next = self._worker.submit(self._chunk, self._after)
+            if self._at == len(self._rows):
+                self._rows, self._position, self._at = None, self._after, 0
+                continue
+            picked.append(self._rows[self._at])
+            self._at += 1
+        return torch.from_numpy(np.stack(picked).astype(np.int64))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as plain numbers."""
+        p = self._position
+        place = {"epoch": p.epoch, "chunk": p.chunk, "taken": list(p.taken), "carry": list(p.carry)}
+        return place | {"at": self._at, "time": self.time, "seed": self.seed, "sources": self._names()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go where `state_dict` was taken.
+
+        Raises:
+            DataError: it was taken over other data, another seed or another sequence length.
+        """
+        for key, mine in (("sources", self._names()), ("time", self.time), ("seed", self.seed)):
+            if state[key] != mine:
+                raise DataError(f"resume: expected {key} {state[key]} as in the checkpoint, got {mine}; give the same")
+        if not self._next.cancel():
+            wait([self._next])
+        self._start(Position(state["epoch"], state["chunk"], tuple(state["taken"]), tuple(state["carry"])), state["at"])
+
+    def _names(self) -> list[str]:
+        return [s.name for s in self.documents.sources]
+
+    def _chunk(self, start: Position) -> tuple[Rows, Position]:
+        """The shuffled sequences of the chunk at `start`, and where the next begins. Runs in the worker only."""
+        if self._reading is None:
+            self._reading = self.documents.read(start.taken)
+        taken, ended = list(start.taken), False
+        tokens: Rows = np.array(start.carry, dtype=np.int32)
+        while len(tokens) < self.chunk_tokens and not ended:
+            texts, ended = _take(self._reading, taken)
+            tokens = np.concatenate([tokens, tokenise(texts, self.documents.tokenizer)])
+        count = len(tokens) // self.time
+        if count == 0:
+            raise DataError(
+                f"--data {', '.join(self._names())}: expected at least {self.time} training tokens, got {len(tokens)}; "
+                "give more text or a shorter --seq"
+            )
+        rows: Rows = tokens[: count * self.time].reshape(count, self.time)
+        carry = tuple(tokens[count * self.time :].tolist())
+        rows = rows[np.random.default_rng((self.seed, start.chunk)).permutation(count)]
+        if not ended:
+            return rows, replace(start, chunk=start.chunk + 1, taken=tuple(taken), carry=carry)
+        self._reading = None
+        return rows, Position(start.epoch + 1, start.chunk + 1, (0,) * len(taken), carry)
+
+
+def _take(documents: Iterator[tuple[int, str]], taken: list[int]) -> tuple[list[str], bool]:
+    texts: list[str] = []
+    size = 0
+    for i, text in documents:
+        texts.append(text)
+        taken[i] += 1
+        size += len(text)
+        if size >= TOKENISE_CHARS:
+            return texts, False
+    return texts, True
+
+
+def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Rows:
+    """The tokens of all `texts`, an end token behind each.
+
+    Raises:
+        DataError: the tokenizer has no end token.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError("tokenizer: expected an end token to separate documents, got none; set its eos_token")
+    cut = [list(pieces(text)) for text in texts]
+    flat = [piece for parts in cut for piece in parts]
+    encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else ())
+    tokens: list[int] = []
+    for parts in cut:
+        for _ in parts:
+            tokens += next(encoded)
+        tokens.append(end)
+    return np.array(tokens, dtype=np.int32)
+
+
+def held_out_tokens(
+    sources: Sequence[Source], tokenizer: Tokenizer, *, sequences: int, time: int, fraction: float = 0.05
+) -> Tensor:
+    """Up to `sequences` sequences ``[n, t]`` of the held-out side, in its order.
+
+    Raises:
+        DataError: it holds less than one sequence.
+    """
+    reading = Documents(sources, tokenizer, fraction=fraction, train=False).read((0,) * len(sources))
+    tokens: Rows = np.zeros(0, dtype=np.int32)
+    ended = False
+    while len(tokens) < sequences * time and not ended:
+        texts, ended = _take(reading, [0] * len(sources))
+        tokens = np.concatenate([tokens, tokenise(texts, tokenizer)])
+    count = min(len(tokens) // time, sequences)
+    if count == 0:
+        raise DataError(
+            f"--data {', '.join(s.name for s in sources)}: expected at least {time} held-out tokens, "
+            f"got {len(tokens)}; give more documents, a larger --held-out or a shorter --seq"
+        )
+    return torch.from_numpy(tokens[: count * time].astype(np.int64)).view(count, time)

@@ -1,0 +1,206 @@
+"""Documents, the split, and streams that resume to the token."""
+
+import gzip
+import json
+import lzma
+import sys
+import types
+
+import pytest
+import torch
+
+from subquad.core.errors import DataError
+from subquad.data import Source, TokenStream, held_out_tokens, parse_source
+from subquad.data.sources import pieces, render
+from subquad.data.stream import held_out, tokenise
+
+
+class Bytes:
+    """A tokenizer of bytes: ids 0..255, end token 256."""
+
+    eos_token_id = 256
+    chat_template = None
+
+    def __call__(self, text, *, add_special_tokens):
+        assert add_special_tokens is False
+        return {"input_ids": [list(t.encode()) for t in text]}
+
+    def apply_chat_template(self, conversation, *, tokenize):
+        assert tokenize is False
+        return "".join(f"<{m['role']}>{m['content']}" for m in conversation)
+
+
+def memory(name, texts):
+    return Source(name, lambda: iter(texts))
+
+
+def words(seed, n, length=40):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        f"{seed}.{i} " + "".join(chr(97 + int(c)) for c in torch.randint(26, (length,), generator=generator))
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize(("suffix", "opener"), [("", open), (".xz", lzma.open), (".gz", gzip.open)])
+def test_text_file_is_cut_at_paragraphs_and_loses_nothing(tmp_path, suffix, opener):
+    text = "\n\n".join(f"paragraph {i} " + "x" * 700 for i in range(40)) + "\n"
+    path = tmp_path / f"a.txt{suffix}"
+    with opener(path, "wt", encoding="utf-8") as f:
+        f.write(text)
+    documents = list(parse_source(str(path)).open())
+    assert "".join(documents) == text
+    assert all(d.endswith("\n\n") and 8_192 <= len(d) < 10_000 for d in documents[:-1])
+    assert len(documents) == 4
+
+
+def test_jsonl_fields(tmp_path):
+    path = tmp_path / "a.jsonl"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    records = [{"text": "plain"}, {"messages": turns}, {"prompt": "q", "response": "a"}]
+    path.write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
+    assert list(parse_source(str(path)).open()) == ["plain", turns, turns]
+    path.write_text(json.dumps({"question": "q", "answer": "a", "text": "t"}))
+    assert list(parse_source(f"{path}#question+answer").open()) == [turns]
+    assert list(parse_source(f"{path}#question").open()) == ["q"]
+    with pytest.raises(DataError, match=r"a.jsonl:1: no field 'questoin'; did you mean 'question'\?"):
+        list(parse_source(f"{path}#questoin").open())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1}', "expected text, messages, or prompt and response, got a; name the field"),
+        ("[1]", "expected a JSON object, got list"),
+        ("{", "a.jsonl:1: expected one JSON object a line"),
+    ],
+)
+def test_bad_jsonl(tmp_path, content, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        list(parse_source(str(path)).open())
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "story.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "a.bin").write_text("x")
+    (tmp_path / "a.txt.xz").write_bytes(b"no xz at all")
+    with pytest.raises(DataError, match=r"no such file; did you mean 'story.txt'\?"):
+        parse_source(str(tmp_path / "storie.txt"))
+    with pytest.raises(DataError, match=r"got '.bin'; rename"):
+        parse_source(str(tmp_path / "a.bin"))
+    for name in ("story.txt", "a.txt.xz"):
+        with pytest.raises(DataError, match="intact UTF-8"):
+            list(parse_source(str(tmp_path / name)).open())
+
+
+def test_pydoc_is_text_enough():
+    documents = list(parse_source("pydoc").open())
+    assert len(documents) > 60
+    assert sum(map(len, documents)) > 300_000
+
+
+def test_datasets_arguments(monkeypatch):
+    calls = []
+
+    def load_dataset(name, config, *, split, streaming):
+        calls.append((name, config, split, streaming))
+        return iter([{"content": "x"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert list(parse_source("datasets:o/n:c@validation#content").open()) == ["x"]
+    assert list(parse_source("datasets:o/n#content").open()) == ["x"]
+    assert calls == [("o/n", "c", "validation", True), ("o/n", None, "train", True)]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install .subquad\[datasets\]"):
+        list(parse_source("datasets:o/n").open())
+
+
+def test_chat_template_renders_where_there_is_one():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    tokenizer = Bytes()
+    assert render(turns, tokenizer) == "q\n\na"
+    tokenizer.chat_template = "there"
+    assert render(turns, tokenizer) == "<user>q<assistant>a"
+
+
+def test_pieces_join_to_the_text_and_break_at_spaces():
+    text = " ".join(f"word{i}" for i in range(500))
+    parts = list(pieces(text, longest=100))
+    assert "".join(parts) == text
+    assert all(len(p) <= 101 for p in parts)
+    assert all(p.startswith(" ") for p in parts[1:])
+    assert "".join(pieces("x" * 999, longest=100)) == "x" * 999
+
+
+def test_one_epoch_holds_every_training_token_once_and_none_held_out():
+    texts = words(0, 200)
+    stream = TokenStream([memory("m", texts)], Bytes(), batch=1, time=10, fraction=0.2)
+    train = tokenise([t for t in texts if not held_out(t, 0.2)], Bytes())
+    count = len(train) // 10
+    epoch = torch.cat([next(stream) for _ in range(count)])
+    expected = torch.from_numpy(train[: count * 10].copy()).view(count, 10).long()
+    order = sorted(range(count), key=lambda i: expected[i].tolist())
+    assert sorted(epoch.tolist()) == expected[order].tolist()
+    assert epoch.tolist() != expected.tolist()
+    again = torch.cat([next(stream) for _ in range(count)])
+    assert again.tolist() != epoch.tolist()
+
+    out = held_out_tokens([memory("m", texts)], Bytes(), sequences=10_000, time=10, fraction=0.2)
+    other = tokenise([t for t in texts if held_out(t, 0.2)], Bytes())
+    assert out.flatten().tolist() == other[: len(other) // 10 * 10].tolist()
+    assert 0.1 < len(other) / (len(train) + len(other)) < 0.3
+
+
+def test_sources_mix_in_proportion_to_their_size():
+    big, small = words(1, 300), words(2, 100)
+    stream = TokenStream([memory("b", big), memory("s", small)], Bytes(), batch=1, time=8, fraction=0.0)
+    read = [i for i, _ in stream.documents.read((0, 0))]
+    assert len(read) == 400
+    for part in (100, 200, 300):
+        assert abs(sum(read[:part]) - part / 4) <= 2
+    assert next(stream).shape == (1, 8)
+
+
+@pytest.mark.parametrize("chunk_tokens", [64, 700, 1 << 20])
+@pytest.mark.parametrize("stop", [0, 1, 13, 41])
+def test_resumed_stream_goes_on_to_the_token(chunk_tokens, stop):
+    def make():
+        sources = [memory("a", words(3, 25)), memory("b", words(4, 9))]
+        return TokenStream(sources, Bytes(), batch=3, time=17, seed=5, chunk_tokens=chunk_tokens)
+
+    whole = make()
+    batches = [next(whole) for _ in range(70)]
+    first = make()
+    for batch in batches[:stop]:
+        assert torch.equal(next(first), batch)
+    state = json.loads(json.dumps(first.state_dict()))
+    fresh = make()
+    next(fresh)
+    fresh.load_state_dict(state)
+    for batch in batches[stop:]:
+        assert torch.equal(next(fresh), batch)
+
+
+def test_resume_over_other_data_is_refused():
+    stream = TokenStream([memory("a", words(3, 25))], Bytes(), batch=1, time=8)
+    for other in (
+        TokenStream([memory("b", words(3, 25))], Bytes(), batch=1, time=8),
+        TokenStream([memory("a", words(3, 25))], Bytes(), batch=1, time=9),
+        TokenStream([memory("a", words(3, 25))], Bytes(), batch=1, time=8, seed=1),
+    ):
+        with pytest.raises(DataError, match="give the same"):
+            other.load_state_dict(stream.state_dict())
+
+
+def test_text_too_short():
+    stream = TokenStream([memory("m", ["short"])], Bytes(), batch=1, time=64, fraction=0.0)
+    with pytest.raises(
+        DataError, match="expected at least 64 training tokens, got 6; give more text or a shorter --seq"
+    ):
+        next(stream)
+    with pytest.raises(DataError, match="expected at least 64 held-out tokens, got 6"):
+        held_out_tokens([memory("m", ["short"])], Bytes(), sequences=1, time=64, fraction=1.0)
+    with pytest.raises(DataError, match="end token"):
+        tokenise(["x"], types.SimpleNamespace(eos_token_id=None))
