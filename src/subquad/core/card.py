@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 STATUSES = ("incubating", "stable", "retired")
 
@@ -25,6 +27,7 @@ class Card:
         splittable: reading in pieces equals reading at once.
         from_attention: has a mapping from softmax attention.
         constant_state: the state does not grow with the context.
+        examples: name to config fields of tiny variants; a family's contract tests run over each.
     """
 
     title: str
@@ -40,3 +43,4 @@ class Card:
     splittable: bool = True
     from_attention: bool = False
     constant_state: bool = False
+    examples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

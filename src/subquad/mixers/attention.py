@@ -27,6 +27,26 @@ CARD = Card(
     claim="a model built on attention alone beats recurrent ones in translation at a fraction of the training cost",
     measured="not reproduced: here it is the teacher's own layer, whose logits equal those of transformers",
     from_attention=True,
+    examples={
+        "full": {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "head_dim": 8,
+            "rotary": {"theta": 10000.0, "dim": 8},
+            "qkv_bias": True,
+            "qk_norm": True,
+        },
+        "window": {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_kv_heads": 1,
+            "head_dim": 8,
+            "rotary": {"theta": 10000.0, "dim": 4},
+            "window": 7,
+        },
+        "sinks": {"d_model": 32, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "window": 6, "sinks": 3},
+    },
 )
 
 # Up to this many queries the scores over the cache are held, and the cache is read in place.

@@ -1,0 +1,291 @@
+"""The contract of a mixer, run over every registered one: in whatever pieces it is read, the result is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad.core.attention import AttentionStats, AttentionWeights, RotarySpec
+from subquad.core.config import config_from_dict
+from subquad.core.layout import Layout
+from subquad.core.mixer import Mixer
+from subquad.core.registry import load, methods
+from subquad.core.state import State
+
+CASES = [(slug, name) for slug, card in methods("mixers").items() for name in card.examples]
+# Sums of a few hundred float64 products, reordered: 1e-10 relative to outputs of order one is far above rounding
+# (1e-14) and far below any real difference.
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
+CAPACITY = 160
+
+
+def test_every_mixer_gives_examples() -> None:
+    assert [slug for slug, card in methods("mixers").items() if not card.examples] == []
+
+
+@pytest.fixture(params=CASES, ids=[f"{slug}-{name}" for slug, name in CASES])
+def mixer(request: pytest.FixtureRequest) -> Mixer:
+    slug, name = request.param
+    torch.manual_seed(0)
+    cls: type[Mixer] = load("mixers", slug)
+    built = cls(config_from_dict(cls.Config, methods("mixers")[slug].examples[name])).double()
+    with torch.no_grad():
+        for p in built.parameters():  # away from special starts, so that every path matters
+            p.add_(0.1 * torch.randn_like(p))
+    return built.requires_grad_(False)
+
+
+def block(mixer: Mixer, batch: int, time: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, time, mixer.config.d_model, dtype=torch.float64, generator=generator)
+
+
+def read_in_pieces(mixer: Mixer, x_btd: Tensor, cuts: Sequence[int], layout: Layout | None = None) -> Tensor:
+    """Read up to each cut and commit, from an empty state."""
+    b, t = x_btd.shape[:2]
+    layout = Layout.dense(b, t) if layout is None else layout
+    state: State = mixer.init_state(b, CAPACITY)
+    out: list[Tensor] = []
+    for start, stop in zip([0, *cuts], [*cuts, t], strict=True):
+        y_btd, update = mixer.read(x_btd[:, start:stop], state, layout.narrow(start, stop))
+        state = update.commit()
+        out.append(y_btd)
+    return torch.cat(out, dim=1)
+
+
+@pytest.mark.parametrize("time", [1, 63, 65, 130])
+def test_random_splits_equal_one_shot(mixer: Mixer, time: int) -> None:
+    x_btd = block(mixer, 2, time)
+    whole_btd = mixer(x_btd)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        cuts = sorted(set(torch.randint(1, max(time, 2), (4,), generator=generator).tolist()) - {time})
+        torch.testing.assert_close(read_in_pieces(mixer, x_btd, cuts), whole_btd, **EXACT)
+
+
+def test_single_steps_equal_one_shot(mixer: Mixer) -> None:
+    x_btd = block(mixer, 2, 21)
+    torch.testing.assert_close(read_in_pieces(mixer, x_btd, range(1, 21)), mixer(x_btd), **EXACT)
+
+
+def test_commit_at_every_n_continues_exactly(mixer: Mixer) -> None:
+    """Verification of drafts: of a block of 6, keep n per row, then read the true continuation."""
+    history, size = 19, 6
+    for n in range(size + 1):
+        n_b = torch.tensor([n, size - n, 0])
+        prompt = block(mixer, 3, history)
+        state = mixer.read(prompt, mixer.init_state(3, CAPACITY))[1].commit()
+        draft = block(mixer, 3, size, seed=2)
+        _, update = mixer.read(draft, state, Layout.dense(3, size, start_b=history))
+        after = update.commit(n_b)
+        follow = block(mixer, 3, 5, seed=3)
+        y_btd, _ = mixer.read(follow, after, Layout.dense(3, 5, start_b=history + n_b))
+        for row, kept in enumerate(n_b.tolist()):
+            true = torch.cat((prompt[row], draft[row, :kept], follow[row]))[None]
+            torch.testing.assert_close(y_btd[row], mixer(true)[0, -5:], **EXACT)
+
+
+def test_commit_in_place_equals_pure(mixer: Mixer) -> None:
+    pool = mixer.init_state(5, CAPACITY)
+    rows = torch.tensor([4, 0, 2])
+    for step, (size, kept) in enumerate([(9, [9, 4, 0]), (4, [0, 4, 2]), (1, [1, 0, 1]), (20, [20, 3, 11])]):
+        x_btd, n_b = block(mixer, 3, size, seed=step), torch.tensor(kept)
+        state = pool.select(rows)
+        start_b = torch.full((3,), step)
+        _, update = mixer.read(x_btd, state, Layout.dense(3, size, start_b=start_b))
+        pure = update.commit(n_b)
+        mixer.commit_(pool, rows, update, n_b)
+        probe, at = block(mixer, 3, 7, seed=99), Layout.dense(3, 7, start_b=start_b + n_b)
+        in_place_btd, _ = mixer.read(probe, pool.select(rows), at)
+        torch.testing.assert_close(in_place_btd, mixer.read(probe, pure, at)[0], **EXACT)
+
+
+def test_read_changes_nothing(mixer: Mixer) -> None:
+    state = mixer.read(block(mixer, 2, 11), mixer.init_state(2, CAPACITY))[1].commit()
+    before = [t.clone() for _, t in state.tensors()]
+    _, update = mixer.read(block(mixer, 2, 9, seed=2), state, Layout.dense(2, 9, start_b=11))
+    update.commit(torch.tensor([3, 9]))
+    update.tentative()
+    for (name, now), then in zip(state.tensors(), before, strict=True):
+        assert torch.equal(now, then), name
+
+
+def test_padded_rows_equal_rows_alone(mixer: Mixer) -> None:
+    lengths, time = [70, 1, 0, 33], 70
+    x_btd = 30 * block(mixer, 4, time)  # loud padding: whatever leaks is heard
+    layout = Layout.ragged(torch.tensor(lengths), time)
+    y_btd, update = mixer.read(x_btd, mixer.init_state(4, CAPACITY), layout)
+    assert y_btd.isfinite().all()
+    state = update.commit()
+    follow = block(mixer, 4, 3, seed=5)
+    next_btd, _ = mixer.read(follow, state, Layout.dense(4, 3, start_b=torch.tensor(lengths)))
+    for row, n in enumerate(lengths):
+        alone = mixer(torch.cat((x_btd[row, :n], follow[row]))[None])[0]
+        torch.testing.assert_close(y_btd[row, :n], alone[:n], **EXACT)
+        torch.testing.assert_close(next_btd[row], alone[n:], **EXACT)
+
+
+def test_packed_documents_equal_documents_alone(mixer: Mixer) -> None:
+    documents = [[5, 66, 1, 20], [40, 2, 3], [92]]
+    layout = Layout.packed(documents)
+    time = layout.shape[1]
+    x_btd = block(mixer, 3, time)
+    y_btd = mixer(x_btd, layout)
+    cut_btd = read_in_pieces(mixer, x_btd, [3, 5, 45, 72], layout)
+    _, update = mixer.read(x_btd, mixer.init_state(3, CAPACITY), layout)
+    follow = block(mixer, 3, 4, seed=7)
+    lasts = torch.tensor([row[-1] for row in documents])
+    next_btd, _ = mixer.read(follow, update.commit(), Layout.dense(3, 4, start_b=lasts))
+    for i, row in enumerate(documents):
+        at = 0
+        for n in row:
+            alone = mixer(x_btd[i : i + 1, at : at + n])[0]
+            torch.testing.assert_close(y_btd[i, at : at + n], alone, **EXACT)
+            torch.testing.assert_close(cut_btd[i, at : at + n], alone, **EXACT)
+            at += n
+        last = torch.cat((x_btd[i, at - row[-1] : at], follow[i]))[None]
+        torch.testing.assert_close(next_btd[i], mixer(last)[0, -4:], **EXACT)
+
+
+def test_commit_inside_packed_documents(mixer: Mixer) -> None:
+    layout = Layout.packed([[5, 3, 6]])
+    x_btd = block(mixer, 1, 14)
+    prompt = block(mixer, 1, 9, seed=4)
+    state = mixer.read(prompt, mixer.init_state(1, CAPACITY))[1].commit()
+    shifted = dataclasses.replace(
+        layout, positions_bt=layout.positions_bt + torch.where(layout.documents_bt == 0, 9, 0)
+    )
+    _, update = mixer.read(x_btd, state, shifted)
+    follow = block(mixer, 1, 2, seed=6)
+    for n in range(15):
+        begin = 0 if n <= 5 else 5 if n <= 8 else 8
+        before = torch.cat((prompt[0], x_btd[0, :n])) if n <= 5 else x_btd[0, begin:n]
+        y_btd, _ = mixer.read(follow, update.commit(torch.tensor([n])), Layout.dense(1, 2, start_b=len(before)))
+        torch.testing.assert_close(y_btd, mixer(torch.cat((before, follow[0]))[None])[:, -2:], **EXACT)
+
+
+def test_what_comes_later_changes_nothing_before(mixer: Mixer) -> None:
+    x_btd = block(mixer, 1, 80)
+    other = x_btd.clone()
+    other[:, 50:] = block(mixer, 1, 30, seed=9)
+    torch.testing.assert_close(mixer(x_btd)[:, :50], mixer(other)[:, :50], **EXACT)
+
+
+def test_gradients_in_pieces_equal_one_shot(mixer: Mixer) -> None:
+    mixer.requires_grad_(True)
+    weight = block(mixer, 2, 70, seed=8)
+    grads: list[list[Tensor]] = []
+    for cuts in ([], [1, 30, 64]):
+        x_btd = block(mixer, 2, 70).requires_grad_()
+        (read_in_pieces(mixer, x_btd, cuts) * weight).sum().backward()
+        assert x_btd.grad is not None
+        grads.append([x_btd.grad, *(p.grad.clone() for p in mixer.parameters() if p.grad is not None)])
+        mixer.zero_grad()
+    assert len(grads[0]) == len(grads[1])
+    for one, pieces in zip(*grads, strict=True):
+        torch.testing.assert_close(pieces, one, rtol=1e-9, atol=1e-9)
+
+
+def test_gradient_equals_finite_differences(mixer: Mixer) -> None:
+    x_btd = block(mixer, 1, 12).requires_grad_()
+    weight, along = block(mixer, 1, 12, seed=8), block(mixer, 1, 12, seed=9)
+    (mixer(x_btd) * weight).sum().backward()
+    assert x_btd.grad is not None
+    with torch.no_grad():
+        step = 1e-5
+        difference = ((mixer(x_btd + step * along) - mixer(x_btd - step * along)) * weight).sum() / (2 * step)
+    # Central differences: truncation and cancellation leave about step ** 2 = 1e-10 and 1e-16 / step = 1e-11.
+    torch.testing.assert_close((x_btd.grad * along).sum(), difference, rtol=1e-6, atol=1e-7)
+
+
+def test_state_is_select_fork_save_load(mixer: Mixer, tmp_path: Any) -> None:
+    state = mixer.read(block(mixer, 2, 9), mixer.init_state(2, CAPACITY))[1].commit()
+    state.save(tmp_path / "state.safetensors")
+    loaded = State.load(tmp_path / "state.safetensors")
+    assert type(loaded) is type(state)
+    for (name, a), (_, b) in zip(state.tensors(), loaded.tensors(), strict=True):
+        assert torch.equal(a, b), name
+        assert a.dtype == b.dtype, name
+    probe = block(mixer, 1, 3, seed=2)
+    y_btd, _ = mixer.read(probe.repeat(4, 1, 1), state.fork(2), Layout.dense(4, 3, start_b=9))
+    for row in range(4):
+        alone, _ = mixer.read(probe, loaded.select(torch.tensor([row // 2])), Layout.dense(1, 3, start_b=9))
+        torch.testing.assert_close(y_btd[row], alone[0], **EXACT)
+
+
+def test_declared_axes_and_constant_state(request: pytest.FixtureRequest, mixer: Mixer) -> None:
+    slug, name = request.node.callspec.params["mixer"]
+    card = methods("mixers")[slug]
+    sizes = [mixer.init_state(1, n, device="meta").nbytes for n in (1000, 8000)]
+    if card.constant_state or name in ("window", "sinks"):
+        assert sizes[0] == sizes[1]
+    else:
+        assert sizes[1] > sizes[0]
+
+    def check(tensor: Tensor, declaration: dict[str, Any]) -> Tensor:
+        assert len(declaration["axes"].split()) == tensor.ndim
+        assert tensor.is_floating_point() != (declaration["precision"] == "index")
+        return tensor
+
+    mixer.init_state(1, 4).map(check)
+    half = mixer.init_state(1, 4).to(dtype=torch.bfloat16)
+    half.map(lambda t, d: check(t, d) if d["precision"] != "high" else _at_least_float32(t))
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    assert tensor.dtype == torch.float32
+    return tensor
+
+
+def test_low_precision_stays_near(mixer: Mixer) -> None:
+    """float32 against float64: both errors come from the same sums, some 1e3 roundings of 6e-8 at most."""
+    x_btd = block(mixer, 2, 200)
+    exact = mixer(x_btd)
+    single = mixer.float()(x_btd.float())
+    assert (single - exact).norm() / exact.norm() < 1e-4
+    half = mixer.to(torch.bfloat16)(x_btd.bfloat16())
+    assert half.isfinite().all()
+    assert (half - exact).norm() / exact.norm() < 0.1  # 2 ** -8 a rounding, some tens of them in a row
+
+
+MAPPED = [slug for slug, card in methods("mixers").items() if card.from_attention]
+
+
+@pytest.mark.parametrize("slug", MAPPED)
+@pytest.mark.parametrize("measured", [False, True])
+def test_from_attention_takes_every_kind_of_teacher(slug: str, measured: bool) -> None:
+    """Grouped heads, biases, QK norms, RoPE, head_dim != d_model / heads; the source is left as it was."""
+    torch.manual_seed(0)
+    h, g, k, d = 6, 2, 8, 32
+    source = AttentionWeights(
+        q_weight=torch.randn(h * k, d) / d**0.5,
+        k_weight=torch.randn(g * k, d) / d**0.5,
+        v_weight=torch.randn(g * k, d) / d**0.5,
+        o_weight=torch.randn(d, h * k) / (h * k) ** 0.5,
+        n_heads=h,
+        n_kv_heads=g,
+        head_dim=k,
+        scale=k**-0.5,
+        q_bias=torch.randn(h * k),
+        k_bias=torch.randn(g * k),
+        v_bias=torch.randn(g * k),
+        q_norm=1 + 0.1 * torch.randn(k),
+        k_norm=1 + 0.1 * torch.randn(k),
+        rotary=RotarySpec(10000.0, k),
+    )
+    before = source.v_weight.clone()
+    stats = AttentionStats(torch.linspace(2, 50, h), torch.linspace(0.5, 2, h)) if measured else None
+    cls: type[Mixer] = load("mixers", slug)
+    mixer = cls.from_attention(source, stats)
+    y_btd = mixer(torch.randn(2, 20, d))
+    assert y_btd.isfinite().all()
+    assert y_btd.norm() > 0
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.zero_()
+    assert torch.equal(source.v_weight, before)
