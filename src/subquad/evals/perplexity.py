@@ -1,0 +1,138 @@
+"""Perplexity of a text at a context length, by position, paired between models."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from subquad.core.errors import ConfigError, DataError
+from subquad.evals.scoring import Progress, score_hidden
+from subquad.evals.stats import Interval, bootstrap_mean
+from subquad.evals.text import TextTokens
+from subquad.models.stack import Stack
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Mean loss of the tokens at positions ``[start, stop)`` of their window, in nats."""
+
+    start: int
+    stop: int
+    nll: float
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a model makes of a text cut into windows.
+
+    Attributes:
+        context: tokens of a window.
+        windows: how many.
+        nll_wt: float64 ``[windows, context - 1]``, loss of every scored token in nats: all but a window's first.
+        bytes_scored: UTF-8 bytes of the scored tokens.
+        seconds: wall time.
+    """
+
+    context: int
+    windows: int
+    nll_wt: Tensor
+    bytes_scored: int
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens."""
+        return self.nll_wt.numel()
+
+    @property
+    def nll_total(self) -> float:
+        """Loss of the whole text, in nats."""
+        return float(self.nll_wt.sum())
+
+    @property
+    def nll(self) -> Interval:
+        """Loss per token in nats, over windows."""
+        return bootstrap_mean(self.nll_wt.mean(1))
+
+    @property
+    def perplexity(self) -> Interval:
+        """``exp(nll)``."""
+        return self.nll.map(math.exp)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """``nll_total / (ln 2 · bytes)``: comparable between tokenizers."""
+        return self.nll_total / (math.log(2) * self.bytes_scored)
+
+    def by_position(self) -> list[Bucket]:
+        """Loss over the position in the window, in buckets that double: 1, 2-3, 4-7, ..."""
+        edges = [2**i for i in range(self.context.bit_length()) if 2**i < self.context] + [self.context]
+        # Column t holds the loss of the token at position t + 1.
+        return [Bucket(a, b, float(self.nll_wt[:, a - 1 : b - 1].mean())) for a, b in pairwise(edges)]
+
+
+@torch.no_grad()
+def perplexity(
+    model: Stack, text: TextTokens, context: int, *, batch: int = 4, progress: Progress | None = None
+) -> Perplexity:
+    """The loss of a text in non-overlapping windows of `context` tokens.
+
+    ``nll = -log p(token_t | tokens of the window before t)`` for t from 1: a window's first token has nothing before
+    it and is not scored, and what remains after the last whole window is left out.
+
+    Args:
+        model: the model.
+        text: from `subquad.evals.text`.
+        context: tokens of a window, at least 2; a warning where the model was not made for as many.
+        batch: windows read at once.
+        progress: called with tokens done and in all.
+
+    Raises:
+        ConfigError: a context below 2.
+        DataError: text shorter than one window.
+    """
+    if context < 2:
+        raise ConfigError(f"context: expected at least 2 tokens, got {context}; the first of a window is not scored")
+    windows = len(text.ids_n) // context
+    if windows == 0:
+        raise DataError(
+            f"expected a text of at least one window of {context} tokens, got {len(text.ids_n)}; "
+            "give more text or a smaller --context"
+        )
+    if context > model.config.max_positions:
+        warnings.warn(
+            f"context {context} is beyond the {model.config.max_positions} positions the model was made for",
+            stacklevel=2,
+        )
+    tokens_wt = text.ids_n[: windows * context].view(windows, context)
+    bytes_wt = text.bytes_n[: windows * context].view(windows, context)
+    nll_wt = torch.empty(windows, context - 1, dtype=torch.float64)
+    began = time.perf_counter()
+    for start in range(0, windows, batch):
+        tokens_bt = tokens_wt[start : start + batch].to(model.device)
+        hidden_btd = model.hidden(tokens_bt)[:, :-1]
+        scores = score_hidden(model, hidden_btd.flatten(0, 1), tokens_bt[:, 1:].flatten())
+        nll_wt[start : start + batch] = -scores.logprob_n.view(len(tokens_bt), context - 1)
+        if progress is not None:
+            progress(min(start + batch, windows) * context, windows * context)
+    return Perplexity(context, windows, nll_wt, int(bytes_wt[:, 1:].sum()), time.perf_counter() - began)
+
+
+def perplexity_ratio(student: Perplexity, teacher: Perplexity) -> Interval:
+    """``exp(nll_student - nll_teacher)`` with an interval over windows, each scored by both.
+
+    Raises:
+        ConfigError: the two were not measured on the same windows.
+    """
+    if student.nll_wt.shape != teacher.nll_wt.shape or student.bytes_scored != teacher.bytes_scored:
+        raise ConfigError(
+            f"expected the same windows for both, got {tuple(student.nll_wt.shape)} and "
+            f"{tuple(teacher.nll_wt.shape)}; measure both on one tokenized text at one context"
+        )
+    return bootstrap_mean((student.nll_wt - teacher.nll_wt).mean(1)).map(math.exp)
