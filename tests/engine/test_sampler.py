@@ -1,0 +1,227 @@
+"""Processors equal those of transformers, and a row's samples depend on its own seed only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad.core.errors import ConfigError
+from subquad.engine.sampler import History, Sampler, SamplingConfig, gumbel
+
+V = 61
+PROMPTS = [[1, 2, 3, 3], [60], [7, 7, 8, 9, 10, 11]]
+
+
+def logits(rows: int = 3, seed: int = 0) -> Tensor:
+    out = 3 * torch.randn(rows, V, generator=torch.Generator().manual_seed(seed))
+    out[0, 5] = out[0, 6]  # a tie
+    return out
+
+
+def reference(config: SamplingConfig, ids: list[int], logits_v: Tensor) -> Tensor:
+    from transformers import GenerationConfig
+    from transformers.generation import LogitsProcessorList
+    from transformers.generation.logits_process import (
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    chain = LogitsProcessorList()
+    if config.repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    chain.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_k:
+        chain.append(TopKLogitsWarper(config.top_k))
+    if config.top_p < 1:
+        chain.append(TopPLogitsWarper(config.top_p))
+    if config.min_p:
+        chain.append(MinPLogitsWarper(config.min_p))
+    # The order above is the one that transformers builds from the same settings.
+    built = order_in_transformers(
+        GenerationConfig(
+            do_sample=True,
+            repetition_penalty=config.repetition_penalty,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p or None,
+        )
+    )
+    assert built == [type(p) for p in chain if not (isinstance(p, TemperatureLogitsWarper) and config.temperature == 1)]
+    return chain(torch.tensor([ids]), logits_v[None].clone())[0]
+
+
+def order_in_transformers(generation_config: object) -> list[type]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny = LlamaConfig(vocab_size=V, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    return [type(p) for p in LlamaForCausalLM(tiny)._get_logits_processor(generation_config, input_ids_seq_length=1)]
+
+
+CONFIGS = [
+    SamplingConfig(temperature=1.0),
+    SamplingConfig(temperature=0.7),
+    SamplingConfig(temperature=1.0, top_k=5),
+    SamplingConfig(temperature=1.0, top_k=1000),
+    SamplingConfig(temperature=1.0, top_p=0.8),
+    SamplingConfig(temperature=1.0, top_p=1e-9),
+    SamplingConfig(temperature=1.0, min_p=0.1),
+    SamplingConfig(temperature=1.0, min_p=1.0),
+    SamplingConfig(temperature=1.0, repetition_penalty=1.3),
+    SamplingConfig(temperature=1.6, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=0.8),
+    SamplingConfig(temperature=0.4, top_k=7, top_p=0.95, min_p=0.02, repetition_penalty=1.8),
+]
+
+
+def history_after(generated: list[list[int]]) -> History:
+    history = History.start(PROMPTS, V)
+    for step in zip(*generated, strict=True):
+        history.observe_(torch.tensor(step), torch.ones(3, dtype=torch.int64))
+    return history
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_distribution_is_that_of_transformers(config: SamplingConfig) -> None:
+    generated = [[4, 4, 5], [1, 2, 0], [7, 20, 7]]
+    p_bv = Sampler([config] * 3).probabilities(logits(), history_after(generated))
+    for row in range(3):
+        expected_v = reference(config, PROMPTS[row] + generated[row], logits()[row]).softmax(-1)
+        assert torch.equal(p_bv[row] > 0, expected_v > 0)
+        torch.testing.assert_close(p_bv[row], expected_v, rtol=1e-6, atol=1e-8)
+
+
+def test_rows_of_one_batch_may_all_be_processed_differently() -> None:
+    history = history_after([[4, 4, 5], [1, 2, 0], [7, 20, 7]])
+    for first in range(0, len(CONFIGS) - 2):
+        configs = CONFIGS[first : first + 3]
+        together_bv = Sampler(configs).probabilities(logits(), history)
+        for row, config in enumerate(configs):
+            alone_v = Sampler([config]).probabilities(logits()[row : row + 1], history.select(torch.tensor([row])))[0]
+            torch.testing.assert_close(together_bv[row], alone_v, rtol=1e-6, atol=1e-8)
+
+
+def test_presence_and_frequency_count_the_output_and_not_the_prompt() -> None:
+    config = SamplingConfig(temperature=1.0, presence_penalty=0.5, frequency_penalty=0.25)
+    history = history_after([[4, 4, 5], [1, 2, 0], [7, 20, 7]])
+    got_bv = Sampler([config] * 3).process(logits(), history)
+    expected_bv = logits()
+    for row, counts in enumerate([{4: 2, 5: 1}, {1: 1, 2: 1, 0: 1}, {7: 2, 20: 1}]):
+        for token, count in counts.items():
+            expected_bv[row, token] -= 0.5 + 0.25 * count
+    torch.testing.assert_close(got_bv, expected_bv, rtol=0, atol=1e-6)
+
+
+def test_a_finished_row_is_not_counted() -> None:
+    history = History.start(PROMPTS, V)
+    history.observe_(torch.tensor([1, 2, 3]), torch.tensor([1, 0, 1]))
+    assert history.step_b.tolist() == [1, 0, 1]
+    assert history.count_bv.sum(1).tolist() == [1, 0, 1]
+
+
+def test_greedy_puts_all_mass_on_the_best_token_after_the_penalties() -> None:
+    plain_bv = torch.tensor([[1.0, 2.0, 1.9]])
+    history = History.start([[1]], 3)
+    sampler = Sampler([SamplingConfig(repetition_penalty=1.5)])
+    assert sampler.probabilities(plain_bv, history).tolist() == [[0.0, 0.0, 1.0]]
+    assert sampler.sample(plain_bv, history).tolist() == [2]
+    assert Sampler([SamplingConfig()]).sample(plain_bv, history).tolist() == [1]
+
+
+def test_samples_follow_the_distribution() -> None:
+    n, config = 100_000, SamplingConfig(temperature=0.8, top_k=12, top_p=0.97, seed=3)
+    one_bv = logits(1, seed=5)
+    sampler = Sampler([replace(config, seed=3 + i) for i in range(n)])
+    history = History.start([[0]] * n, 0)
+    p_v = Sampler([config]).probabilities(one_bv.double(), History.start([[0]], 0))[0]
+    for step in range(2):  # over seeds, at two steps
+        counts_v = torch.bincount(sampler.sample(one_bv.expand(n, -1), history), minlength=V)
+        assert counts_v[p_v == 0].sum() == 0
+        kept = p_v > 0
+        expected_v = n * p_v[kept]
+        chi2 = float(((counts_v[kept] - expected_v) ** 2 / expected_v).sum())
+        freedom = int(kept.sum()) - 1
+        # Five standard deviations of chi-square above its mean.
+        assert expected_v.min() > 5
+        assert chi2 < freedom + 5 * math.sqrt(2 * freedom), step
+        history.observe_(torch.zeros(n, dtype=torch.int64), torch.ones(n, dtype=torch.int64))
+
+
+def test_samples_of_one_row_over_steps_follow_the_distribution() -> None:
+    n = 100_000
+    steps = torch.arange(n)
+    p_v = torch.tensor([0.5, 0.25, 0.125, 0.1, 0.025], dtype=torch.float64)
+    drawn = (p_v.log().float() + gumbel(torch.full((n,), 11), steps, 5)).argmax(-1)
+    counts_v = torch.bincount(drawn, minlength=5)
+    chi2 = float(((counts_v - n * p_v) ** 2 / (n * p_v)).sum())
+    assert chi2 < 4 + 5 * math.sqrt(8)
+    # Successive steps are independent: pairs follow the product.
+    pairs = torch.bincount(drawn[:-1] * 5 + drawn[1:], minlength=25)
+    expected = (n - 1) * torch.outer(p_v, p_v).flatten()
+    chi2 = float(((pairs - expected) ** 2 / expected).sum())
+    assert chi2 < 24 + 5 * math.sqrt(48)
+
+
+def test_the_noise_is_standard_gumbel() -> None:
+    noise = gumbel(torch.arange(50), torch.zeros(50, dtype=torch.int64), 4000).double().flatten()
+    assert noise.isfinite().all()
+    # Mean and variance of the standard Gumbel, within five standard errors (its kurtosis is 5.4).
+    n, variance = noise.numel(), math.pi**2 / 6
+    assert abs(noise.mean() - 0.5772156649) < 5 * math.sqrt(variance / n)
+    assert abs(noise.var() - variance) < 5 * variance * math.sqrt(4.4 / n)
+
+
+def test_a_row_draws_the_same_in_any_batch() -> None:
+    configs = [SamplingConfig(temperature=1.0, top_p=0.9, seed=s) for s in (5, 6, 7)]
+    history = history_after([[4, 4, 5], [1, 2, 0], [7, 20, 7]])
+    together = Sampler(configs).sample(logits(), history).tolist()
+    order = torch.tensor([2, 0, 1])
+    shuffled = Sampler([configs[i] for i in order]).sample(logits()[order], history.select(order)).tolist()
+    assert shuffled == [together[i] for i in order]
+    for row in range(3):
+        alone = history.select(torch.tensor([row]))
+        assert Sampler([configs[row]]).sample(logits()[row : row + 1], alone).tolist() == [together[row]]
+
+
+def test_seeds_and_steps_give_different_noise() -> None:
+    first = gumbel(torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), 1000)
+    correlation = torch.corrcoef(first.double())
+    assert correlation.triu(1).abs().max() < 5 / math.sqrt(1000)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_give_no_token(bad: float) -> None:
+    broken = logits()
+    broken[1, 4] = bad
+    for config in (SamplingConfig(), SamplingConfig(temperature=1.0)):
+        tokens = Sampler([config] * 3).sample(broken, History.start(PROMPTS, 0)).tolist()
+        assert tokens[1] == -1
+        assert min(tokens[0], tokens[2]) >= 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": 1e-9},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": math.inf},
+        {"seed": -1},
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(values: dict[str, float]) -> None:
+    (name,) = values
+    with pytest.raises(ConfigError, match=f"^{name}: expected .*, got "):
+        SamplingConfig(**values)  # pyright: ignore[reportArgumentType]
