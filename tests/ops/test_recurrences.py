@@ -73,6 +73,7 @@ def test_documents_and_padding_equal_separate_sequences(op: str, form: str) -> N
         n: x if n == "state_bhkv" else x.masked_fill(~valid_bt.view(2, t, *[1] * (x.dim() - 2)), torch.nan)
         for n, x in values.items()
     }
+    where = {"valid_bt": valid_bt, "documents_bt": documents_bt}
     got = getattr(module, form)(**spoiled, **where)
     y = got[0] if form == "equation" else got
     end = got[1] if form == "equation" else module.final_state(**without_q(spoiled), **where)

@@ -19,7 +19,7 @@ def equation(
     valid_bt: Tensor | None = None,
     documents_bt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule as its equation (2412.06464, equation 10), a loop over tokens; the oracle of all versions.
+    """The gated delta rule as its equation (2412.06464, equation 10), a loop over tokens; the oracle.
 
     ``S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T``, ``y_t = S_t^T q_t``.
     The paper's state is this one's transpose. The state decays first, and is corrected then.

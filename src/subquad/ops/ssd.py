@@ -18,7 +18,7 @@ def equation(
     valid_bt: Tensor | None = None,
     documents_bt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Decaying linear attention as its equation (2405.21060, equation 2), a loop over tokens; the oracle of all versions.
+    """Decaying linear attention as its equation (2405.21060, equation 2), a loop over tokens; the oracle.
 
     ``S_t = exp(g_t) S_{t-1} + k_t v_t^T``, ``y_t = S_t^T q_t``: the paper's A is ``exp(g)``, B is k, C is q and x is v.
 
