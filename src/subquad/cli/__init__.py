@@ -29,6 +29,7 @@ No list is edited. The rules are few:
 - What the user can cause is raised as a `SubquadError` (or ``typer.BadParameter`` for an option's value): it is
   printed as one line ``error: ...`` on stderr and the exit code is 2. Anything else is a bug and shows its traceback.
   ``--traceback`` or ``SUBQUAD_TRACEBACK=1`` shows it always. Ctrl-C exits with 130.
+- ``--device`` and ``--dtype`` come from `subquad.cli._placement`: annotate them ``Device`` and ``DType``, default "".
 - Results go to stdout, and can be piped; progress, notes and speed go to stderr.
 """
 

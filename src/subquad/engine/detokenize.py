@@ -31,13 +31,16 @@ class Detokenizer:
         self.stop = tuple(stop)
         self.stopped = False
         self.held = ""
-        # A window that begins inside a character would never decode it: a character has at most four bytes.
+        # A window that begins inside a character may never decode it: a character has at most four bytes.
         windows = [list(prompt[max(len(prompt) - CONTEXT - extra, 0) :]) for extra in range(4)]
-        self.window = next((w for w in windows if not self._decode(w).startswith(UNFINISHED)), windows[0])
-        # Where the prompt ends inside a character, some tokenizers give up the whole run of bytes before it.
-        shorter = [self._decode(self.window[: max(len(self.window) - k, 0)]).rstrip(UNFINISHED) for k in range(4)]
-        self.given = max(map(len, shorter))
+        measured = [(window, self._certain(window)) for window in windows]
+        self.window, self.given = next((m for m in measured if m[1] > 0), measured[0])
         self.boundary = 0 if self._decode(self.window).endswith(UNFINISHED) else len(self.window)
+
+    def _certain(self, tokens: list[int]) -> int:
+        # Where tokens end inside a character, some tokenizers give up the whole run of bytes before it.
+        shorter = [tokens[: max(len(tokens) - k, 0)] for k in range(4)]
+        return max(len(self._decode(t).rstrip(UNFINISHED)) for t in shorter)
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

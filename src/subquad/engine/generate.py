@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError, DataError, DivergenceError, UnsupportedError
-from subquad.core.mixer import Mixer
 from subquad.engine.detokenize import Detokenizer
 from subquad.engine.sampler import History, Sampler, SamplingConfig
 from subquad.models.stack import Stack, StackState
@@ -222,7 +221,7 @@ def _check(model: Stack, prompts: Sequence[Sequence[int]], limits: Limits, token
     """Refuse what can't be generated; return the most tokens that a row commits."""
     for i, block in enumerate(model.blocks):
         mixer = block.mixer
-        if not (isinstance(mixer, Mixer) and mixer.causal and mixer.splittable):
+        if not (mixer.causal and mixer.splittable):
             raise UnsupportedError(
                 f"layer {i}: expected a causal mixer that can be read in pieces, got {type(mixer).__name__}; "
                 "score whole texts with it instead"
