@@ -60,11 +60,9 @@ def test_band_equals_the_equation(sinks: int, documents: list[int]) -> None:
     if layout.documents_bt is not None:
         allowed &= layout.documents_bt[:, :, None] == layout.documents_bt[:, None]
     want = attention.equation(q, k, v, allowed.expand(2, -1, -1), 0.3)
-    heads = [torch.cat((torch.full((2, 2, width, 8), 1e3), x.transpose(1, 2)), 2) for x in (k, v)]
-    nothing = torch.full((2, 2, sinks, 8), 1e3, dtype=torch.float64)  # loud: an empty slot that is read is seen
-    seen = torch.zeros(2, dtype=torch.int64)
-    filled = [window.fill_sinks(nothing, x.transpose(1, 2), seen) for x in (k, v)]
-    band = window.band(q, heads[0], heads[1], filled[0], filled[1], window=width, seen_b=seen, layout=layout)
-    got = band.join(attention.masked(band.q_xchk, band.k_xgnk, band.v_xgnv, band.allowed_xcn, 0.3))
+    empty = window.WindowState.empty(2, 2, width, sinks, 8, dtype=torch.float64, device="cpu")
+    loud = empty.map(lambda x, _: x + 1e3 if x.is_floating_point() else x)  # an empty slot that is read is heard
+    band = window.band(q, k.transpose(1, 2), v.transpose(1, 2), loud, layout)
+    got = band.join(attention.masked(band.q_xchk, band.k_xgnk, band.v_xgnk, band.allowed_xcn, 0.3))
     torch.testing.assert_close(got, want, **EXACT)
     assert band.k_xgnk.shape[2] <= sinks + 2 * width or len(documents) > 1

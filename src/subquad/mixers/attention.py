@@ -17,6 +17,7 @@ from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State, axes
 from subquad.ops import attention, window
 from subquad.ops.qkv import QKV
+from subquad.ops.window import WindowState
 
 CARD = Card(
     title="Attention Is All You Need",
@@ -59,17 +60,6 @@ class CacheState(State):
 
     k_bgnk: Tensor = axes("b g n k", shard="g")
     v_bgnk: Tensor = axes("b g n k", shard="g")
-    seen_b: Tensor = axes("b", precision="index")
-
-
-@dataclass(frozen=True)
-class WindowState(State):
-    """Keys and values of the last w tokens, right-aligned, and of the first s."""
-
-    window_k_bgwk: Tensor = axes("b g w k", shard="g")
-    window_v_bgwk: Tensor = axes("b g w k", shard="g")
-    sink_k_bgsk: Tensor = axes("b g s k", shard="g")
-    sink_v_bgsk: Tensor = axes("b g s k", shard="g")
     seen_b: Tensor = axes("b", precision="index")
 
 
@@ -135,19 +125,7 @@ class WindowUpdate(Update):
 
     def commit(self, n_b: Tensor | None = None) -> State:
         """Shift the window by the kept tokens and fill the sinks that have come."""
-        n_b = self.layout.lengths_b if n_b is None else n_b
-        old = self.state
-        kept_bt, continues_b = self.layout.tail(n_b)
-        kept_b = kept_bt.sum(1)
-        seen_b = torch.where(continues_b, old.seen_b, 0)
-        start_b = torch.where(continues_b, 0, n_b - kept_b)
-        return WindowState(
-            window.shift(old.window_k_bgwk, self.k_bgtk, n_b),
-            window.shift(old.window_v_bgwk, self.v_bgtk, n_b),
-            window.fill_sinks(old.sink_k_bgsk, self.k_bgtk, seen_b, start_b),
-            window.fill_sinks(old.sink_v_bgsk, self.v_bgtk, seen_b, start_b),
-            seen_b + kept_b,
-        )
+        return self.state.after(self.k_bgtk, self.v_bgtk, self.layout, self.layout.lengths_b if n_b is None else n_b)
 
 
 class Attention(Mixer):
@@ -220,16 +198,10 @@ class Attention(Mixer):
     def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> CacheState | WindowState:
         """Buffers for `capacity` tokens, or for the window and sinks."""
         config, like = self.config, self.factory(**factory)
-        seen_b = torch.zeros(batch, dtype=torch.int64, device=like["device"])
-
-        def buffer(size: int) -> Tensor:
-            return torch.zeros(batch, config.n_kv_heads, size, config.head_dim, **like)
-
-        if config.window is None:
-            return CacheState(buffer(capacity), buffer(capacity), seen_b)
-        return WindowState(
-            buffer(config.window), buffer(config.window), buffer(config.sinks), buffer(config.sinks), seen_b
-        )
+        if config.window is not None:
+            return WindowState.empty(batch, config.n_kv_heads, config.window, config.sinks, config.head_dim, **like)
+        k_bgnk = torch.zeros(batch, config.n_kv_heads, capacity, config.head_dim, **like)
+        return CacheState(k_bgnk, k_bgnk.clone(), torch.zeros(batch, dtype=torch.int64, device=like["device"]))
 
     def read(
         self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
@@ -239,7 +211,8 @@ class Attention(Mixer):
         q_bthk, k_btgk, v_btgk = self.qkv(x_btd, layout)
         k_bgtk, v_bgtk = k_btgk.transpose(1, 2), v_btgk.transpose(1, 2)
         if isinstance(state, WindowState):
-            y_bthk = self._read_window(q_bthk, k_bgtk, v_bgtk, state, layout)
+            band = window.band(q_bthk, k_bgtk, v_bgtk, state, layout)
+            y_bthk = band.join(attention.masked(band.q_xchk, band.k_xgnk, band.v_xgnk, band.allowed_xcn, self.scale))
             update: Update = WindowUpdate(state, k_bgtk, v_bgtk, layout)
         else:
             assert isinstance(state, CacheState)
@@ -268,23 +241,6 @@ class Attention(Mixer):
             torch.cat((cached_btn, block_btt), dim=2),
             self.scale,
         )
-
-    def _read_window(
-        self, q_bthk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, state: WindowState, layout: Layout
-    ) -> Tensor:
-        assert self.config.window is not None
-        band = window.band(
-            q_bthk,
-            torch.cat((state.window_k_bgwk, k_bgtk), dim=2),
-            torch.cat((state.window_v_bgwk, v_bgtk), dim=2),
-            window.fill_sinks(state.sink_k_bgsk, k_bgtk, state.seen_b),
-            window.fill_sinks(state.sink_v_bgsk, v_bgtk, state.seen_b),
-            window=self.config.window,
-            seen_b=state.seen_b,
-            layout=layout,
-        )
-        y_xchk = attention.masked(band.q_xchk, band.k_xgnk, band.v_xgnv, band.allowed_xcn, self.scale)
-        return band.join(y_xchk)
 
     def weights(self) -> AttentionWeights:
         """This attention as plain data, sharing its tensors."""

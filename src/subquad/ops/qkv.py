@@ -47,16 +47,25 @@ class QKV(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if norm else None
 
     def forward(self, x_btd: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values."""
+        """Rotated queries and keys, and values."""
+        q_bthk, k_btgk, v_btgk = self.project(x_btd)
+        return *self.rotate(q_bthk, k_btgk, layout), v_btgk
+
+    def project(self, x_btd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values without position."""
         q_bthk = self.q_proj(x_btd).unflatten(-1, (self.n_heads, self.head_dim))
         k_btgk = self.k_proj(x_btd).unflatten(-1, (self.n_kv_heads, self.head_dim))
         v_btgk = self.v_proj(x_btd).unflatten(-1, (self.n_kv_heads, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q_bthk, k_btgk = self.q_norm(q_bthk), self.k_norm(k_btgk)
-        if self.rotary is not None:
-            tables = rope.tables(self.rotary, layout.positions_bt, x_btd.dtype)
-            q_bthk, k_btgk = rope.rotate(q_bthk, tables), rope.rotate(k_btgk, tables)
         return q_bthk, k_btgk, v_btgk
+
+    def rotate(self, q_bthk: Tensor, k_btgk: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Queries and keys at their positions."""
+        if self.rotary is None:
+            return q_bthk, k_btgk
+        tables = rope.tables(self.rotary, layout.positions_bt, q_bthk.dtype)
+        return rope.rotate(q_bthk, tables), rope.rotate(k_btgk, tables)
 
     @torch.no_grad()
     def take_(self, source: AttentionWeights) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from subquad.core.layout import Layout
+from subquad.core.state import State, axes
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,14 @@ class Band:
 
     Attributes:
         q_xchk: ``[b * chunks, c, h, k]``.
-        k_xgnk, v_xgnv: keys and values, sinks first.
+        k_xgnk, v_xgnk: keys and values, sinks first.
         allowed_xcn: bool mask.
-        time: t before padding to whole chunks.
+        batch, time: b and t, the latter before padding to whole chunks.
     """
 
     q_xchk: Tensor
     k_xgnk: Tensor
-    v_xgnv: Tensor
+    v_xgnk: Tensor
     allowed_xcn: Tensor
     batch: int
     time: int
@@ -54,31 +56,53 @@ def fill_sinks(sink_bgsk: Tensor, block_bgtk: Tensor, seen_b: Tensor, start_b: T
     return joint_bgnk.gather(2, source_bs[:, None, :, None].expand(-1, joint_bgnk.shape[1], -1, joint_bgnk.shape[3]))
 
 
-def band(
-    q_bthk: Tensor,
-    k_bgmk: Tensor,
-    v_bgmv: Tensor,
-    sink_k_bgsk: Tensor,
-    sink_v_bgsv: Tensor,
-    *,
-    window: int,
-    seen_b: Tensor,
-    layout: Layout,
-) -> Band:
+@dataclass(frozen=True)
+class WindowState(State):
+    """Keys and values of the last w tokens, right-aligned, and of the first s of the document."""
+
+    window_k_bgwk: Tensor = axes("b g w k", shard="g")
+    window_v_bgwk: Tensor = axes("b g w k", shard="g")
+    sink_k_bgsk: Tensor = axes("b g s k", shard="g")
+    sink_v_bgsk: Tensor = axes("b g s k", shard="g")
+    seen_b: Tensor = axes("b", precision="index")
+
+    @staticmethod
+    def empty(batch: int, n_kv_heads: int, window: int, sinks: int, head_dim: int, **factory: Any) -> WindowState:
+        """A state before the first token; `factory` is ``device`` and ``dtype``."""
+        window_bgwk = torch.zeros(batch, n_kv_heads, window, head_dim, **factory)
+        sink_bgsk = torch.zeros(batch, n_kv_heads, sinks, head_dim, **factory)
+        seen_b = torch.zeros(batch, dtype=torch.int64, device=factory["device"])
+        return WindowState(window_bgwk, window_bgwk.clone(), sink_bgsk, sink_bgsk.clone(), seen_b)
+
+    def after(self, k_bgtk: Tensor, v_bgtk: Tensor, layout: Layout, n_b: Tensor) -> WindowState:
+        """The state after the first `n_b` tokens of a block."""
+        kept_bt, continues_b = layout.tail(n_b)
+        kept_b = kept_bt.sum(1)
+        seen_b, start_b = torch.where(continues_b, self.seen_b, 0), torch.where(continues_b, 0, n_b - kept_b)
+        return WindowState(
+            shift(self.window_k_bgwk, k_bgtk, n_b),
+            shift(self.window_v_bgwk, v_bgtk, n_b),
+            fill_sinks(self.sink_k_bgsk, k_bgtk, seen_b, start_b),
+            fill_sinks(self.sink_v_bgsk, v_bgtk, seen_b, start_b),
+            seen_b + kept_b,
+        )
+
+
+def band(q_bthk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, state: WindowState, layout: Layout) -> Band:
     """Lay out a block's queries against the window before it, the block itself and the sinks.
 
-    Query t sees keys of its own document with ``0 <= index_q - index_k < window`` or ``index_k < s``.
+    Query t sees keys of its own document with ``0 <= index_q - index_k < w`` or ``index_k < s``.
 
     Args:
         q_bthk: the block's queries.
-        k_bgmk, v_bgmv: ``m = window + t`` keys and values: the last `window` tokens, right-aligned, then the block's.
-        sink_k_bgsk, sink_v_bgsv: first s tokens of document 0, from `fill_sinks`.
-        window: tokens a query may see, itself included.
-        seen_b: tokens of document 0 before the block.
+        k_bgtk, v_bgtk: the block's keys and values, heads first.
+        state: what stands before the block.
         layout: the block's.
     """
     b, t = q_bthk.shape[:2]
-    s, device = sink_k_bgsk.shape[2], q_bthk.device
+    seen_b, window, device = state.seen_b, state.window_k_bgwk.shape[2], q_bthk.device
+    k_bgmk, v_bgmk = torch.cat((state.window_k_bgwk, k_bgtk), 2), torch.cat((state.window_v_bgwk, v_bgtk), 2)
+    s = state.sink_k_bgsk.shape[2]
     index_bt = layout.index_bt(seen_b)
     # Packed documents each have sinks of their own inside the block, so their band is the whole block.
     whole = layout.documents_bt is not None or t <= window
@@ -108,10 +132,12 @@ def band(
         sink_xcs = sink_xcs & (layout.documents_bt == 0)[..., None]
     allowed_xcn = torch.cat((sink_xcs, inside_xcn), dim=-1)
 
-    def keys(sink: Tensor, joint: Tensor) -> Tensor:
-        return torch.cat((sink.repeat_interleave(n_chunks, dim=0), chunked(joint, 2, chunk + window)), dim=2)
+    def keys(sink_bgsk: Tensor, joint_bgmk: Tensor, block_bgtk: Tensor) -> Tensor:
+        filled_bgsk = fill_sinks(sink_bgsk, block_bgtk, seen_b).repeat_interleave(n_chunks, dim=0)
+        return torch.cat((filled_bgsk, chunked(joint_bgmk, 2, chunk + window)), dim=2)
 
-    return Band(chunked(q_bthk, 1, chunk), keys(sink_k_bgsk, k_bgmk), keys(sink_v_bgsv, v_bgmv), allowed_xcn, b, t)
+    k_xgnk, v_xgnk = keys(state.sink_k_bgsk, k_bgmk, k_bgtk), keys(state.sink_v_bgsk, v_bgmk, v_bgtk)
+    return Band(chunked(q_bthk, 1, chunk), k_xgnk, v_xgnk, allowed_xcn, b, t)
 
 
 def shift(window_bgwk: Tensor, block_bgtk: Tensor, n_b: Tensor) -> Tensor:
