@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from subquad.core.errors import DataError
-from subquad.data import Source, TokenStream, held_out_tokens, parse_source
+from subquad.data import Source, TokenStream, held_out_text, parse_source
 from subquad.data.sources import pieces, render
 from subquad.data.stream import held_out, tokenise
 
@@ -147,10 +147,11 @@ def test_one_epoch_holds_every_training_token_once_and_none_held_out():
     again = torch.cat([next(stream) for _ in range(count)])
     assert again.tolist() != epoch.tolist()
 
-    out = held_out_tokens([memory("m", texts)], Bytes(), sequences=10_000, time=10, fraction=0.2)
-    other = tokenise([t for t in texts if held_out(t, 0.2)], Bytes())
-    assert out.flatten().tolist() == other[: len(other) // 10 * 10].tolist()
-    assert 0.1 < len(other) / (len(train) + len(other)) < 0.3
+    out = held_out_text([memory("m", texts)], Bytes(), fraction=0.2)
+    other = [t for t in texts if held_out(t, 0.2)]
+    assert out == "\n\n".join(other) + "\n"
+    assert held_out_text([memory("m", texts)], Bytes(), fraction=0.2, chars=50) == "\n\n".join(other[:2]) + "\n"
+    assert 20 <= len(other) <= 60
 
 
 def test_sources_mix_in_proportion_to_their_size():
@@ -200,7 +201,7 @@ def test_text_too_short():
         DataError, match="expected at least 64 training tokens, got 6; give more text or a shorter --seq"
     ):
         next(stream)
-    with pytest.raises(DataError, match="expected at least 64 held-out tokens, got 6"):
-        held_out_tokens([memory("m", ["short"])], Bytes(), sequences=1, time=64, fraction=1.0)
+    with pytest.raises(DataError, match="expected held-out documents at --held-out 0.0, got none"):
+        held_out_text([memory("m", ["short"])], Bytes(), fraction=0.0)
     with pytest.raises(DataError, match="end token"):
         tokenise(["x"], types.SimpleNamespace(eos_token_id=None))

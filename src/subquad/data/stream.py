@@ -219,24 +219,30 @@ def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Rows:
     return np.array(tokens, dtype=np.int32)
 
 
-def held_out_tokens(
-    sources: Sequence[Source], tokenizer: Tokenizer, *, sequences: int, time: int, fraction: float = 0.05
-) -> Tensor:
-    """Up to `sequences` sequences ``[n, t]`` of the held-out side, in its order.
+def held_out_text(
+    sources: Sequence[Source], tokenizer: Tokenizer, *, fraction: float = 0.05, chars: int | None = None
+) -> str:
+    """The held-out documents as one text, a blank line between them.
+
+    Args:
+        sources: as of the stream.
+        tokenizer: renders conversations.
+        fraction: as of the stream.
+        chars: stop after the document that reaches this length; None reads all.
 
     Raises:
-        DataError: it holds less than one sequence.
+        DataError: no document is held out.
     """
-    reading = Documents(sources, tokenizer, fraction=fraction, train=False).read((0,) * len(sources))
-    tokens: Rows = np.zeros(0, dtype=np.int32)
-    ended = False
-    while len(tokens) < sequences * time and not ended:
-        texts, ended = _take(reading, [0] * len(sources))
-        tokens = np.concatenate([tokens, tokenise(texts, tokenizer)])
-    count = min(len(tokens) // time, sequences)
-    if count == 0:
+    parts: list[str] = []
+    size = 0
+    for _, text in Documents(sources, tokenizer, fraction=fraction, train=False).read((0,) * len(sources)):
+        parts.append(text.strip())
+        size += len(parts[-1])
+        if chars is not None and size >= chars:
+            break
+    if not size:
         raise DataError(
-            f"--data {', '.join(s.name for s in sources)}: expected at least {time} held-out tokens, "
-            f"got {len(tokens)}; give more documents, a larger --held-out or a shorter --seq"
+            f"--data {', '.join(s.name for s in sources)}: expected held-out documents at --held-out {fraction}, "
+            "got none; give more documents or hold out more"
         )
-    return torch.from_numpy(tokens[: count * time].astype(np.int64)).view(count, time)
+    return "\n\n".join(parts) + "\n"

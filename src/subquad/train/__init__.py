@@ -1,1 +1,1 @@
-
+"""Training of students: losses, stages, and the loop they run in."""

@@ -1,0 +1,80 @@
+"""AdamW with a rate for what is new and a lower one for what was there, and the course of the rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from subquad.core.errors import ConfigError, nearest
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Learning rate and the rest of AdamW's settings (arXiv 1711.05101).
+
+    Attributes:
+        lr: peak rate of what is new.
+        old: factor on it for what was taken over from the teacher.
+        warmup: share of the stage in which the rate rises from 0.
+        schedule: how it falls afterwards: cosine, linear or constant.
+        floor: share of the peak at the end.
+        betas: decay of the two moments.
+        weight_decay: of matrices; vectors are never decayed.
+        clip: largest norm of a gradient.
+    """
+
+    lr: float
+    old: float = 0.1
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    floor: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no stage could run with."""
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"unknown schedule {self.schedule!r}{nearest(self.schedule, SCHEDULES)}")
+        if not self.lr > 0 or not 0 <= self.warmup <= 1:
+            raise ConfigError(f"expected lr > 0 and warmup in 0..1, got {self.lr} and {self.warmup}; change them")
+
+    def factor(self, progress: float) -> float:
+        """Share of the peak rate at `progress` in 0..1 of the stage."""
+        if progress < self.warmup:
+            return progress / self.warmup
+        if self.schedule == "constant":
+            return 1.0
+        x = (min(progress, 1.0) - self.warmup) / max(1 - self.warmup, 1e-9)
+        fall = 0.5 * (1 + math.cos(math.pi * x)) if self.schedule == "cosine" else 1 - x
+        return self.floor + (1 - self.floor) * fall
+
+
+def adamw(
+    new: Iterable[nn.Parameter], old: Iterable[nn.Parameter], rate: Rate, *, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW over `new` at the rate and `old` at its lower one; each group keeps its peak as ``peak``."""
+    groups: list[dict[str, Any]] = []
+    for parameters, factor in ((list(new), 1.0), (list(old), rate.old)):
+        for matrices in (True, False):
+            chosen = [p for p in parameters if (p.ndim >= 2) == matrices]
+            if chosen:
+                decay = rate.weight_decay if matrices else 0.0
+                groups.append({"params": chosen, "weight_decay": decay, "peak": rate.lr * factor})
+    if not groups:
+        raise ConfigError("expected parameters to train, got none; loosen the patterns of --train")
+    # The fused form takes the rate from the device's side of the queue and waits for nothing.
+    return torch.optim.AdamW(groups, lr=rate.lr, betas=rate.betas, fused=device.type == "cuda")
+
+
+def set_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group to `factor` of its peak."""
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak"] * factor

@@ -1,0 +1,289 @@
+"""Both stages: what they compute, what they leave alone, and that a stopped run goes on bit for bit."""
+
+import copy
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from subquad.core.errors import CheckpointError, ConfigError, DivergenceError
+from subquad.core.layout import Layout
+from subquad.data import Source, TokenStream
+from subquad.models.config import ModelConfig
+from subquad.models.stack import Stack
+from subquad.train import loop as loops
+from subquad.train.align import Align, listen
+from subquad.train.checkpoint import RunFolder
+from subquad.train.distill import Distill
+from subquad.train.loop import Budget, Habits, Loop, StoppedError
+from subquad.train.optimiser import Rate
+from subquad.train.pipeline import Recipe, fit
+
+FULL = {"mixer": "attention", "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "rotary": {"theta": 1e4, "dim": 8}}
+CUT = FULL | {"window": 3}
+LAYERS = (0, 2)
+
+
+class Bytes:
+    eos_token_id = 0
+    chat_template = None
+
+    def __call__(self, text, *, add_special_tokens):
+        return {"input_ids": [[c % 61 + 1 for c in t.encode()] for t in text]}
+
+
+def stream(batch=2, time=12):
+    texts = [f"document {i} says " + " ".join(str(i * j % 97) for j in range(30)) for i in range(60)]
+    return TokenStream([Source("m", lambda: iter(texts))], Bytes(), batch=batch, time=time, chunk_tokens=600)
+
+
+def models(seed=0):
+    """A teacher, and a student that sees three tokens in two of its layers and starts from other mixers there."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 64, "d_model": 16, "d_mlp": 32}
+    teacher = Stack(ModelConfig(layers=(FULL,) * 4, **sizes))
+    student = Stack(ModelConfig(layers=(CUT, FULL, CUT, FULL), **sizes))
+    weights = teacher.state_dict()
+    fresh = {
+        k: torch.randn_like(v) * 0.1 for k, v in weights.items() if k.startswith(("blocks.0.mixer", "blocks.2.mixer"))
+    }
+    student.load_state_dict(weights | fresh)
+    return teacher, student
+
+
+STEPS, TOKENS = 9, 9 * 24
+RECIPES = {
+    "align": Recipe(align=Budget(TOKENS), align_rate=Rate(lr=1e-2)),
+    "align cached": Recipe(
+        align=Budget(TOKENS), align_rate=Rate(lr=1e-2), passes=2, cache_bytes=3 * 2 * 2 * 2 * 24 * 16
+    ),
+    "distill": Recipe(distill=Budget(TOKENS), distill_rate=Rate(lr=1e-2), labels=0.5),
+    "both": Recipe(align=Budget(5 * 24), distill=Budget(4 * 24), passes=2),
+}
+
+
+def losses(folder):
+    figures = ("stage", "step", "tokens", "loss", "layers", "kl", "gradient", "lr")
+    return [{k: line[k] for k in figures if k in line} for line in folder.lines()]
+
+
+def test_listen_hears_what_the_blocks_do():
+    teacher, _ = models()
+    tokens = torch.randint(64, (2, 7))
+    layout, heard = Layout.dense(2, 7), {}
+    listen(teacher, tokens, [1, 2], lambda i, x, y, _: heard.update({i: (x, y)}))
+    x = teacher.embed(tokens)
+    for i, block in enumerate(teacher.blocks[:3]):
+        if i in heard:
+            assert torch.equal(heard[i][0], block.norm1(x))
+            assert torch.equal(heard[i][1], block.mixer(block.norm1(x), layout))
+        x = block(x, layout)
+    assert sorted(heard) == [1, 2]
+
+
+def test_align_gradients_are_those_of_each_layer_alone():
+    teacher, student = models()
+    tokens = next(stream())
+    stage = Align(teacher, student, LAYERS, stream())
+    figures = stage.step()
+    for place, i in enumerate(LAYERS):
+        kept = {}
+        listen(teacher, tokens, [i], lambda _, x, y, __, kept=kept: kept.update(x=x, y=y))
+        mixer = copy.deepcopy(student.blocks[i].mixer)
+        mixer.zero_grad()
+        loss = (mixer(kept["x"]) - kept["y"]).square().sum() / kept["y"].square().sum()
+        loss.backward()
+        torch.testing.assert_close(figures["layers"][place], loss.detach(), rtol=1e-6, atol=0)
+        for a, b in zip(student.blocks[i].mixer.parameters(), mixer.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_align_trains_what_the_patterns_name_and_nothing_else(tmp_path):
+    teacher, student = models()
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    kept = {k: v.clone() for k, v in teacher.state_dict().items()}
+    fit(teacher, student, LAYERS, stream(), Recipe(align=Budget(48), patterns=("qkv.*",)), RunFolder(tmp_path))
+    changed = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {f"blocks.{i}.mixer.qkv.{n}_proj.weight" for i in LAYERS for n in "qkv"}
+    assert all(torch.equal(v, kept[k]) for k, v in teacher.state_dict().items())
+    with pytest.raises(ConfigError, match=r"--train qvk.weight: no such parameter in Attention; did you mean 'qkv"):
+        Align(teacher, student, LAYERS, stream(), patterns=("qvk.weight",))
+
+
+def test_align_learns_and_the_cache_is_seen_again(tmp_path):
+    teacher, student = models()
+    recipe = Recipe(align=Budget(80 * 24), align_rate=Rate(lr=1e-2), passes=4, cache_bytes=2**20)
+    source = stream()
+    read = []
+    take = source.__class__.__next__
+    source.__class__ = type("Counted", (TokenStream,), {"__next__": lambda s: read.append(1) or take(s)})
+    fit(teacher, student, LAYERS, source, recipe, RunFolder(tmp_path))
+    lines = RunFolder(tmp_path).lines()
+    assert len(lines) == 80 and len(read) == 20
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert lines[-1]["loss"] == pytest.approx(sum(lines[-1]["layers"]) / 2, rel=1e-6)
+
+
+def test_distill_brings_the_student_to_the_teacher(tmp_path):
+    teacher, student = models()
+    kept = {k: v.clone() for k, v in teacher.state_dict().items()}
+    fit(
+        teacher,
+        student,
+        LAYERS,
+        stream(),
+        Recipe(distill=Budget(60 * 24), distill_rate=Rate(lr=1e-2)),
+        RunFolder(tmp_path),
+    )
+    lines = RunFolder(tmp_path).lines()
+    assert lines[-1]["kl"] < 0.5 * lines[0]["kl"]
+    assert all(torch.equal(v, kept[k]) for k, v in teacher.state_dict().items())
+
+
+def test_distill_rates_and_recomputation():
+    teacher, student = models()
+    stage = Distill(teacher, student, LAYERS, stream())
+    new = {f"blocks.{i}.mixer.{n}" for i in LAYERS for n, _ in student.blocks[i].mixer.named_parameters()}
+    named = {id(p): n for n, p in student.named_parameters()}
+    assert {named[id(p)] for p in stage.new} == new
+    assert {named[id(p)] for p in stage.old} == set(named.values()) - new
+    plain = stage.step()
+    grads = [p.grad.clone() for p in student.parameters()]
+    student.zero_grad()
+    again = Distill(teacher, student, LAYERS, stream(), recompute=True).step()
+    assert torch.equal(plain["loss"], again["loss"])
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, student.parameters(), strict=True))
+    with pytest.raises(AssertionError):
+        Distill(teacher, teacher, LAYERS, stream())
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 6])
+@pytest.mark.parametrize("name", RECIPES)
+def test_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, name, stop):
+    recipe = RECIPES[name]
+    teacher, student = models()
+    whole = RunFolder(tmp_path / "whole")
+    fit(teacher, student, LAYERS, stream(), recipe, whole)
+    want = losses(whole)
+    assert len(want) == STEPS
+
+    # Stop by a signal after some steps, then by a kill a step after a checkpoint, then run to the end.
+    folder = RunFolder(tmp_path / "broken")
+    taken = {"steps": 0, "kill": None}
+    plain = loops.Loop._step
+
+    def step(self):
+        plain(self)
+        taken["steps"] += 1
+        if taken["steps"] == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if taken["steps"] == taken["kill"]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loops.Loop, "_step", step)
+    with pytest.raises(StoppedError, match="--resume to go on"):
+        fit(teacher, models()[1], LAYERS, stream(), recipe, folder)
+    assert losses(folder) == want[:stop]
+
+    taken["kill"] = stop + 2
+    with pytest.raises(KeyboardInterrupt):
+        fit(teacher, models(seed=1)[1], LAYERS, stream(), recipe, folder, resume=True, habits=Habits(save_steps=1))
+    resumed = models()[1]
+    with torch.no_grad():
+        for i in LAYERS:
+            for p in resumed.blocks[i].mixer.parameters():
+                p.zero_()
+    fit(teacher, resumed, LAYERS, stream(), recipe, folder, resume=True)
+    assert losses(folder) == want
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), student.parameters(), strict=True))
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    teacher, student = models()
+    folder = RunFolder(tmp_path)
+    plain = Align._learn
+
+    def learn(self, i, x, y, layout):
+        return plain(self, i, x * (math.nan if len(folder.lines()) == 4 else 1), y, layout)
+
+    monkeypatch.setattr(Align, "_learn", learn)
+    message = r"stage align, step 5: expected a finite loss and gradient, got nan .* checkpoint of step 4 is kept"
+    with pytest.raises(DivergenceError, match=message):
+        fit(teacher, student, LAYERS, stream(), RECIPES["align"], folder, habits=Habits(save_steps=2))
+    checkpoint = folder.load()
+    assert checkpoint["step"] == 4
+    assert all(torch.isfinite(x).all() for x in checkpoint["weights"].values())
+
+
+def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.save({"step": 1})
+
+    def full(_, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left on device.*the old one is intact; free some space"):
+        folder.save({"step": 2})
+    assert folder.load()["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_bad_checkpoints(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(CheckpointError, match="got none; start without --resume"):
+        folder.load()
+    folder.checkpoint.write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="restore it or start anew"):
+        folder.load()
+    folder.save({"schema": 0})
+    with pytest.raises(CheckpointError, match="expected schema 1, got 0"):
+        folder.load()
+    folder.save({"stage": "distill", "step": 0})
+    teacher, student = models()
+    with pytest.raises(CheckpointError, match="expected a checkpoint of align, got one of stage distill"):
+        fit(teacher, student, LAYERS, stream(), RECIPES["align"], folder, resume=True)
+
+
+def test_minutes_end_a_stage(tmp_path, monkeypatch):
+    teacher, student = models()
+    clock = iter(range(0, 10_000, 2))
+    monkeypatch.setattr(loops.time, "monotonic", lambda: next(clock))
+    stage = Align(teacher, student, LAYERS, stream())
+    shown = []
+    Loop(stage, Budget(minutes=0.5), Rate(lr=1e-3), RunFolder(tmp_path), display=shown.append).run()
+    assert [s.share for s in shown] == sorted(s.share for s in shown)
+    assert shown[-1].share == 1 and 5 <= len(shown) <= 10
+    assert shown[0].seconds_left == pytest.approx(30 - shown[0].seconds)
+    assert all(line["seconds"] > 0 for line in RunFolder(tmp_path).lines())
+
+
+def test_log_survives_a_torn_line(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append({"stage": "align", "step": i} for i in range(1, 4))
+    with folder.log.open("a") as f:
+        f.write('{"stage": "al')
+    assert [line["step"] for line in folder.lines()] == [1, 2, 3]
+    folder.rewind(("align", "distill"), "align", 2)
+    assert [json.loads(line)["step"] for line in folder.log.read_text().splitlines()] == [1, 2]
+
+
+def test_rates_rise_and_fall():
+    rate = Rate(lr=1.0, warmup=0.2, floor=0.1)
+    assert [rate.factor(x) for x in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1.0, 0.55, 0.1])
+    linear = Rate(lr=1.0, warmup=0.0, floor=0.0, schedule="linear")
+    assert [linear.factor(x) for x in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
+    with pytest.raises(ConfigError, match="did you mean 'cosine'"):
+        Rate(lr=1.0, schedule="cosin")
+    with pytest.raises(ConfigError, match="tokens or minutes"):
+        Budget()
+
+
+def test_cache_must_hold_a_batch():
+    teacher, student = models()
+    with pytest.raises(ConfigError, match="cache_bytes=100: expected at least 3072 for one batch"):
+        Align(teacher, student, LAYERS, stream(), passes=2, cache_bytes=100)
