@@ -286,7 +286,7 @@ def _from_hub_or_folder(spec: str, path: Path, dtype: torch.dtype) -> LoadedMode
     if generation is not None and generation.eos_token_id is not None:
         config.eos_token_id = generation.eos_token_id
     model = _stack(config, hf_model.state_dict(), where=spec)
-    return LoadedModel(model, load_tokenizer(source), Path(source).name, spec, _license(source))
+    return LoadedModel(model, load_tokenizer(source), Path(source).name, spec, license_of(source))
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -303,7 +303,8 @@ def load_tokenizer(source: str | Path) -> Any:
         raise CheckpointError(f"{source}: could not load the tokenizer ({error}); check its files") from error
 
 
-def _license(source: str) -> str | None:
+def license_of(source: str) -> str | None:
+    """The licence that the model card of a folder or hub id names, or None."""
     from huggingface_hub import ModelCard
 
     card = Path(source) / "README.md"
