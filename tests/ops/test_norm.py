@@ -1,0 +1,59 @@
+"""Norms against PyTorch's and transformers'."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from subquad.ops import norm
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def test_rms_of_one_group_is_pytorchs() -> None:
+    x, weight = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    torch.testing.assert_close(norm.rms(x, weight, 1e-5), F.rms_norm(x, (8,), weight, 1e-5), **EXACT)
+    parts = torch.cat(
+        [F.rms_norm(part, (4,), w, 1e-5) for part, w in zip(x.split(4, -1), weight.split(4), strict=True)], -1
+    )
+    torch.testing.assert_close(norm.rms(x, weight, 1e-5, groups=2), parts, **EXACT)
+
+
+def test_order_of_gate_and_norm() -> None:
+    x, gate = torch.randn(2, 2, 3, 8, dtype=torch.float64)
+    weight = torch.randn(8, dtype=torch.float64)
+    first = norm.gated_rms(x, gate, weight, 1e-5, 2, gate_first=True)
+    after = norm.gated_rms(x, gate, weight, 1e-5, 2, gate_first=False)
+    torch.testing.assert_close(first, norm.rms(x * F.silu(gate), weight, 1e-5, 2), **EXACT)
+    torch.testing.assert_close(after, norm.rms(x, weight, 1e-5, 2) * F.silu(gate), **EXACT)
+    # A gate that is the same for a whole group survives only behind the norm.
+    same = norm.gated_rms(x, torch.full_like(gate, 3.0), weight, 0.0, 2, gate_first=True)
+    torch.testing.assert_close(same, norm.rms(x, weight, 0.0, 2), **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_norms_equal_transformers(dtype: torch.dtype) -> None:
+    bamba = pytest.importorskip("transformers.models.bamba.modeling_bamba")
+    qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    x, gate = torch.randn(2, 2, 3, 8).to(dtype)
+    weight = torch.randn(8).to(dtype)
+    theirs = bamba.BambaRMSNormGated(8, group_size=4, eps=1e-5).to(dtype)
+    theirs.weight.data.copy_(weight)
+    got = norm.gated_rms(x, gate, weight, 1e-5, 2, gate_first=True)
+    # The product with the weight may be rounded once more.
+    torch.testing.assert_close(got, theirs(x, gate), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    theirs = qwen.Qwen3NextRMSNormGated(8, eps=1e-5).to(dtype)
+    theirs.weight.data.copy_(weight)
+    got = norm.gated_rms(x, gate, weight, 1e-5, gate_first=False)
+    torch.testing.assert_close(got, theirs(x, gate), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_l2_leaves_zero_alone() -> None:
+    x = torch.randn(5, 8, dtype=torch.float64)
+    torch.testing.assert_close(norm.l2(x, 0.0), F.normalize(x, dim=-1), **EXACT)
+    zero = torch.zeros(1, 8, requires_grad=True)
+    norm.l2(zero, 1e-6).sum().backward()
+    assert zero.grad is not None
+    assert zero.grad.isfinite().all()
+    assert norm.l2(zero, 1e-6).abs().max() == 0
