@@ -54,6 +54,16 @@ def models(seed=0):
     return teacher, student
 
 
+def blank():
+    """The student with nothing in its new mixers: what a resumed run starts from."""
+    student = models()[1]
+    with torch.no_grad():
+        for i in LAYERS:
+            for parameter in student.blocks[i].mixer.parameters():
+                parameter.zero_()
+    return student
+
+
 STEPS, TOKENS = 9, 9 * 24
 RECIPES = {
     "align": Recipe(align=Budget(TOKENS), align_rate=Rate(lr=1e-2)),
@@ -190,12 +200,8 @@ def test_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, name, stop):
 
     taken["kill"] = stop + 2
     with pytest.raises(KeyboardInterrupt):
-        fit(teacher, models(seed=1)[1], LAYERS, stream(), recipe, folder, resume=True, habits=Habits(save_steps=1))
-    resumed = models()[1]
-    with torch.no_grad():
-        for i in LAYERS:
-            for p in resumed.blocks[i].mixer.parameters():
-                p.zero_()
+        fit(teacher, blank(), LAYERS, stream(), recipe, folder, resume=True, habits=Habits(save_steps=1))
+    resumed = blank()
     fit(teacher, resumed, LAYERS, stream(), recipe, folder, resume=True)
     assert losses(folder) == want
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), student.parameters(), strict=True))
