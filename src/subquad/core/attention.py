@@ -67,7 +67,9 @@ class AttentionStats:
     Attributes:
         lookback_h: mean distance in tokens between a query and what it attends to.
         output_rms_h: root mean square of the head's output before the output projection.
+        inputs_btd: a sample of the layer's normed inputs, a few rows that start at position 0, or None.
     """
 
     lookback_h: Tensor
     output_rms_h: Tensor
+    inputs_btd: Tensor | None = None

@@ -1,0 +1,325 @@
+"""Softmax over the last tokens and the sinks, a linear state for all before, joined in one normaliser."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from subquad.core.attention import AttentionStats, AttentionWeights, RotarySpec
+from subquad.core.card import Card
+from subquad.core.errors import ConfigError, UnsupportedError
+from subquad.core.layout import Layout
+from subquad.core.mixer import NOTHING, Mixer, Shared, Update
+from subquad.core.state import State, axes, precise
+from subquad.ops import attention, kmeans, linear_attention, rope, window
+from subquad.ops.qkv import QKV
+from subquad.ops.window import WindowState
+
+CARD = Card(
+    title="LoLCATs: On Low-Rank Linearizing of Large Language Models",
+    entry="WindowedLinear",
+    arxiv="2410.10254",
+    gives="attention's local precision and its sinks exactly, everything older in a state of constant size",
+    status="incubating",
+    claim="closes 77.8 % and 78.1 % of the gap between linearised and original Llama 3.1 70B and 405B, 5-shot MMLU",
+    measured="not reproduced",
+    from_attention=True,
+    constant_state=True,
+    examples={
+        "grouped": {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "head_dim": 8,
+            "features": 6,
+            "window": 7,
+            "sinks": 2,
+            "rotary": {"theta": 10000.0, "dim": 8},
+            "qkv_bias": True,
+            "qk_norm": True,
+        },
+        "bare": {"d_model": 32, "n_heads": 2, "n_kv_heads": 2, "head_dim": 8, "features": 4, "window": 1, "sinks": 0},
+    },
+)
+
+# Log weight of a feature when nothing is known of the text: a few hundred old tokens count as much as one near one.
+QUIET = -5.0
+# Key features start as a softmax of this times minus half the squared distance to each centroid, in units of spread.
+SHARPNESS = 4.0
+
+
+@dataclass(frozen=True)
+class WindowedLinearState(State):
+    """The window with its sinks, the key features of the window's tokens, and the linear state of those before it.
+
+    The linear state's last value channel is the normaliser: the sum of the key features.
+    """
+
+    window: WindowState = axes("b")
+    window_f_bgwf: Tensor = axes("b g w f", shard="g")
+    linear_bgfv: Tensor = axes("b g f v", shard="g", precision="high")
+
+
+@dataclass(frozen=True)
+class WindowedLinearUpdate(Update):
+    """Keys, values and key features of one block, heads first."""
+
+    state: WindowedLinearState
+    k_bgtk: Tensor
+    v_bgtk: Tensor
+    f_bgtf: Tensor
+    layout: Layout
+
+    def commit(self, n_b: Tensor | None = None) -> WindowedLinearState:
+        """Shift the window by the kept tokens and absorb those that leave it."""
+        n_b = self.layout.lengths_b if n_b is None else n_b
+        old = self.state
+        leaving = _leaving(old, self.v_bgtk, self.f_bgtf, self.layout)
+        kept_bt = torch.arange(self.layout.shape[1], device=n_b.device) < n_b[:, None]
+        _, continues_b = self.layout.tail(n_b)
+        if self.layout.documents_bt is not None:
+            last_b = torch.where(kept_bt, self.layout.documents_bt, 0).amax(1)
+            kept_bt = kept_bt & (leaving.documents_bt == last_b[:, None])
+        return WindowedLinearState(
+            old.window.after(self.k_bgtk, self.v_bgtk, self.layout, n_b),
+            window.shift(old.window_f_bgwf, self.f_bgtf, n_b),
+            linear_attention.absorb(leaving.f_btgf, leaving.v_btgv, old.linear_bgfv, kept_bt, continues_b),
+        )
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """For each column t of a block, the token that leaves the window when t enters it."""
+
+    f_btgf: Tensor
+    v_btgv: Tensor
+    documents_bt: Tensor
+
+
+def _leaving(state: WindowedLinearState, v_bgtk: Tensor, f_bgtf: Tensor, layout: Layout) -> _Leaving:
+    """Features and values (with the normaliser's 1) of what leaves; zero features where nothing does, or a sink."""
+    t = f_bgtf.shape[2]
+    w, s = state.window_f_bgwf.shape[2], state.window.sink_k_bgsk.shape[2]
+    f_btgf = torch.cat((state.window_f_bgwf, f_bgtf), dim=2)[:, :, :t].transpose(1, 2)
+    v_btgk = torch.cat((state.window.window_v_bgwk, v_bgtk), dim=2)[:, :, :t].transpose(1, 2)
+    seen_b = state.window.seen_b
+    past_bw = seen_b[:, None] - w + torch.arange(w, device=seen_b.device)
+    index_bt = torch.cat((past_bw, layout.index_bt(seen_b)), dim=1)[:, :t]
+    documents_bt = layout.positions_bt.new_zeros(layout.shape) if layout.documents_bt is None else layout.documents_bt
+    documents_bt = torch.cat((documents_bt.new_zeros(len(seen_b), w), documents_bt), dim=1)[:, :t]
+    f_btgf = f_btgf * (index_bt >= s)[..., None, None]
+    return _Leaving(f_btgf, torch.cat((v_btgk, torch.ones_like(v_btgk[..., :1])), dim=-1), documents_bt)
+
+
+class WindowedLinear(Mixer):
+    """Exact attention nearby, a linear state for the rest, one softmax-like normaliser over both.
+
+    ``o_t = (sum_near e^(s q.k_j) v_j + phi(q_t) S) / (sum_near e^(s q.k_j) + phi(q_t) z)``, where near are the last w
+    tokens and the first s, and ``S = sum phi_k(k_j) v_j^T``, ``z = sum phi_k(k_j)`` run over all others before
+    (after arXiv 2410.10254, equation 6). ``phi_k = softmax(W_k k / sqrt(d) + b_k)`` assigns a key softly to one of f
+    features, and ``phi(q) = exp(W_q q / sqrt(d) + b_q)`` weighs them, both before RoPE, so that what is learned at one
+    length holds at any. From a teacher's text the rows of ``W`` start as centroids of its keys.
+
+    Example:
+        >>> import torch
+        >>> config = WindowedLinear.Config(d_model=64, n_heads=4, n_kv_heads=2, head_dim=16, window=8, sinks=2)
+        >>> mixer = WindowedLinear(config)
+        >>> mixer(torch.randn(1, 100, 64)).shape
+        torch.Size([1, 100, 64])
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """Shape and numerics; the fields of attention, and
+
+        Attributes:
+            window: tokens seen exactly, the query's own included.
+            sinks: first tokens seen exactly for ever.
+            features: f, rows of the linear state.
+        """
+
+        d_model: int
+        n_heads: int
+        n_kv_heads: int
+        head_dim: int
+        rotary: Mapping[str, Any] | None = None
+        qkv_bias: bool = False
+        o_bias: bool = False
+        qk_norm: bool = False
+        norm_eps: float = 1e-6
+        window: int = 64
+        sinks: int = 4
+        features: int = 64
+        scale: float | None = None
+
+        def __post_init__(self) -> None:
+            """Refuse sizes that mean nothing."""
+            if self.window < 1 or self.sinks < 0 or self.features < 1:
+                raise ConfigError(
+                    f"expected window >= 1, sinks >= 0 and features >= 1, got {self.window}, {self.sinks} and "
+                    f"{self.features}; the published range is a window of 16 to 128"
+                )
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        h, g, k, f = config.n_heads, config.n_kv_heads, config.head_dim, config.features
+        self.qkv = QKV(
+            config.d_model,
+            h,
+            g,
+            k,
+            bias=config.qkv_bias,
+            norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            rotary=None if config.rotary is None else RotarySpec(**config.rotary),
+        )
+        self.o_proj = nn.Linear(h * k, config.d_model, bias=config.o_bias)
+        self.scale = k**-0.5 if config.scale is None else config.scale
+        self.k_map_weight = nn.Parameter(0.3 * torch.randn(g, k, f))
+        self.k_map_bias = nn.Parameter(torch.zeros(g, f))
+        self.q_map_weight = nn.Parameter(torch.zeros(h, k, f))
+        self.q_map_bias = nn.Parameter(torch.full((h, f), QUIET))
+
+    def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> WindowedLinearState:
+        """A state of constant size, whatever `capacity`."""
+        config, like = self.config, self.factory(**factory)
+        g, k, f = config.n_kv_heads, config.head_dim, config.features
+        high: dict[str, Any] = like | {"dtype": precise(like["dtype"])}
+        return WindowedLinearState(
+            WindowState.empty(batch, g, config.window, config.sinks, k, **like),
+            torch.zeros(batch, g, config.window, f, **like),
+            torch.zeros(batch, g, f, k + 1, **high),
+        )
+
+    def read(
+        self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
+    ) -> tuple[Tensor, Update]:
+        """Attend to window and sinks, add what the linear state holds; see `Mixer.read`."""
+        assert isinstance(state, WindowedLinearState)
+        layout = self.dense_layout(x_btd, layout)
+        plain_q_bthk, plain_k_btgk, v_btgk = self.qkv.project(x_btd)
+        q_bthk, k_btgk = self.qkv.rotate(plain_q_bthk, plain_k_btgk, layout)
+        k_bgtk, v_bgtk = k_btgk.transpose(1, 2), v_btgk.transpose(1, 2)
+        f_bgtf = self.key_features(plain_k_btgk).transpose(1, 2)
+
+        band = window.band(q_bthk, k_bgtk, v_bgtk, state.window, layout)
+        near, lse = attention.pieces(band.q_xchk, [(band.k_xgnk, band.v_xgnk, band.allowed_xcn)], self.scale)
+        near_bthk, lse_bth = band.join(near), band.join(lse)
+
+        weight_bthf = self.query_weights(plain_q_bthk)
+        # One shift for both sums keeps every exponent at or below zero.
+        top_bth = torch.maximum(lse_bth, weight_bthf.amax(-1).to(lse_bth.dtype)).detach()
+        leaving = _leaving(state, v_bgtk, f_bgtf, layout)
+        documents = (
+            {}
+            if layout.documents_bt is None
+            else {"q_documents_bt": layout.documents_bt, "k_documents_bt": leaving.documents_bt}
+        )
+        far_bthv = linear_attention.chunked(
+            (weight_bthf - top_bth[..., None]).exp(), leaving.f_btgf, leaving.v_btgv, state.linear_bgfv, **documents
+        )
+        near_share_bth1 = (lse_bth - top_bth).exp()[..., None]
+        y_bthk = (near_bthk * near_share_bth1 + far_bthv[..., :-1]) / (near_share_bth1 + far_bthv[..., -1:])
+        update = WindowedLinearUpdate(state, k_bgtk, v_bgtk, f_bgtf, layout)
+        return self.o_proj(y_bthk.to(x_btd.dtype).flatten(2)), update
+
+    def key_features(self, k_btgk: Tensor) -> Tensor:
+        """``phi_k`` of keys before RoPE, ``[b, t, g, f]``: a soft assignment that sums to one."""
+        temper = self.config.head_dim**-0.5
+        return (torch.einsum("btgk,gkf->btgf", k_btgk * temper, self.k_map_weight) + self.k_map_bias).softmax(-1)
+
+    def query_weights(self, q_bthk: Tensor) -> Tensor:
+        """Logarithm of ``phi(q)`` of queries before RoPE, ``[b, t, h, f]``."""
+        temper = self.config.head_dim**-0.5
+        return torch.einsum("bthk,hkf->bthf", q_bthk * temper, self.q_map_weight) + self.q_map_bias
+
+    @classmethod
+    def from_attention(cls, source: AttentionWeights, stats: AttentionStats | None = None, **options: Any) -> Self:
+        """Keep every weight of the attention; start the feature maps from centroids of its keys where text was given.
+
+        Without sampled inputs the linear state starts almost silent, so that the layer is a window with sinks.
+        """
+        if source.window is not None:
+            raise UnsupportedError(
+                f"the source already looks back {source.window} tokens only; leave that layer as it is"
+            )
+        values: dict[str, Any] = {
+            "d_model": source.q_weight.shape[1],
+            "n_heads": source.n_heads,
+            "n_kv_heads": source.n_kv_heads,
+            "head_dim": source.head_dim,
+            "rotary": None if source.rotary is None else dataclasses.asdict(source.rotary),
+            "qkv_bias": source.q_bias is not None,
+            "o_bias": source.o_bias is not None,
+            "qk_norm": source.q_norm is not None,
+            "norm_eps": source.norm_eps,
+            "scale": source.scale,
+        }
+        mixer = cls(cls.Config(**(values | options))).to(source.q_weight)
+        mixer.qkv.take_(source)
+        with torch.no_grad():
+            mixer.o_proj.weight.copy_(source.o_weight)
+            if source.o_bias is not None:
+                mixer.o_proj.bias.copy_(source.o_bias)
+        if stats is not None and stats.inputs_btd is not None:
+            mixer.start_from_(stats.inputs_btd.to(source.q_weight))
+        return mixer
+
+    @torch.no_grad()
+    def start_from_(self, x_btd: Tensor) -> None:
+        """Set the feature maps from text: key features by k-means, query weights by the scores of their centroids.
+
+        Then the bias of each query head is moved until its linear state carries, in the mean logarithm, the mass that
+        softmax attention gives to the same tokens.
+
+        Args:
+            x_btd: inputs of the layer; rows no longer than window and sinks leave the maps as they are.
+        """
+        config = self.config
+        if x_btd.shape[1] <= config.window + config.sinks + 1:
+            return
+        layout = Layout.dense(*x_btd.shape[:2], device=x_btd.device)
+        q_bthk, k_btgk, _ = self.qkv.project(x_btd)
+        keys_gnk = k_btgk.flatten(0, 1).transpose(0, 1).float()
+        mean_g1k = keys_gnk.mean(1, keepdim=True)
+        spread_g11 = (keys_gnk - mean_g1k).norm(dim=-1).square().mean(1).sqrt()[:, None, None].clamp(min=1e-6)
+        centres_gfk = kmeans.lloyd((keys_gnk - mean_g1k) / spread_g11, config.features, iterations=8)
+        temper = config.head_dim**0.5
+        self.k_map_weight.copy_(SHARPNESS * temper / spread_g11 * centres_gfk.mT)
+        logits_gf = -SHARPNESS * (0.5 * centres_gfk.square().sum(-1) + (centres_gfk @ mean_g1k.mT / spread_g11)[..., 0])
+        self.k_map_bias.copy_(logits_gf)
+        r = config.n_heads // config.n_kv_heads
+        kept_k = self._slow_channels(config.window).to(centres_gfk)
+        scores_gkf = ((centres_gfk * spread_g11 + mean_g1k) * kept_k).mT * (self.scale * temper)
+        self.q_map_weight.copy_(scores_gkf.repeat_interleave(r, 0))
+        self.q_map_bias.zero_()
+
+        rotated_q, rotated_k = self.qkv.rotate(q_bthk, k_btgk, layout)
+        probes_t = torch.arange(config.window + config.sinks, x_btd.shape[1], 37, device=x_btd.device)
+        columns_n = torch.arange(x_btd.shape[1], device=x_btd.device)
+        far_tn = (probes_t[:, None] - columns_n >= config.window) & (columns_n >= config.sinks)
+        turned_bhtk, turned_bgnk = rotated_q[:, probes_t].transpose(1, 2).float(), rotated_k.transpose(1, 2).float()
+        scores_bhtn = self.scale * turned_bhtk @ turned_bgnk.repeat_interleave(r, 1).mT
+        true_bht = scores_bhtn.masked_fill(~far_tn, -torch.inf).logsumexp(-1)
+        features_bhnf = self.key_features(k_btgk).transpose(1, 2).repeat_interleave(r, 1).float()
+        weights_bhtf = self.query_weights(q_bthk[:, probes_t]).transpose(1, 2).float()
+        top_bht1 = weights_bhtf.amax(-1, keepdim=True)
+        mass_bhtn = (weights_bhtf - top_bht1).exp() @ features_bhnf.mT * far_tn
+        ours_bht = mass_bhtn.sum(-1).log() + top_bht1[..., 0]
+        self.q_map_bias.add_((true_bht - ours_bht).mean((0, 2))[:, None])
+
+    def _slow_channels(self, window: int) -> Tensor:
+        """1 for channels that RoPE turns by less than 1.5 radians over three windows, whose phase survives, else 0."""
+        kept_k = torch.ones(self.config.head_dim)
+        if self.qkv.rotary is not None:
+            slow_f = (rope.frequencies(self.qkv.rotary)[0] * 3 * window < 1.5).float()
+            kept_k[: 2 * len(slow_f)] = torch.cat((slow_f, slow_f))
+        return kept_k
