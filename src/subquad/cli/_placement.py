@@ -33,7 +33,7 @@ def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype | None
         raise ConfigError(f"--device: expected cpu, cuda, cuda:1, ..., got {device!r}; name one of them") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"--device: expected one of {torch.cuda.device_count()} GPUs, got {device!r}; "
+            f"--device: expected a device that is there, got {device!r} with {torch.cuda.device_count()} GPUs; "
             "leave it out to take what there is"
         )
     if dtype and dtype not in DTYPES:

