@@ -88,7 +88,8 @@ def api_page(folder: Path) -> str:
     """One page a package, its modules in order of name."""
     names = [p.stem for p in sorted(folder.glob("*.py")) if p.stem != "__init__"]
     wanted = "\n\n".join(f"::: subquad.{folder.name}.{name}" for name in names)
-    return f"# subquad.{folder.name}\n\n::: subquad.{folder.name}\n    options:\n      show_root_heading: false\n\n{wanted}\n"
+    whole = f"::: subquad.{folder.name}\n    options:\n      show_root_heading: false"
+    return f"# subquad.{folder.name}\n\n{whole}\n\n{wanted}\n"
 
 
 def arxiv(card: Card) -> str:

@@ -282,21 +282,20 @@ def find_rooms(names: list[str]) -> list[str]:
 
 
 def run_room(
-    room: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, smoke: bool = False
+    room: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, smoke: bool = False
 ) -> Result:
     """Run one bench room and return its result.
 
     Args:
         room: ``family/slug``.
         device: where to measure.
-        dtype: by default float32 on a CPU and bfloat16 elsewhere.
+        dtype: the dtype to measure in.
         smoke: tiny sizes, one repetition.
 
     Raises:
         GateError: what was to be timed computes something else than it should.
     """
     device = torch.device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     bench = Bench(room.replace("/", "."), device=device, dtype=dtype, smoke=smoke)
     module = importlib.import_module(f"subquad.bench.{bench.name}")
     torch.manual_seed(0)

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from subquad.cli._placement import Device, DType, placement
+from subquad.core.errors import ConfigError
+
 
 def run(
     names: Annotated[
         list[str] | None, typer.Argument(help="family/slug, or a family for all of it; every bench when left out.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to measure: cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Default: float32 on a CPU, bfloat16 elsewhere.")] = "",
+    device: Device = "",
+    dtype: DType = "",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's choice.")] = 0,
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny sizes, once; writes nothing.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path("bench/results"),
@@ -23,8 +26,6 @@ def run(
     check: Annotated[bool, typer.Option("--check", help="With --tables: fail if one is out of date.")] = False,
 ) -> None:
     """Measure the methods: correctness first, then speed against a baseline in turns, written as JSON."""
-    from subquad.core.errors import ConfigError
-
     if tables:
         from subquad.bench.tables import refresh
 
@@ -42,17 +43,13 @@ def run(
     from subquad.bench.results import result_path
     from subquad.bench.tables import terminal_table
 
-    wanted = getattr(torch, dtype, None) if dtype else None
-    if dtype and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-        raise ConfigError(f"--dtype: expected float32, bfloat16, float16 or float64, got {dtype!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device: expected a device that is there, got cuda without a GPU; leave it out for the CPU")
+    where, kind = placement(device, dtype)
     if threads:
         torch.set_num_threads(threads)
     for room in find_rooms(names or []):
-        result = run_room(room, device=device, dtype=wanted, smoke=smoke)
+        result = run_room(room, device=where, dtype=kind or torch.float32, smoke=smoke)
         typer.echo(terminal_table(result))
         if not smoke:
-            path = result_path(out, result.bench, torch.device(device))
+            path = result_path(out, result.bench, where)
             result.save(path)
             typer.echo(f"wrote {path}")
