@@ -215,8 +215,7 @@ class WindowedLinear(Mixer):
         near_bthk, lse_bth = band.join(near), band.join(lse)
 
         weight_bthf = self.query_weights(plain_q_bthk)
-        # One shift for both sums keeps every exponent at or below zero.
-        top_bth = torch.maximum(lse_bth, weight_bthf.amax(-1).to(lse_bth.dtype)).detach()
+        top_bth1 = weight_bthf.amax(-1, keepdim=True).detach()
         leaving = _leaving(state, v_bgtk, f_bgtf, layout)
         documents = (
             {}
@@ -224,10 +223,16 @@ class WindowedLinear(Mixer):
             else {"q_documents_bt": layout.documents_bt, "k_documents_bt": leaving.documents_bt}
         )
         far_bthv = linear_attention.chunked(
-            (weight_bthf - top_bth[..., None]).exp(), leaving.f_btgf, leaving.v_btgv, state.linear_bgfv, **documents
+            (weight_bthf - top_bth1).exp(), leaving.f_btgf, leaving.v_btgv, state.linear_bgfv, **documents
         )
-        near_share_bth1 = (lse_bth - top_bth).exp()[..., None]
-        y_bthk = (near_bthk * near_share_bth1 + far_bthv[..., :-1]) / (near_share_bth1 + far_bthv[..., -1:])
+        # A mean on either side and the far one's share, by the logarithms of both masses: no size of score overflows,
+        # and a query with nothing far behind it takes nothing from it.
+        mass_bth1 = far_bthv[..., -1:]
+        some_bth1 = mass_bth1 > 0
+        mass_bth1 = torch.where(some_bth1, mass_bth1, 1)
+        log_mass_bth1 = torch.where(some_bth1, mass_bth1.log() + top_bth1, -torch.inf)
+        share_bth1 = torch.sigmoid(log_mass_bth1 - lse_bth[..., None])
+        y_bthk = near_bthk + share_bth1 * (far_bthv[..., :-1] / mass_bth1 - near_bthk)
         update = WindowedLinearUpdate(state, k_bgtk, v_bgtk, f_bgtf, layout)
         return self.o_proj(y_bthk.to(x_btd.dtype).flatten(2)), update
 

@@ -74,7 +74,7 @@ def chunked(
     first_bgfv = state_bgfv.to(wide)
     if q_documents_bt is None or k_documents_bt is None:
         sums_bgcfv = k_bgclf.mT @ v_bgclv
-        entry_bgcfv = first_bgfv[:, :, None] + sums_bgcfv.cumsum(2) - sums_bgcfv
+        entry_bgcfv = first_bgfv[:, :, None] + F.pad(sums_bgcfv[:, :, :-1], (0, 0, 0, 0, 1, 0)).cumsum(2)
         allowed_bcll = causal_ll[None, None]
         carried_bcl = None
     else:

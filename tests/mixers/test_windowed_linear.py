@@ -1,0 +1,121 @@
+"""What is particular to the windowed linear layer: its equation, its two limits, and its start from text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad.core.attention import AttentionStats
+from subquad.core.errors import ConfigError, UnsupportedError
+from subquad.core.layout import Layout
+from subquad.mixers.attention import Attention
+from subquad.mixers.windowed_linear import WindowedLinear
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def teacher(**options: object) -> Attention:
+    torch.manual_seed(0)
+    values = {"rotary": {"theta": 1000.0, "dim": 8}, "qkv_bias": True} | options
+    config = Attention.Config(d_model=32, n_heads=4, n_kv_heads=2, head_dim=8, **values)  # pyright: ignore[reportArgumentType]
+    return Attention(config).double().requires_grad_(False)
+
+
+def equation(mixer: WindowedLinear, x_btd: Tensor) -> Tensor:
+    """The class's equation with a sum for every query, no chunk and no state."""
+    config, (b, t) = mixer.config, x_btd.shape[:2]
+    r = config.n_heads // config.n_kv_heads
+    plain_q, plain_k, v = mixer.qkv.project(x_btd)
+    q, k = mixer.qkv.rotate(plain_q, plain_k, Layout.dense(b, t))
+    out = torch.zeros(b, t, config.n_heads, config.head_dim, dtype=x_btd.dtype)
+    features, weights = mixer.key_features(plain_k), mixer.query_weights(plain_q).exp()
+    for i in range(t):
+        for h in range(config.n_heads):
+            numerator, denominator = (
+                torch.zeros(b, config.head_dim, dtype=x_btd.dtype),
+                torch.zeros(b, 1, dtype=x_btd.dtype),
+            )
+            for j in range(i + 1):
+                if i - j < config.window or j < config.sinks:
+                    a = (mixer.scale * (q[:, i, h] * k[:, j, h // r]).sum(-1)).exp()
+                else:
+                    a = (weights[:, i, h] * features[:, j, h // r]).sum(-1)
+                numerator, denominator = numerator + a[:, None] * v[:, j, h // r], denominator + a[:, None]
+            out[:, i, h] = numerator / denominator
+    return mixer.o_proj(out.flatten(2))
+
+
+def test_output_is_the_equation() -> None:
+    source = teacher()
+    mixer = WindowedLinear.from_attention(source.weights(), window=4, sinks=2, features=3)
+    with torch.no_grad():
+        for p in (mixer.q_map_weight, mixer.k_map_weight):
+            p.copy_(torch.randn_like(p))
+        mixer.q_map_bias.copy_(0.3 * torch.randn_like(mixer.q_map_bias))
+    x = torch.randn(2, 19, 32, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x), equation(mixer, x), **EXACT)
+
+
+def test_inside_the_window_it_is_the_teacher() -> None:
+    source = teacher()
+    mixer = WindowedLinear.from_attention(source.weights(), window=16, sinks=2, features=3)
+    x = torch.randn(2, 18, 32, dtype=torch.float64)  # 16 near and 2 sinks cover all
+    torch.testing.assert_close(mixer(x), source(x), **EXACT)
+
+
+def test_silent_state_is_a_window_with_sinks() -> None:
+    source = teacher()
+    mixer = WindowedLinear.from_attention(source.weights(), window=6, sinks=2)
+    with torch.no_grad():
+        mixer.q_map_bias.fill_(-100.0)
+    cut = Attention.from_attention(source.weights(), window=6, sinks=2)
+    x = torch.randn(1, 60, 32, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x), cut(x), **EXACT)
+
+
+def test_far_weights_and_window_scores_of_any_size_stay_finite() -> None:
+    mixer = WindowedLinear.from_attention(teacher().weights(), window=6, sinks=0)
+    with torch.no_grad():
+        mixer.q_map_bias.copy_(torch.tensor([-800.0, 0.0, 300.0, 800.0])[:, None].expand_as(mixer.q_map_bias))
+    x = (100 * torch.randn(1, 40, 32, dtype=torch.float64)).requires_grad_()
+    y = mixer(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert y.isfinite().all()
+    assert grad.isfinite().all()
+
+
+def test_text_brings_the_start_nearer_than_a_window_alone() -> None:
+    source = teacher()
+    torch.manual_seed(1)
+    topics = torch.randn(5, 32, dtype=torch.float64)
+    text = topics[torch.randint(5, (4, 150))] + 0.3 * torch.randn(4, 150, 32, dtype=torch.float64)
+    held = topics[torch.randint(5, (2, 150))] + 0.3 * torch.randn(2, 150, 32, dtype=torch.float64)
+    stats = AttentionStats(torch.ones(4), torch.ones(4), text)
+    want = source(held)
+    errors = [
+        (m(held) - want).norm() / want.norm()
+        for m in (
+            WindowedLinear.from_attention(source.weights(), stats, window=8, sinks=2, features=16),
+            Attention.from_attention(source.weights(), window=8, sinks=2),
+        )
+    ]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_state_is_as_the_page_says() -> None:
+    config = WindowedLinear.Config(576, 9, 3, 64, window=64, sinks=4, features=64)
+    state = WindowedLinear(config).init_state(1, 8192, device="meta")
+    floats = 2 * 3 * 64 * (64 + 4) + 3 * 64 * 64 + 3 * 64 * 65
+    assert state.nbytes == 4 * floats + 8
+
+
+@pytest.mark.parametrize("options", [{"window": 0}, {"sinks": -1}, {"features": 0}])
+def test_sizes_that_mean_nothing_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="expected window >= 1, sinks >= 0 and features >= 1"):
+        WindowedLinear.from_attention(teacher().weights(), **options)
+
+
+def test_a_windowed_teacher_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="looks back 9 tokens only"):
+        WindowedLinear.from_attention(teacher(window=9).weights())
