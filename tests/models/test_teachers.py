@@ -143,6 +143,61 @@ def test_a_local_folder_loads_with_its_dtype_and_end_tokens(tmp_path):
     assert load_teacher(tmp_path / "tiny", dtype=torch.bfloat16).model.dtype == torch.bfloat16
 
 
+TEXT = """A list is a mutable sequence, typically used to store collections of homogeneous items, where the precise
+degree of similarity will vary by application. Lists may be constructed in several ways: using a pair of
+square brackets to denote the empty list; using square brackets, separating items with commas; using a list
+comprehension; or using the type constructor. The constructor builds a list whose items are the same and in
+the same order as iterable's items. Iterable may be either a sequence, a container that supports iteration, or
+an iterator object. If iterable is already a list, a copy is made and returned. Many other operations also
+produce lists, including the sorted() built-in, which takes 2 arguments at most and returns a new list of 10,
+100 or 1,000 items, whatever came in, in ascending order. Tuples are immutable sequences, typically used to
+store collections of heterogeneous data, and also for cases where an immutable sequence is needed."""
+
+
+@torch.no_grad()
+def test_smollm2_equals_transformers_on_real_text(smollm2, smollm2_file):
+    from transformers import LlamaForCausalLM
+
+    from subquad.models.gguf import GGUF
+
+    file = GGUF(smollm2_file)
+    fields = file.config()
+    fields.pop("model_type")
+    theirs = LlamaForCausalLM(LlamaConfig(**fields)).eval()
+    weights = file.state_dict()
+    theirs.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    tokens_bt = smollm2.tokenizer(TEXT, return_tensors="pt").input_ids
+    assert tokens_bt.shape[1] > 150
+    expected = theirs(tokens_bt).logits
+    got = smollm2.model(tokens_bt)
+    assert (got - expected).abs().max() < 1e-4
+    # Both read the same weights, so this says that their rows stand in the right order: 21, of a vocabulary of 49152.
+    loss = torch.nn.functional.cross_entropy(got[0, :-1], tokens_bt[0, 1:])
+    assert loss.exp() < 25
+    state = smollm2.model.init_state(1, capacity=tokens_bt.shape[1])
+    at = tokens_bt.shape[1] - 6
+    hidden, update = smollm2.model.read(tokens_bt[:, :at], state)
+    state, steps = update.commit(), [hidden[:, -1:]]
+    for i in range(at, tokens_bt.shape[1]):
+        hidden, update = smollm2.model.read(tokens_bt[:, i : i + 1], state)
+        state = update.commit()
+        steps.append(hidden)
+    assert (smollm2.model.head(torch.cat(steps, 1)) - expected[:, at - 1 :]).abs().max() < 1e-4
+
+
+def test_smollm2_tokenizer_is_the_published_one(smollm2):
+    tok = smollm2.tokenizer
+    assert tok.decode(tok(TEXT).input_ids) == TEXT
+    assert tok.tokenize("in 1999,  it's") == ["in", "Ġ", "1", "9", "9", "9", ",", "Ġ", "Ġit", "'s"]
+    assert (tok.bos_token, tok.eos_token, tok.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    shown = tok.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    assert shown == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tok(shown).input_ids.count(tok.convert_tokens_to_ids("<|im_start|>")) == 3
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
