@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.core.layout import Layout
 from subquad.core.state import precise
 
 CHUNK = 64
@@ -43,6 +44,13 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def wide(x: Tensor) -> torch.dtype:
     """The dtype for sums of log decays: float64 where the device has it, since differences of long sums cancel."""
     return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def kept(layout: Layout, n_b: Tensor | None = None) -> Tensor | None:
+    """bool ``[b, t]``: the first `n_b` tokens of each row, by default all of them; None when that is every column."""
+    if n_b is None:
+        return layout.valid_bt if layout.padded else None
+    return torch.arange(layout.shape[1], device=n_b.device) < n_b[:, None]
 
 
 def blank(valid_bt: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from subquad.core.state import precise
 
+# silu(OPEN) = 1: the bias of a gate that lets everything pass.
+OPEN = 1.2784645427610738
+
 
 def rms(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)``, the mean over each of `groups` equal parts of the last axis.
