@@ -39,21 +39,28 @@ def attention_layer(**options):
     return {"mixer": "attention", "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "rotary": rotary} | options
 
 
-def make_model(vocab_size, layers, seed=0, scale=1.0, **options):
-    torch.manual_seed(seed)
-    config = ModelConfig(vocab_size=vocab_size, d_model=32, d_mlp=48, layers=tuple(layers), tied=True, **options)
-    model = Stack(config).double().eval()
-    with torch.no_grad():
-        # A sharper head, so that likelihoods differ by more than rounding.
-        model.embed.weight.mul_(20 * scale)
-    return model
+@pytest.fixture(scope="session")
+def make_model():
+    """Build a tiny float64 stack with one attention layer for each dictionary of options."""
+
+    def make(vocab_size, *layers, seed=0, **options):
+        torch.manual_seed(seed)
+        layers = tuple(attention_layer(**layer) for layer in layers)
+        config = ModelConfig(vocab_size=vocab_size, d_model=32, d_mlp=48, layers=layers, tied=True, **options)
+        stack = Stack(config).double().eval()
+        with torch.no_grad():
+            # A sharper head, so that likelihoods differ by more than rounding.
+            stack.embed.weight.mul_(20)
+        return stack
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def model(tokenizer):
-    return make_model(len(tokenizer), [attention_layer(), attention_layer(window=8, sinks=1)], max_positions=256)
+def model(make_model, tokenizer):
+    return make_model(len(tokenizer), {}, {"window": 8, "sinks": 1}, max_positions=256)
 
 
 @pytest.fixture(scope="session")
-def other(tokenizer):
-    return make_model(len(tokenizer), [attention_layer()], seed=1, max_positions=256)
+def other(make_model, tokenizer):
+    return make_model(len(tokenizer), {}, seed=1, max_positions=256)

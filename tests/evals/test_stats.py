@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from subquad.core.errors import ConfigError
-from subquad.evals.stats import Interval, bootstrap_mean, mcnemar, student_quantile, wilson
+from subquad.evals.stats import Interval, bootstrap_mean, bootstrap_ratio, mcnemar, student_quantile, wilson
 
 
 def test_wilson_solves_the_score_equation():
@@ -48,12 +48,17 @@ def test_bootstrap_width_is_that_of_the_t_interval():
     assert bootstrap_mean(x, resamples=20000) == interval
 
 
-def test_bootstrap_weights_are_a_ratio_of_sums():
-    x, w = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([1.0, 3.0, 4.0])
-    assert bootstrap_mean(x, w).value == pytest.approx(3 / 8, rel=1e-12)
+def test_bootstrap_ratio_of_sums():
+    x, y = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 3.0, 4.0])
+    ratio = bootstrap_ratio(x, y)
+    assert ratio.value == pytest.approx(3 / 8, rel=1e-12)
+    assert 0 <= ratio.low < 3 / 8 < ratio.high <= 1
     assert bootstrap_mean(x[:1]) == Interval(1.0, None, None)
-    with pytest.raises(ConfigError, match="at least one value"):
-        bootstrap_mean(x[:0])
+    # Resamples that miss the only unit with a denominator say nothing.
+    assert bootstrap_ratio(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])) == Interval(1.0, 1.0, 1.0)
+    for empty in (x[:0], torch.zeros(3)):
+        with pytest.raises(ConfigError, match="more data"):
+            bootstrap_ratio(empty, empty)
 
 
 def test_mcnemar_counts_only_the_discordant():

@@ -13,7 +13,10 @@ from subquad.core.state import precise
 from subquad.models.stack import Stack
 
 Progress = Callable[[int, int], None]
-"""Called with tokens done and tokens in all."""
+"""Called with what is done and what there is in all, in tokens unless said otherwise."""
+
+Request = tuple[Sequence[int], Sequence[int]]
+"""Context and continuation, as tokens."""
 
 LOGITS_AT_ONCE = 2**25
 
@@ -55,55 +58,83 @@ def score_hidden(model: Stack, hidden_nd: Tensor, targets_n: Tensor) -> TokenSco
     return TokenScores(logprob_n.cpu(), greedy_n.cpu())
 
 
-@torch.no_grad()
-def score_continuations(
-    model: Stack,
-    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    batch_tokens: int = 8192,
-    progress: Progress | None = None,
-) -> list[TokenScores]:
-    """Score each request's continuation after its context, in ragged batches of similar length.
+@dataclass(frozen=True)
+class Batch:
+    """Ragged rows to read, and what is to be scored of them.
 
-    Requests that share all but their last token, such as the letters of a multiple-choice question, are read once.
+    Attributes:
+        tokens_bt: right-padded rows.
+        layout: where they stand.
+        at_n: index into the flattened ``[b t]`` of each position whose logits are wanted.
+        targets_n: the token that follows there.
+        owners: index of the request and number of its targets, in the order of `at_n`.
+    """
 
-    Args:
-        model: the model.
-        requests: ``(context tokens, continuation tokens)``, neither empty.
-        batch_tokens: padded tokens in a batch.
-        progress: called after each batch.
+    tokens_bt: Tensor
+    layout: Layout
+    at_n: Tensor
+    targets_n: Tensor
+    owners: tuple[tuple[int, int], ...]
+
+    def hidden_nd(self, model: Stack) -> Tensor:
+        """The model's hidden states where something is scored."""
+        return model.hidden(self.tokens_bt, self.layout).flatten(0, 1)[self.at_n]
+
+
+def make_batches(requests: Sequence[Request], batch_tokens: int, device: torch.device) -> Iterator[Batch]:
+    """Rows of similar length, longest first, each for one or more requests.
+
+    Requests that share all but their last token, such as the letters of a multiple-choice question, share a row.
     """
     rows: dict[tuple[int, ...], list[int]] = {}
     for i, (context, continuation) in enumerate(requests):
         rows.setdefault((*context, *continuation[:-1]), []).append(i)
     order = sorted(rows, key=len, reverse=True)
-    results: dict[int, TokenScores] = {}
-    done, total, start = 0, sum(map(len, order)), 0
+    start = 0
     while start < len(order):
-        batch = order[start : start + max(1, batch_tokens // len(order[start]))]
+        width = len(order[start])
+        batch = order[start : start + max(1, batch_tokens // width)]
         start += len(batch)
-        lengths_b = torch.tensor([len(row) for row in batch])
-        tokens_bt = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
+        tokens_bt = torch.zeros(len(batch), width, dtype=torch.int64)
         at: list[int] = []
         targets: list[int] = []
+        owners: list[tuple[int, int]] = []
         for b, row in enumerate(batch):
             tokens_bt[b, : len(row)] = torch.tensor(row)
             for i in rows[row]:
                 continuation = requests[i][1]
-                first = b * len(batch[0]) + len(row) - len(continuation)
-                at += range(first, first + len(continuation))
+                last = b * width + len(row)
+                at += range(last - len(continuation), last)
                 targets += continuation
-        layout = Layout.ragged(lengths_b.to(model.device), tokens_bt.shape[1])
-        hidden_btd = model.hidden(tokens_bt.to(model.device), layout)
-        hidden_nd = hidden_btd.flatten(0, 1)[torch.tensor(at, device=model.device)]
-        scores = score_hidden(model, hidden_nd, torch.tensor(targets, device=model.device))
-        taken = 0
-        for row in batch:
-            for i in rows[row]:
-                mine = slice(taken, taken + len(requests[i][1]))
-                results[i] = TokenScores(scores.logprob_n[mine], scores.greedy_n[mine])
-                taken = mine.stop
-        done += int(lengths_b.sum())
+                owners.append((i, len(continuation)))
+        lengths_b = torch.tensor([len(row) for row in batch], device=device)
+        yield Batch(
+            tokens_bt.to(device),
+            Layout.ragged(lengths_b, width),
+            torch.tensor(at, device=device),
+            torch.tensor(targets, device=device),
+            tuple(owners),
+        )
+
+
+@torch.no_grad()
+def score_continuations(
+    model: Stack, requests: Sequence[Request], *, batch_tokens: int = 8192, progress: Progress | None = None
+) -> list[TokenScores]:
+    """Score each request's continuation after its context, in ragged batches of similar length.
+
+    Args:
+        model: the model.
+        requests: ``(context tokens, continuation tokens)``, neither empty.
+        batch_tokens: padded tokens in a batch.
+        progress: called after each batch with requests done and in all.
+    """
+    results: dict[int, TokenScores] = {}
+    for batch in make_batches(requests, batch_tokens, model.device):
+        scores = score_hidden(model, batch.hidden_nd(model), batch.targets_n)
+        sizes = [size for _, size in batch.owners]
+        parts = zip(batch.owners, scores.logprob_n.split(sizes), scores.greedy_n.split(sizes), strict=True)
+        results |= {i: TokenScores(logprob_n, greedy_n) for (i, _), logprob_n, greedy_n in parts}
         if progress is not None:
-            progress(done, total)
+            progress(len(results), len(requests))
     return [results[i] for i in range(len(requests))]

@@ -68,37 +68,42 @@ def student_quantile(p: float, df: int) -> float:
     return z + sum(term / df ** (i + 1) for i, term in enumerate(terms))
 
 
-def bootstrap_mean(
-    values_n: Tensor, weights_n: Tensor | None = None, *, resamples: int = 4000, seed: int = 0
-) -> Interval:
-    """A weighted mean ``sum(w x) / sum(w)`` with a bootstrap interval over its units.
+def bootstrap_ratio(above_n: Tensor, below_n: Tensor, *, resamples: int = 4000, seed: int = 0) -> Interval:
+    """``sum(above) / sum(below)`` with a bootstrap interval over units.
 
     The percentiles are widened for small samples as by Hesterberg (arXiv 1411.5279, section 5.3): the plain ones
     are too narrow by ``sqrt((n-1)/n)`` and use normal instead of Student quantiles.
 
     Args:
-        values_n: one value per independent unit (window, item, prompt); paired differences for a paired interval.
-        weights_n: how much each unit counts, such as its tokens; None counts all alike.
-        resamples: bootstrap samples.
+        above_n, below_n: one value each per independent unit (window, item, prompt).
+        resamples: bootstrap samples; those whose denominator is 0 are left out.
         seed: of the resampling.
+
+    Raises:
+        ConfigError: no unit, or a denominator of 0.
     """
-    n = len(values_n)
-    if n == 0:
-        raise ConfigError("expected at least one value to average, got none; give more data")
-    x_n = values_n.detach().to("cpu", torch.float64)
-    w_n = torch.ones_like(x_n) if weights_n is None else weights_n.detach().to("cpu", torch.float64)
-    value = float((x_n * w_n).sum() / w_n.sum())
+    n = len(above_n)
+    x_n, y_n = (v.detach().to("cpu", torch.float64) for v in (above_n, below_n))
+    if n == 0 or float(y_n.sum()) == 0:
+        raise ConfigError(f"expected at least one unit and a denominator, got {n} that sum to 0; give more data")
+    value = float(x_n.sum() / y_n.sum())
     if n == 1:
         return Interval(value)
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, 2**22 // n)
-    means: list[Tensor] = []
+    ratios: list[Tensor] = []
     for start in range(0, resamples, rows):
         pick_rn = torch.randint(n, (min(rows, resamples - start), n), generator=generator)
-        means.append((x_n * w_n)[pick_rn].sum(1) / w_n[pick_rn].sum(1))
+        below_r = y_n[pick_rn].sum(1)
+        ratios.append((x_n[pick_rn].sum(1) / below_r)[below_r != 0])
     tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_quantile(0.5 + LEVEL / 2, n - 1))
-    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.cat(ratios).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(value, low, high)
+
+
+def bootstrap_mean(values_n: Tensor, *, resamples: int = 4000, seed: int = 0) -> Interval:
+    """The mean with a bootstrap interval; see `bootstrap_ratio`. Paired differences give a paired interval."""
+    return bootstrap_ratio(values_n, torch.ones_like(values_n), resamples=resamples, seed=seed)
 
 
 def mcnemar(first_n: Tensor, second_n: Tensor) -> float:

@@ -25,7 +25,8 @@ from torch import Tensor
 from subquad.core.errors import DataError
 from subquad.data.sources import OPENERS
 from subquad.evals.scoring import Progress, TokenScores, score_continuations
-from subquad.evals.stats import Interval, bootstrap_mean, mcnemar, wilson
+from subquad.evals.stats import Interval, bootstrap_mean, bootstrap_ratio, mcnemar, wilson
+from subquad.evals.text import begin_tokens
 from subquad.models.stack import Stack
 
 CLOZE = ("context", "continuation")
@@ -79,7 +80,7 @@ class ClozeResult:
     @property
     def token_perplexity(self) -> Interval:
         """``exp(-sum log p / sum tokens)``."""
-        return bootstrap_mean(-self.logprob_n / self.tokens_n, self.tokens_n).map(math.exp)
+        return bootstrap_ratio(-self.logprob_n, self.tokens_n).map(math.exp)
 
 
 @dataclass(frozen=True)
@@ -194,14 +195,13 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
     shared = 0
     while shared < min(len(prefix), len(whole) - 1) and prefix[shared] == whole[shared]:
         shared += 1
-    begin: int | None = tokenizer.bos_token_id
-    puts_begin = begin is not None and tokenizer.encode("a")[:1] == [begin]
-    start = begin if begin is not None else tokenizer.eos_token_id
-    if not puts_begin and shared > 0:
-        return whole[:shared], whole[shared:]
-    if start is None:
-        raise DataError("expected a context to score after, got an empty one and no begin-of-text token; add a context")
-    return [start, *whole[:shared]], whole[shared:]
+    context_tokens = begin_tokens(tokenizer) + whole[:shared]
+    if not context_tokens:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if start is None:
+            raise DataError("expected a context to score after, got none and no begin-of-text token; add a context")
+        context_tokens = [start]
+    return context_tokens, whole[shared:]
 
 
 def evaluate_task(
@@ -216,7 +216,7 @@ def evaluate_task(
         tokenizer: its Hugging Face tokenizer.
         task: from `load_task`.
         batch_tokens: padded tokens in a batch.
-        progress: called with tokens done and in all.
+        progress: called with continuations done and in all.
     """
     requests: list[tuple[list[int], list[int]]] = []
     for item in task.items:

@@ -30,6 +30,12 @@ class TextTokens:
         return TextTokens(self.ids_n[:n], self.bytes_n[:n])
 
 
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """The begin-of-text token where the tokenizer puts one before any text, else nothing."""
+    begin: int | None = tokenizer.bos_token_id
+    return [begin] if begin is not None and tokenizer.encode("a")[:1] == [begin] else []
+
+
 def read_text(spec: str, tokenizer: Any, chars: int | None = None) -> str:
     """The documents of a source as one text, a blank line between them.
 

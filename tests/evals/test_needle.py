@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from subquad.core.errors import ConfigError
+from subquad.engine.generate import Generation
+from subquad.evals import needle
+from subquad.evals.needle import NeedleGrid, NeedleResult, answer_logprobs, evaluate_needles, make_questions
+from subquad.evals.scoring import score_continuations
+
+HAY = "The grass is green. The sky is blue. Water flowed from the spout, therefore. What is the man? " * 20
+GRID = NeedleGrid(lengths=(300, 420), depths=(0.0, 0.5, 1.0), samples=2, digits=4)
+
+
+def test_prompts_have_exact_lengths_and_needles_at_their_depths(tokenizer):
+    questions = make_questions(tokenizer, HAY, GRID)
+    assert [len(q.tokens) for q in questions] == [300] * 6 + [420] * 6
+    for question in questions:
+        text = tokenizer.decode(question.tokens)
+        key = text.split("special magic number for ")[-1].split()[0]
+        sentence = f" The special magic number for {key} is {question.value}."
+        assert text.count(sentence) == 1
+        body = text[text.index("\n\n") + 2 : text.rindex("\n\nWhat is the special")]
+        before, after = body.split(sentence)
+        depth = len(before) / len(before + after)
+        assert depth == pytest.approx(question.depth, abs=0.25)
+        assert not before or before.endswith((".", "?"))
+        assert text.endswith(f"<|im_start|>assistant\nThe special magic number for {key} mentioned in the text is")
+
+
+def test_the_same_seed_asks_the_same(tokenizer):
+    assert make_questions(tokenizer, HAY, GRID) == make_questions(tokenizer, HAY, GRID)
+    other = NeedleGrid(lengths=(300,), depths=(0.5,), samples=2, digits=4, seed=1)
+    assert make_questions(tokenizer, HAY, other)[0].value != make_questions(tokenizer, HAY, GRID)[2].value
+
+
+def test_distractors_have_other_keys_and_values(tokenizer):
+    grid = NeedleGrid(lengths=(400,), depths=(0.5,), samples=3, digits=4, distractors=3)
+    for question in make_questions(tokenizer, HAY, grid):
+        assert len(question.tokens) == 400
+        text = tokenizer.decode(question.tokens)
+        said = [s.split(".")[0].split(" is ") for s in text.split("magic number for ")[1:] if " is " in s.split(".")[0]]
+        needles = {key: value for key, value in said if value.isdigit()}
+        assert len(needles) == 4
+        asked = text.split("magic number for ")[-1].split()[0]
+        assert needles[asked] == question.value
+
+
+def test_a_model_without_template_is_asked_in_plain_text(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    question = make_questions(tokenizer, HAY, NeedleGrid(lengths=(300,), depths=(0.5,), samples=1, digits=4))[0]
+    text = tokenizer.decode(question.tokens)
+    assert text.startswith(needle.INTRO)
+    assert "<|im_start|>" not in text
+    assert len(question.tokens) == 300
+
+
+def test_grids_that_ask_nothing(tokenizer):
+    with pytest.raises(ConfigError, match="use a length of at least"):
+        make_questions(tokenizer, HAY, NeedleGrid(lengths=(60,), samples=1))
+    with pytest.raises(ConfigError, match="depths from 0 to 1"):
+        NeedleGrid(depths=(50,))
+    with pytest.raises(ConfigError, match="expected lengths"):
+        NeedleGrid(lengths=())
+
+
+def test_likelihood_of_the_number_equals_that_of_the_whole_sequence(model, tokenizer):
+    questions = make_questions(tokenizer, HAY, NeedleGrid(lengths=(230, 200), depths=(0.5,), samples=1, digits=4))
+    got = answer_logprobs(model, tokenizer, questions, others=9)
+    assert got.shape == (2, 10)
+    requests = [(q.tokens, tokenizer.encode(f" {q.value}", add_special_tokens=False)) for q in questions]
+    want = torch.stack([s.logprob_n.sum() for s in score_continuations(model, requests)])
+    torch.testing.assert_close(got[:, 0], want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(answer_logprobs(model, tokenizer, questions)[:, 0], want, rtol=1e-10, atol=1e-10)
+    hits = evaluate_needles(model, tokenizer, questions, by="likelihood").hit_n
+    assert hits.tolist() == [bool((row[0] > row[1:]).all()) for row in got]
+
+
+def test_generation_counts_the_number_and_nothing_longer(model, tokenizer, monkeypatch):
+    grid = NeedleGrid(lengths=(240,), depths=(0.5,), samples=5, digits=4)
+    questions = make_questions(tokenizer, HAY, grid)
+    v = [q.value for q in questions]
+    texts = [f" {v[0]}.", f" {v[1]}7", f" 1{v[2]}", f" {v[3][:3]}", f": {v[4]}"]
+    monkeypatch.setattr(needle, "generate", lambda *_, **__: [Generation(text=texts.pop(0))])
+    result = evaluate_needles(model, tokenizer, questions, batch=1)
+    assert result.hit_n.tolist() == [True, False, False, False, True]
+    assert result.accuracy(240, 0.5).value == pytest.approx(2 / 5)
+
+
+def test_generation_runs_and_long_prompts_warn(model, tokenizer):
+    questions = make_questions(tokenizer, HAY, NeedleGrid(lengths=(300,), depths=(0.5,), samples=2, digits=4))
+    seen = []
+    with pytest.warns(UserWarning, match="beyond the 256 positions"):
+        result = evaluate_needles(model, tokenizer, questions, progress=lambda *args: seen.append(args))
+    assert result.by == "generation"
+    assert seen == [(600, 600)]
+    with pytest.raises(ConfigError, match="generation or likelihood"):
+        evaluate_needles(model, tokenizer, questions, by="luck")
+
+
+def test_retention_is_what_is_left_of_the_teachers():
+    def result(hits):
+        return NeedleResult("generation", (900,) * 6, (0.5,) * 6, torch.tensor(hits, dtype=torch.bool))
+
+    teacher, student = result([1, 1, 1, 1, 0, 0]), result([1, 1, 1, 0, 0, 0])
+    retention = needle.needle_retention(student, teacher)
+    assert retention.value == pytest.approx(0.75)
+    assert retention.low <= 0.75 <= retention.high
+    with pytest.raises(ConfigError, match="finds something"):
+        needle.needle_retention(student, result([0] * 6))
+    with pytest.raises(ConfigError, match="same questions"):
+        needle.needle_retention(student, NeedleResult("generation", (900,), (0.5,), torch.tensor([True])))
