@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,7 +135,3 @@ def main(args: Sequence[str] | None = None) -> int:
         typer.echo(f"error: {message}", err=True)
         return 2
     return code if isinstance(code, int) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

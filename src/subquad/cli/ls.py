@@ -15,7 +15,7 @@ def run(
     family: Annotated[str, typer.Argument(help=f"One of {', '.join(FAMILIES)}; all when left out.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print whole cards as JSON.")] = False,
 ) -> None:
-    """List the published methods, what each is for, its status and what was measured of it."""
+    """List the published methods, their status and what each is for; --json tells what was measured too."""
     found = {name: methods(name) for name in ((family,) if family else FAMILIES)}
     if as_json:
         typer.echo(json.dumps({f: {s: asdict(c) for s, c in cards.items()} for f, cards in found.items()}, indent=2))
@@ -25,10 +25,13 @@ def run(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("family", "method", "for", "status", "arXiv", "measured", box=box.SIMPLE)
+    table = Table(box=box.SIMPLE)
+    for heading in ("method", "status", "arXiv"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("for")
     for name, cards in found.items():
         for slug, card in cards.items():
-            table.add_row(name, slug, card.gives, card.status, card.arxiv, card.measured)
+            table.add_row(f"{name}/{slug}", card.status, card.arxiv, card.gives)
     if table.row_count:
         Console().print(table)
     else:
