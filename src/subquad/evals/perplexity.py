@@ -77,6 +77,24 @@ class Perplexity:
         return [Bucket(a, b, float(self.nll_wt[:, a - 1 : b - 1].mean())) for a, b in pairwise(edges)]
 
 
+def windows_of(text: TextTokens, context: int) -> Tensor:
+    """The tokens of a text as windows ``[w, context]``; what remains after the last whole one is left out.
+
+    Raises:
+        ConfigError: a context below 2.
+        DataError: text shorter than one window.
+    """
+    if context < 2:
+        raise ConfigError(f"context: expected at least 2 tokens, got {context}; the first of a window is not scored")
+    windows = len(text.ids_n) // context
+    if windows == 0:
+        raise DataError(
+            f"expected a text of at least one window of {context} tokens, got {len(text.ids_n)}; "
+            "give more text or a smaller --context"
+        )
+    return text.ids_n[: windows * context].view(windows, context)
+
+
 @torch.no_grad()
 def perplexity(
     model: Stack, text: TextTokens, context: int, *, batch: int = 4, progress: Progress | None = None
@@ -94,24 +112,16 @@ def perplexity(
         progress: called with tokens done and in all.
 
     Raises:
-        ConfigError: a context below 2.
-        DataError: text shorter than one window.
+        ConfigError, DataError: see `windows_of`.
     """
-    if context < 2:
-        raise ConfigError(f"context: expected at least 2 tokens, got {context}; the first of a window is not scored")
-    windows = len(text.ids_n) // context
-    if windows == 0:
-        raise DataError(
-            f"expected a text of at least one window of {context} tokens, got {len(text.ids_n)}; "
-            "give more text or a smaller --context"
-        )
+    tokens_wt = windows_of(text, context)
+    windows = len(tokens_wt)
+    bytes_wt = text.bytes_n[: windows * context].view(windows, context)
     if context > model.config.max_positions:
         warnings.warn(
             f"context {context} is beyond the {model.config.max_positions} positions the model was made for",
             stacklevel=2,
         )
-    tokens_wt = text.ids_n[: windows * context].view(windows, context)
-    bytes_wt = text.bytes_n[: windows * context].view(windows, context)
     nll_wt = torch.empty(windows, context - 1, dtype=torch.float64)
     began = time.perf_counter()
     for start in range(0, windows, batch):
