@@ -21,6 +21,12 @@ def has_run(source: Path) -> bool:
     return any(isinstance(n, ast.FunctionDef) and n.name == "run" for n in ast.parse(source.read_text()).body)
 
 
+def headings(page: Path) -> set[str]:
+    """The second-level headings of a page, and ``"# "`` if it begins with a title."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    return {line.strip() for line in lines if line.startswith("## ")} | {line[:2] for line in lines[:1]}
+
+
 def problems(root: Path) -> list[str]:
     """What is wrong with the rooms under `root`, one line each; empty when every room is in its place."""
     source, found, methods = root / "src/subquad", [], set()
@@ -44,8 +50,8 @@ def problems(root: Path) -> list[str]:
             page = root / f"docs/methods/{family}/{slug}.md"
             if not page.exists():
                 found.append(f"{family}/{slug}: no page docs/methods/{family}/{slug}.md")
-            elif not page.read_text().startswith("# ") or card.arxiv not in page.read_text():
-                found.append(f"{family}/{slug}: the page needs a title and the card's arXiv id {card.arxiv}")
+            elif missing := {"# ", "## When", "## When not", "## Deviations"} - headings(page):
+                found.append(f"{family}/{slug}: {page.relative_to(root)} lacks {sorted(missing)}")
             if card.result and not (root / "bench/results" / card.result).exists():
                 found.append(f"{family}/{slug}: no result file bench/results/{card.result}")
             if card.status == "stable" and not (card.claim and card.measured and card.result):
@@ -79,7 +85,7 @@ TREE = {
     "src/subquad/bench/mixers/some.py": "def run(bench): ...\n",
     "tests/mixers/test_some.py": "",
     "tests/mixers/test_contract.py": "",
-    "docs/methods/mixers/some.md": "# T\n\narXiv 2401.00001\n",
+    "docs/methods/mixers/some.md": "# T\n\n## When\n\n## When not\n\n## Deviations\n",
 }
 
 
@@ -121,12 +127,16 @@ def test_an_orphan_room_is_found(tmp_path, orphan):
         (CARD.replace("incubating", "ready"), "status 'ready'"),
         (CARD.replace("incubating", "stable"), "stable needs"),
         (CARD.replace('"T"', "name", 1), "literals only"),
-        (CARD.replace("2401.00001", "2401.99999"), "arXiv id 2401.99999"),
         (CARD.replace("gives", "result='x.json', gives"), "no result file"),
     ],
 )
 def test_a_wrong_card_is_found(tmp_path, card, problem):
     assert any(problem in p for p in problems(build(tmp_path, TREE | {"src/subquad/mixers/some.py": card})))
+
+
+def test_an_unfinished_page_is_found(tmp_path):
+    tree = TREE | {"docs/methods/mixers/some.md": "# T\n\n## When\n\n## Deviations\n"}
+    assert any("lacks ['## When not']" in p for p in problems(build(tmp_path, tree)))
 
 
 def test_a_bench_room_that_measures_nothing_is_found(tmp_path):
