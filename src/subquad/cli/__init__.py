@@ -35,7 +35,6 @@ No list is edited. The rules are few:
 
 from __future__ import annotations
 
-import ast
 import importlib
 import traceback
 from collections.abc import Sequence
@@ -71,7 +70,8 @@ class LazyGroup(TyperGroup):
         source = commands().get(cmd_name)
         if source is None:
             return None
-        line = (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        with source.open(encoding="utf-8") as lines:
+            line = lines.readline().strip().strip('"')
         return TyperCommand(cmd_name, help=line, short_help=line)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
