@@ -66,7 +66,7 @@ def test_readme_is_short_and_names_the_two_commands_that_ci_runs():
     assert len(README.splitlines()) <= 150
     assert re.search(r"^pip install \.( -c constraints/cpu\.txt)? && subquad quickstart$", shell, re.MULTILINE)
     assert re.search(r"^pip install \"\.\[test\]\"( -c constraints/cpu\.txt)? && pytest$", shell, re.MULTILINE)
-    for part in ("pip install -q . ", "subquad quickstart", 'pip install -q ".[test]" ', "pytest"):
+    for part in ("pip install -qq . ", "subquad quickstart", 'pip install -qq ".[test]" ', "pytest"):
         assert part in ci
 
 
