@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -58,6 +58,21 @@ class AttentionWeights:
     norm_eps: float = 1e-6
     rotary: RotarySpec | None = None
     window: int | None = None
+
+    def config_fields(self) -> dict[str, Any]:
+        """Shape and numerics as the ``Config`` of an attention-like mixer names them."""
+        return {
+            "d_model": self.q_weight.shape[1],
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "rotary": None if self.rotary is None else asdict(self.rotary),
+            "qkv_bias": self.q_bias is not None,
+            "o_bias": self.o_bias is not None,
+            "qk_norm": self.q_norm is not None,
+            "norm_eps": self.norm_eps,
+            "scale": self.scale,
+        }
 
 
 @dataclass(frozen=True)

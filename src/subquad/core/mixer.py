@@ -55,8 +55,6 @@ class Mixer(nn.Module, ABC):
     """
 
     Config: ClassVar[type[Any]]
-    causal: ClassVar[bool] = True
-    splittable: ClassVar[bool] = True
 
     @abstractmethod
     def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> State:

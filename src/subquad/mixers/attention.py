@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from subquad.core.attention import AttentionStats, AttentionWeights, RotarySpec
 from subquad.core.card import Card
+from subquad.core.config import config_from_dict
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
@@ -177,7 +178,6 @@ class Attention(Mixer):
                 raise ConfigError(f"sinks={self.sinks} needs a window, got none; set window or sinks=0")
 
     config: Config
-    causal: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -268,22 +268,8 @@ class Attention(Mixer):
     @classmethod
     def from_attention(cls, source: AttentionWeights, stats: AttentionStats | None = None, **options: Any) -> Self:
         """The same attention, or with `window` and `sinks` among the options a cut one."""
-        values: dict[str, Any] = {
-            "d_model": source.q_weight.shape[1],
-            "n_heads": source.n_heads,
-            "n_kv_heads": source.n_kv_heads,
-            "head_dim": source.head_dim,
-            "rotary": None
-            if source.rotary is None
-            else {f.name: getattr(source.rotary, f.name) for f in fields(RotarySpec)},
-            "qkv_bias": source.q_bias is not None,
-            "o_bias": source.o_bias is not None,
-            "qk_norm": source.q_norm is not None,
-            "norm_eps": source.norm_eps,
-            "window": source.window,
-            "scale": source.scale,
-        }
-        mixer = cls(cls.Config(**(values | options))).to(source.q_weight)
+        values = source.config_fields() | {"window": source.window} | options
+        mixer = cls(config_from_dict(cls.Config, values, where="mixer attention")).to(source.q_weight)
         mixer.qkv.take_(source)
         with torch.no_grad():
             mixer.o_proj.weight.copy_(source.o_weight)

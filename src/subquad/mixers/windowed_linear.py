@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from subquad.core.attention import AttentionStats, AttentionWeights, RotarySpec
 from subquad.core.card import Card
+from subquad.core.config import config_from_dict
 from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
@@ -256,19 +256,8 @@ class WindowedLinear(Mixer):
             raise UnsupportedError(
                 f"the source already looks back {source.window} tokens only; leave that layer as it is"
             )
-        values: dict[str, Any] = {
-            "d_model": source.q_weight.shape[1],
-            "n_heads": source.n_heads,
-            "n_kv_heads": source.n_kv_heads,
-            "head_dim": source.head_dim,
-            "rotary": None if source.rotary is None else dataclasses.asdict(source.rotary),
-            "qkv_bias": source.q_bias is not None,
-            "o_bias": source.o_bias is not None,
-            "qk_norm": source.q_norm is not None,
-            "norm_eps": source.norm_eps,
-            "scale": source.scale,
-        }
-        mixer = cls(cls.Config(**(values | options))).to(source.q_weight)
+        values = source.config_fields() | options
+        mixer = cls(config_from_dict(cls.Config, values, where="mixer windowed_linear")).to(source.q_weight)
         mixer.qkv.take_(source)
         with torch.no_grad():
             mixer.o_proj.weight.copy_(source.o_weight)
