@@ -21,7 +21,7 @@ class Bytes:
     eos_token_id = 256
     chat_template = None
 
-    def __call__(self, text, *, add_special_tokens):
+    def __call__(self, text, *, add_special_tokens, verbose):
         assert add_special_tokens is False
         return {"input_ids": [list(t.encode()) for t in text]}
 

@@ -31,7 +31,7 @@ class Bytes:
     eos_token_id = 0
     chat_template = None
 
-    def __call__(self, text, *, add_special_tokens):
+    def __call__(self, text, *, add_special_tokens, verbose):
         return {"input_ids": [[c % 61 + 1 for c in t.encode()] for t in text]}
 
 

@@ -25,8 +25,8 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     chat_template: Any
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, Any]:
-        """``{"input_ids": one list of ids a text}``."""
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
+        """``{"input_ids": one list of ids a text}``; `verbose` warns about texts beyond the model's context."""
         ...
 
     def apply_chat_template(self, conversation: Any, *, tokenize: bool) -> Any:

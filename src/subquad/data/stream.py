@@ -210,7 +210,7 @@ def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Rows:
         raise DataError("tokenizer: expected an end token to separate documents, got none; set its eos_token")
     cut = [list(pieces(text)) for text in texts]
     flat = [piece for parts in cut for piece in parts]
-    encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else ())
+    encoded = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"] if flat else ())
     tokens: list[int] = []
     for parts in cut:
         for _ in parts:

@@ -200,8 +200,10 @@ class Align(Stage):
             )
         self.stream.load_state_dict(state["stream"])
         self._begin(state["stream"], state["number"])
+        # A round that is over needs its place in the stream only.
+        again = state["at"] < self.round * self.passes
         for _ in range(min(state["at"], self.round)):
-            if self.passes > 1:
+            if again and self.passes > 1:
                 self._capture(None)
             else:
                 next(self.stream)

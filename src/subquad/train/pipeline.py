@@ -33,7 +33,7 @@ class Recipe:
 
     align: Budget | None = None
     distill: Budget | None = None
-    align_rate: Rate = field(default_factory=lambda: Rate(lr=3e-3))
+    align_rate: Rate = field(default_factory=lambda: Rate(lr=1e-3))
     distill_rate: Rate = field(default_factory=lambda: Rate(lr=1e-3))
     passes: int = 1
     cache_bytes: int = 2**30

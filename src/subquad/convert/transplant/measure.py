@@ -1,0 +1,98 @@
+"""What a teacher's attention does on real text: how far it looks back and how loud each head is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from subquad.core.attention import AttentionStats, AttentionWeights
+from subquad.core.errors import UnsupportedError
+from subquad.core.layout import Layout
+from subquad.mixers.attention import Attention
+from subquad.models.stack import Stack
+from subquad.ops.qkv import QKV
+from subquad.train.align import listen
+
+SCORES_AT_ONCE = 2**24
+
+
+def attention_of(teacher: Stack, layer: int) -> Attention:
+    """The softmax attention of a layer.
+
+    Raises:
+        UnsupportedError: the layer has another mixer.
+    """
+    mixer = teacher.blocks[layer].mixer
+    if not isinstance(mixer, Attention):
+        raise UnsupportedError(
+            f"layer {layer}: expected attention to convert, got {type(mixer).__name__}; choose other layers"
+        )
+    return mixer
+
+
+@torch.no_grad()
+def measure(
+    teacher: Stack, batches: Sequence[Tensor], layers: Sequence[int], *, sample_tokens: int = 4096
+) -> dict[int, AttentionStats]:
+    """Statistics of the attention of `layers` over tokens ``[b, t]``, in one pass over each batch.
+
+    ``lookback = mean over queries i of sum_j p_ij (i - j)`` and ``output_rms = sqrt(mean (sum_j p_ij v_j)^2)``.
+
+    Args:
+        teacher: the model.
+        batches: dense token ids; longer rows let a head look back further.
+        layers: indices.
+        sample_tokens: of the first batch, as many rows' inputs are kept as fit into this, at least one.
+
+    Raises:
+        UnsupportedError: a layer that is no attention.
+    """
+    sources = {i: attention_of(teacher, i).weights() for i in layers}
+    sums: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in layers}
+    inputs: dict[int, Tensor] = {}
+
+    def heard(i: int, x_btd: Tensor, _: Tensor, layout: Layout) -> None:
+        inputs.setdefault(i, x_btd[: max(1, sample_tokens // x_btd.shape[1])])
+        sums[i].append(_one(x_btd.float(), sources[i], layout))
+
+    for tokens_bt in batches:
+        listen(teacher, tokens_bt.to(teacher.device), layers, heard)
+    out: dict[int, AttentionStats] = {}
+    for i, found in sums.items():
+        lookback_nh, square_nh = (torch.stack(x) for x in zip(*found, strict=True))
+        out[i] = AttentionStats(lookback_nh.mean(0), square_nh.mean(0).sqrt(), inputs[i])
+    return out
+
+
+def _one(x_btd: Tensor, source: AttentionWeights, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Mean look-back and mean square of the output, ``[h]`` each, of one dense batch in float32."""
+    h, g = source.n_heads, source.n_kv_heads
+    qkv = QKV(
+        x_btd.shape[2],
+        h,
+        g,
+        source.head_dim,
+        bias=source.q_bias is not None,
+        norm=source.q_norm is not None,
+        norm_eps=source.norm_eps,
+        rotary=source.rotary,
+    ).to(x_btd)
+    qkv.take_(source)
+    q_bthk, k_btgk, v_btgv = qkv(x_btd, layout)
+    b, t = layout.shape
+    at_t = torch.arange(t, device=x_btd.device)
+    lookback_h, square_h = x_btd.new_zeros(2, h)
+    step = max(1, SCORES_AT_ONCE // (b * h * t))
+    for start in range(0, t, step):
+        q_bcgek = q_bthk[:, start : start + step].unflatten(2, (g, h // g))
+        distance_ct = at_t[start : start + step, None] - at_t
+        seen_ct = distance_ct >= 0
+        if source.window is not None:
+            seen_ct = seen_ct & (distance_ct < source.window)
+        score_bgect = torch.einsum("bcgek,btgk->bgect", q_bcgek, k_btgk) * source.scale
+        p_bgect = score_bgect.masked_fill(~seen_ct, float("-inf")).softmax(-1)
+        lookback_h += torch.einsum("bgect,ct->ge", p_bgect, distance_ct.to(p_bgect.dtype)).flatten()
+        square_h += torch.einsum("bgect,btgv->bcgev", p_bgect, v_btgv).square().sum((0, 1, 4)).flatten()
+    return lookback_h / (b * t), square_h / (b * t * source.head_dim)

@@ -1,0 +1,138 @@
+"""Which mixer goes into which layer, and with which options: the grammar of ``--mixer``, ``--layers``, ``--keep``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from subquad.core.errors import ConfigError, nearest
+from subquad.core.registry import load, methods
+
+
+def place(
+    n_layers: int, mixers: Sequence[str], *, layers: str | None = None, keep: float | None = None
+) -> dict[int, str]:
+    """Slug of the new mixer of each converted layer.
+
+    Args:
+        n_layers: of the teacher.
+        mixers: ``SLUG`` or ``SLUG:LAYERS``. Those with layers of their own take these; the others share, in turn, the
+            layers that `layers` names or that `keep` leaves.
+        layers: the layers to convert, as in `parse_layers`.
+        keep: share of all layers that stay attention, spread evenly.
+
+    Raises:
+        ConfigError: an unknown mixer or layer, a layer given twice, or layers named in two ways or in none.
+    """
+    known = methods("mixers")
+    placed: dict[int, str] = {}
+    sharing: list[str] = []
+    for spec in mixers:
+        slug, colon, own = spec.partition(":")
+        if slug not in known:
+            raise ConfigError(f"--mixer {spec}: unknown mixer {slug!r}{nearest(slug, known)}")
+        if not colon:
+            sharing.append(slug)
+            continue
+        for i in parse_layers(own, n_layers):
+            if i in placed:
+                raise ConfigError(f"--mixer {spec}: layer {i} already goes to {placed[i]}; name it once")
+            placed[i] = slug
+    if not mixers:
+        raise ConfigError(f"expected --mixer SLUG, got none; known: {', '.join(known)}")
+    if not sharing:
+        if layers is not None or keep is not None:
+            raise ConfigError("--layers, --keep: every --mixer names its layers; leave these out, or the layers there")
+        return dict(sorted(placed.items()))
+    if (layers is None) == (keep is None):
+        got = "neither" if layers is None else "both"
+        raise ConfigError(f"expected --layers or --keep for --mixer {sharing[0]}, got {got}; give one of them")
+    chosen = spread(n_layers, keep) if keep is not None else parse_layers(layers or "", n_layers)
+    free = [i for i in chosen if i not in placed]
+    return dict(sorted((placed | {i: sharing[at % len(sharing)] for at, i in enumerate(free)}).items()))
+
+
+def parse_layers(text: str, n_layers: int) -> list[int]:
+    """Layers of ``1,3,5-9``, ``odd``, ``even`` or ``all``, counted from 0.
+
+    Raises:
+        ConfigError: something else, or a layer that is not there.
+    """
+    words = {"all": range(n_layers), "odd": range(1, n_layers, 2), "even": range(0, n_layers, 2)}
+    if text in words:
+        return list(words[text])
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.strip().isdigit() or (dash and not last.strip().isdigit()):
+            raise ConfigError(f"layers {text!r}: expected numbers like 1,3,5-9 or odd, even, all, got {part!r}")
+        found += range(int(first), int(last if dash else first) + 1)
+    for i in found:
+        if i >= n_layers:
+            raise ConfigError(
+                f"layers {text!r}: expected 0 to {n_layers - 1}, got {i}; the model has {n_layers} layers"
+            )
+    if not found:
+        raise ConfigError(f"layers {text!r}: expected at least one layer, got none; write 5-9, not 9-5")
+    return sorted(set(found))
+
+
+def spread(n_layers: int, keep: float) -> list[int]:
+    """The layers to convert when a share `keep` of all, spread evenly, stays attention.
+
+    Raises:
+        ConfigError: a share that is none, or one that leaves nothing to convert.
+    """
+    kept = round(keep * n_layers)
+    if not 0 <= keep < 1 or kept == n_layers:
+        raise ConfigError(f"--keep {keep}: expected a share from 0 to below 1 that leaves a layer to convert; lower it")
+    stay = {int((i + 0.5) * n_layers / kept) for i in range(kept)}
+    return [i for i in range(n_layers) if i not in stay]
+
+
+def parse_options(settings: Sequence[str], slugs: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Options by mixer of ``KEY=VALUE`` (for every mixer) and ``SLUG.KEY=VALUE``, checked against the configs.
+
+    Args:
+        settings: values are JSON, or else words.
+        slugs: the mixers in use.
+
+    Raises:
+        ConfigError: a key that a mixer does not have, with the nearest one, or a value of another type.
+    """
+    out: dict[str, dict[str, Any]] = {slug: {} for slug in slugs}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE or MIXER.KEY=VALUE, got no '='; add the value")
+        slug, dot, key = name.rpartition(".")
+        if dot and slug not in out:
+            raise ConfigError(f"--set {setting}: mixer {slug!r} is not in use{nearest(slug, out)}")
+        for target in [slug] if dot else out:
+            out[target][key] = _value(setting, key, text, load("mixers", target).Config)
+    return out
+
+
+def _value(setting: str, key: str, text: str, config: type[Any]) -> Any:
+    kinds = typing.get_type_hints(config)
+    fields = [f.name for f in dataclasses.fields(config) if f.name != "d_model"]
+    if key not in fields:
+        raise ConfigError(f"--set {setting}: unknown option {key!r}{nearest(key, fields)}")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    kind = kinds[key]
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    allowed = [typing.get_origin(k) or k for k in (typing.get_args(kind) if union else (kind,))]
+    if float in allowed and type(value) is int:
+        value = float(value)
+    # A bool is an int to Python, but not to whoever wrote window=true.
+    if not any(type(value) is k if k in (int, bool) else isinstance(value, k) for k in allowed if isinstance(k, type)):
+        expected = " or ".join(getattr(k, "__name__", str(k)) for k in allowed)
+        raise ConfigError(f"--set {setting}: expected {expected}, got {text!r}; write a value of that type")
+    return value
