@@ -32,7 +32,7 @@ class Chart:
         title: what is shown.
         x_label, y_label: of the axes, with units.
         series: name to points, in the order of the legend; the teacher first.
-        kind: ``line`` or ``bar`` (one bar a series at each x).
+        kind: ``line`` or ``bar``; bars at one x stand side by side.
         log_x, log_y: logarithmic axes.
         ticks: x values to name, with their names; empty leaves the choice to the chart.
         note: a sentence under the chart.
@@ -84,13 +84,16 @@ def draw(chart: Chart) -> Any:
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
+    places = [x for points in chart.series.values() for x, _ in points]
+    # Series that never meet need no room beside each other.
+    abreast = 1 if len(set(places)) == len(places) else len(chart.series)
     # A lone series is no teacher: it takes the colour of the student.
     for i, (name, points) in enumerate(chart.series.items(), start=int(len(chart.series) == 1)):
         xs, ys = [x for x, _ in points], [y for _, y in points]
         colour = SERIES[i % len(SERIES)]
         if chart.kind == "bar":
-            width = 0.8 / len(chart.series)
-            xs = [x + width * (i % len(chart.series) - (len(chart.series) - 1) / 2) for x in xs]
+            width = 0.8 / abreast
+            xs = [x + width * (i % abreast - (abreast - 1) / 2) for x in xs]
             axes.bar(xs, ys, width * 0.92, color=colour, label=name)
         else:
             marker = MARKERS[i % len(MARKERS)] if len(points) <= 16 else ""
