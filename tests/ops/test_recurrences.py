@@ -90,6 +90,16 @@ def test_documents_and_padding_equal_separate_sequences(op: str, form: str) -> N
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_more_chunks_than_a_chunk_has_tokens(op: str) -> None:
+    module, t = OPS[op], 64 * 64 + 100
+    values = arguments(op, t, decay=1e-3)
+    documents_bt = (torch.arange(t) >= torch.tensor([[900], [64 * 64]])).long()
+    for documents in (None, documents_bt):
+        y, _ = module.equation(**values, documents_bt=documents)
+        torch.testing.assert_close(module.chunked(**values, documents_bt=documents), y, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_final_state_keeps_any_prefix(op: str) -> None:
     module, t = OPS[op], 70
     values = arguments(op, t)
@@ -234,3 +244,23 @@ def test_ssd_without_decay_is_causal_linear_attention() -> None:
     q, k, v = (values[name].transpose(1, 2) for name in ("q_bthk", "k_bthk", "v_bthv"))
     want = ((q @ k.mT).tril() @ v).transpose(1, 2)
     torch.testing.assert_close(ssd.chunked(**values), want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("decay", [0.0, 0.01, 100.0])
+def test_gpu_is_as_exact_as_the_loop(op: str, decay: float) -> None:
+    """Outputs, final state and every gradient in float32 on the GPU, against float64.
+
+    A GPU adds the 64 terms of a product one after the other, each of three products in a row: sqrt(64) roundings each.
+    """
+    values = arguments(op, 300, decay=decay, dtype=torch.float32, k=64, v=32)
+    exact = {name: x.double() for name, x in values.items()}
+    device = {name: x.cuda() for name, x in values.items()}
+    weight, rounding = torch.randn(2, 300, 2, 32), 3 * 8 * 2**-24
+    pairs = [(OPS[op].chunked(**device), OPS[op].equation(**device)[0], OPS[op].equation(**exact)[0])]
+    pairs.append((OPS[op].final_state(**without_q(device)), *(OPS[op].equation(**x)[1] for x in (device, exact))))
+    got, naive = (gradients(f, device, weight.cuda()) for f in (OPS[op].chunked, OPS[op].equation))
+    pairs.extend(zip(got, naive, gradients(OPS[op].equation, exact, weight.double()), strict=True))
+    for name, (a, b, c) in zip(("y", "state", *values), pairs, strict=True):
+        assert error(a.cpu(), c) <= max(2 * error(b.cpu(), c), rounding), name

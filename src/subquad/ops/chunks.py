@@ -25,12 +25,16 @@ class Decays(NamedTuple):
         start_bhnc: from the state before the chunk to token i.
         end_bhnc: from token j to the state after the chunk.
         across_bhn: from the state before the chunk to the state after it.
+        g_bnh: log decay of a whole chunk, not yet 0 across a boundary.
+        documents_bn: document of a chunk's last token, or None.
     """
 
     pair_bhncc: Tensor
     start_bhnc: Tensor
     end_bhnc: Tensor
     across_bhn: Tensor
+    g_bnh: Tensor
+    documents_bn: Tensor | None
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -105,10 +109,12 @@ def decays(g_bth: Tensor, documents_bt: Tensor | None, dtype: torch.dtype) -> De
         low_bhnc = (sum_bhnc - high_bhnc).detach().to(dtype)
         between_bhncc = between_bhncc.add_(low_bhnc[..., :, None]).sub_(low_bhnc[..., None, :])
     start_bhnc, end_bhnc = sum_bhnc.exp().to(dtype), (last_bhn1 - sum_bhnc).exp().to(dtype)
+    g_bnh = last_bhn1.squeeze(-1).transpose(1, 2)
     across_bhn = last_bhn1.squeeze(-1).exp().to(dtype)
     unseen = torch.ones(c, c, dtype=torch.bool, device=g_bth.device).triu(1)
     if documents_bt is None:
-        return Decays(between_bhncc.masked_fill_(unseen, -torch.inf).exp_(), start_bhnc, end_bhnc, across_bhn)
+        pair_bhncc = between_bhncc.masked_fill_(unseen, -torch.inf).exp_()
+        return Decays(pair_bhncc, start_bhnc, end_bhnc, across_bhn, g_bnh, None)
     t, n = documents_bt.shape[1], sum_bhnc.shape[2]
     padded_bt = F.pad(documents_bt[:, None], (0, n * c - t), mode="replicate")[:, 0]
     documents_b1nc = padded_bt.unflatten(1, (n, c))[:, None]
@@ -120,4 +126,6 @@ def decays(g_bth: Tensor, documents_bt: Tensor | None, dtype: torch.dtype) -> De
         start_bhnc.masked_fill(documents_b1nc != before_b1n[..., None], 0),
         end_bhnc.masked_fill(documents_b1nc != last_b1n[..., None], 0),
         across_bhn.masked_fill(last_b1n != before_b1n, 0),
+        g_bnh,
+        last_b1n.squeeze(1),
     )

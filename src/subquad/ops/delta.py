@@ -77,9 +77,10 @@ def chunked(
         k_bthk, v, g_bth, beta_bth = chunks.blank(valid_bt, k_bthk, v_bthv, g_bth, beta_bth)
         q, k, v = (chunks.cut(x, dtype) for x in (q_bthk, k_bthk, v))
         decay = chunks.decays(g_bth, chunks.settle(documents_bt, valid_bt), dtype)
-        written, states, _ = _write(k, v, chunks.cut(beta_bth, dtype), decay, state_bhkv.to(dtype))
-        y = ((q @ k.mT) * decay.pair_bhncc) @ torch.stack(written, dim=2)
-        y = y + (q * decay.start_bhnc[..., None]) @ torch.stack(states, dim=2)
+        own, reader = _solve(k, v, chunks.cut(beta_bth, dtype), decay)
+        before_bhnkv = torch.stack(_states(k, own, reader, decay, state_bhkv.to(dtype))[:-1], dim=2)
+        y = ((q @ k.mT) * decay.pair_bhncc) @ (own - reader @ before_bhnkv)
+        y = y + (q * decay.start_bhnc[..., None]) @ before_bhnkv
         return chunks.join(y, time).to(v_bthv.dtype)
 
 
@@ -104,17 +105,15 @@ def final_state(
         k, v, g, beta = chunks.blank(valid_bt, k_bthk, v_bthv, g_bth, beta_bth)
         decay = chunks.decays(g, chunks.settle(documents_bt, valid_bt), dtype)
         k, v, beta = (chunks.cut(x, dtype) for x in (k, v, beta))
-        return _write(k, v, beta, decay, state_bhkv.to(dtype))[2]
+        return _states(k, *_solve(k, v, beta, decay), decay, state_bhkv.to(dtype))[-1]
 
 
-def _write(
-    k_bhnck: Tensor, v_bhncv: Tensor, beta_bhnc: Tensor, decay: chunks.Decays, state_bhkv: Tensor
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """What each chunk writes under its keys ``[b, h, c, v]``, the state before each chunk, and the last state.
+def _solve(k_bhnck: Tensor, v_bhncv: Tensor, beta_bhnc: Tensor, decay: chunks.Decays) -> tuple[Tensor, Tensor]:
+    """What each chunk writes under its keys, ``u = own - reader S_0``, with S_0 the state before the chunk.
 
     Within a chunk ``S_i = start_i S_0 + sum_{j <= i} pair_ij k_j u_j^T``, where the written values u solve
     ``u_i + beta_i sum_{j < i} pair_ij (k_i . k_j) u_j = beta_i (v_i - start_i S_0^T k_i)``: one unit lower triangular
-    system for the values and for the keys that read ``S_0``. No decay is ever divided by.
+    system for the values and for the keys that read S_0. No decay is ever divided by.
     """
     beta_bhnc1 = beta_bhnc[..., None]
     system_bhncc = beta_bhnc1 * (k_bhnck @ k_bhnck.mT) * decay.pair_bhncc
@@ -122,11 +121,25 @@ def _write(
     # Only what lies below the diagonal is read, which is the strict sum over j < i.
     solved = torch.linalg.solve_triangular(system_bhncc, right_bhncx, upper=False, unitriangular=True)
     own_bhncv, reader_bhnck = solved.split((v_bhncv.shape[-1], k_bhnck.shape[-1]), dim=-1)
+    return own_bhncv, reader_bhnck
+
+
+def _states(
+    k_bhnck: Tensor, own_bhncv: Tensor, reader_bhnck: Tensor, decay: chunks.Decays, state_bhkv: Tensor
+) -> list[Tensor]:
+    """The state before the first chunk and after each, by one matrix product a chunk.
+
+    ``S <- across S + sum_j end_j k_j u_j^T`` with ``u = own - reader S`` is affine in S.
+    """
     kept_bhnkc = (k_bhnck * decay.end_bhnc[..., None]).mT
-    written, states = list[Tensor](), list[Tensor]()
-    by_chunk = (x.unbind(2) for x in (own_bhncv, reader_bhnck, kept_bhnkc, decay.across_bhn[..., None, None]))
-    for own_bhcv, reader_bhck, kept_bhkc, across_bh11 in zip(*by_chunk, strict=True):
-        states.append(state_bhkv)
-        written.append(own_bhcv - reader_bhck @ state_bhkv)
-        state_bhkv = across_bh11 * state_bhkv + kept_bhkc @ written[-1]
-    return written, states, state_bhkv
+    kept_state = torch.eye(k_bhnck.shape[-1], dtype=k_bhnck.dtype, device=k_bhnck.device)
+    transition_bhnkk = decay.across_bhn[..., None, None] * kept_state - kept_bhnkc @ reader_bhnck
+    added_bhnkv = kept_bhnkc @ own_bhncv
+    batch, state_xkv = state_bhkv.shape[:2], state_bhkv.flatten(0, 1)
+    states = [state_bhkv]
+    for transition_xkk, added_xkv in zip(
+        transition_bhnkk.flatten(0, 1).unbind(1), added_bhnkv.flatten(0, 1).unbind(1), strict=True
+    ):
+        state_xkv = torch.baddbmm(added_xkv, transition_xkk, state_xkv)
+        states.append(state_xkv.unflatten(0, batch))
+    return states

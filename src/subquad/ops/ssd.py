@@ -72,14 +72,8 @@ def chunked(
         q, k, v = (chunks.cut(x, dtype) for x in (q_bthk, k_bthk, v))
         decay = chunks.decays(g_bth, chunks.settle(documents_bt, valid_bt), dtype)
         y = ((q @ k.mT) * decay.pair_bhncc) @ v
-        states = [state_bhkv.to(dtype)]
-        if q.shape[2] > 1:
-            added_bhnkv = (k * decay.end_bhnc[..., None]).mT @ v
-            for across_bh11, added_bhkv in zip(
-                decay.across_bhn[..., None, None].unbind(2)[:-1], added_bhnkv.unbind(2)[:-1], strict=True
-            ):
-                states.append(torch.addcmul(added_bhkv, across_bh11, states[-1]))
-        y = y + (q * decay.start_bhnc[..., None]) @ torch.stack(states, dim=2)
+        added_bhnkv = (k * decay.end_bhnc[..., None]).mT @ v
+        y = y + (q * decay.start_bhnc[..., None]) @ _before(added_bhnkv, decay, state_bhkv.to(dtype))
         return chunks.join(y, time).to(v_bthv.dtype)
 
 
@@ -110,3 +104,23 @@ def final_state(
             across_bh = across_bh.masked_fill((documents_bt[:, -1] != 0)[:, None], 0)
         k_bhkt = (k.to(dtype) * end_bth[..., None]).permute(0, 2, 3, 1)
         return across_bh[..., None, None] * state_bhkv.to(dtype) + k_bhkt @ v.to(dtype).transpose(1, 2)
+
+
+def _before(added_bhnkv: Tensor, decay: chunks.Decays, state_bhkv: Tensor) -> Tensor:
+    """The state before each chunk, ``[b, h, n, k, v]``.
+
+    Chunks are to the state what tokens are: ``S_n = across_n S_{n-1} + added_n``. So their states are matrix products
+    over groups of 64 chunks, with a loop over the groups only.
+    """
+    n = added_bhnkv.shape[2]
+    if n == 1:
+        return state_bhkv[:, :, None]
+    over = chunks.decays(decay.g_bnh, decay.documents_bn, state_bhkv.dtype)
+    added_bhmnx = chunks.cut(added_bhnkv.flatten(3).transpose(1, 2), state_bhkv.dtype)
+    inside_bhmnx = over.pair_bhncc @ added_bhmnx
+    group, after = state_bhkv.flatten(2)[:, :, None], list[Tensor]()
+    for inside_bhnx, start_bhn in zip(inside_bhmnx.unbind(2), over.start_bhnc.unbind(2), strict=True):
+        after.append(torch.addcmul(inside_bhnx, start_bhn[..., None], group))
+        group = after[-1][:, :, -1:]
+    after_bhnkv = torch.cat(after, dim=2)[:, :, : n - 1].unflatten(3, state_bhkv.shape[2:])
+    return torch.cat((state_bhkv[:, :, None], after_bhnkv), dim=2)
