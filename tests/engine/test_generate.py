@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -157,11 +158,13 @@ def test_the_state_is_allocated_once_and_a_constant_one_ignores_the_length(
     monkeypatch.setattr(Stack, "read", spy)
     generate(model, [[1, 2, 3]], limits=Limits(max_new_tokens=30))
     assert len(pools) == 30
-    assert len(set(pools)) == 1
+    prompt, *steps = pools  # the prompt is read against an empty state of its own
+    assert len(set(steps)) == 1
+    assert prompt <= steps[0]
     slug = model.config.layers[0]["mixer"]
     if methods("mixers")[slug].constant_state:
         generate(model, [[1, 2, 3] * 20], limits=Limits(max_new_tokens=60))
-        assert len(set(pools)) == 1
+        assert set(pools) == {steps[0]}
 
 
 def test_a_finished_half_of_the_batch_leaves_it(attention: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +273,7 @@ def test_logits_that_are_not_finite_stop_with_the_row(attention: Stack) -> None:
 
 
 def test_a_mixer_that_looks_ahead_is_refused(attention: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(attention.blocks[0].mixer), "causal", False)
+    card = dataclasses.replace(methods("mixers")["attention"], causal=False)
+    monkeypatch.setattr(engine, "methods", lambda family: {"attention": card})
     with pytest.raises(UnsupportedError, match="^layer 0: expected a causal mixer"):
         engine.generate(attention, [[1]])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError, DataError, DivergenceError, UnsupportedError
+from subquad.core.registry import methods
 from subquad.engine.detokenize import Detokenizer
 from subquad.engine.sampler import History, Sampler, SamplingConfig
 from subquad.models.stack import Stack, StackState
@@ -60,7 +61,7 @@ class Limits:
     end_tokens: Sequence[int] | None = None
     stop: Sequence[str] = ()
     allow_long: bool = False
-    chunk: int = 512
+    chunk: int = 1024
 
 
 def generate(
@@ -179,7 +180,7 @@ def stream(
 
 @torch.no_grad()
 def prefill(model: Stack, prompts: Sequence[Sequence[int]], pool: StackState, chunk: int) -> Tensor:
-    """Read the prompts into `pool` in chunks of columns, and return the hidden state ``[b, d]`` of each last token.
+    """Read the prompts into the empty `pool` in chunks of columns; return the stream ``[b, d]`` at each last token.
 
     A chunk is read by the rows that still have tokens in it, so that one long prompt costs the others nothing.
     """
@@ -192,9 +193,10 @@ def prefill(model: Stack, prompts: Sequence[Sequence[int]], pool: StackState, ch
         lengths_b = torch.tensor(lengths, device=device)
         everyone = len(blocks) == len(prompts)
         rows_b = torch.tensor(list(blocks), device=device)
-        hidden_btd, update = model.read(
-            tokens_bt, pool if everyone else pool.select(rows_b), lengths_b if min(lengths) < width else None
-        )
+        state = pool if everyone else pool.select(rows_b)
+        if start == 0:  # nothing to look at costs less than an empty buffer
+            state = model.init_state(len(prompts))
+        hidden_btd, update = model.read(tokens_bt, state, lengths_b if min(lengths) < width else None)
         update.commit_(pool, None if everyone else rows_b, lengths_b)
         # A row's last chunk is its last write here.
         ends_bd = hidden_btd[torch.arange(len(blocks), device=device), lengths_b - 1]
@@ -219,11 +221,12 @@ def _configs(sampling: SamplingConfig | Sequence[SamplingConfig] | None, batch: 
 
 def _check(model: Stack, prompts: Sequence[Sequence[int]], limits: Limits, tokenizer: Any) -> int:
     """Refuse what can't be generated; return the most tokens that a row commits."""
-    for i, block in enumerate(model.blocks):
-        mixer = block.mixer
-        if not (mixer.causal and mixer.splittable):
+    cards = methods("mixers")
+    for i, layer in enumerate(model.config.layers):
+        card = cards[layer["mixer"]]
+        if not (card.causal and card.splittable):
             raise UnsupportedError(
-                f"layer {i}: expected a causal mixer that can be read in pieces, got {type(mixer).__name__}; "
+                f"layer {i}: expected a causal mixer that can be read in pieces, got {layer['mixer']}; "
                 "score whole texts with it instead"
             )
     if not prompts:
@@ -231,7 +234,7 @@ def _check(model: Stack, prompts: Sequence[Sequence[int]], limits: Limits, token
     if limits.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: expected at least 1, got {limits.max_new_tokens}; ask for a token")
     if limits.chunk < 1:
-        raise ConfigError(f"chunk: expected at least 1, got {limits.chunk}; 512 is usual")
+        raise ConfigError(f"chunk: expected at least 1, got {limits.chunk}; 1024 is usual")
     if limits.stop and tokenizer is None:
         raise ConfigError("stop: expected a tokenizer to find strings with, got none; pass one, or use end_tokens")
     vocab_size, context = model.config.vocab_size, model.config.max_positions

@@ -178,7 +178,8 @@ def _mix(x: Tensor) -> Tensor:
 def gumbel(seed_b: Tensor, step_b: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise ``[b, v]`` in float32, a function of each row's seed and step, and the token.
 
-    There is no generator to carry along: a row draws the same in any batch, on any device, after any interruption.
+    There is no generator to carry along: a row draws the same in any batch and after any interruption. The bits are the
+    same on every device, their logarithms up to rounding.
 
     Args:
         seed_b: int64 seeds.

@@ -1,0 +1,41 @@
+"""On the real SmolLM2-135M: batches equal single prompts, chats end by themselves, text streams whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from subquad.cli.generate import encode
+from subquad.engine.generate import Limits, generate
+
+
+def test_a_batch_of_real_prompts_equals_each_alone_up_to_near_ties(smollm2: Any) -> None:
+    model, tokenizer = smollm2.model, smollm2.tokenizer
+    texts = [
+        "The capital of France is",
+        "def fibonacci(n):\n    ",
+        "Die Würde des Menschen ist unantastbar. Sie zu achten",
+    ]
+    prompts = [tokenizer.encode(text) for text in texts]
+    limits = Limits(max_new_tokens=8, end_tokens=[])
+    for prompt, got in zip(
+        prompts, generate(model, prompts, limits=limits, tokenizer=tokenizer, logprobs=True), strict=True
+    ):
+        # One reading of prompt and answer gives the greedy choice at every step.
+        with torch.no_grad():
+            whole = model(torch.tensor([prompt + got.tokens]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        chosen = whole.gather(1, torch.tensor(got.tokens)[:, None])[:, 0]
+        # Float32 noise between batched steps and one reading was measured at 6e-5 at most; twice that.
+        torch.testing.assert_close(torch.tensor(got.logprobs), chosen, rtol=0, atol=1.2e-4)
+        assert (whole.max(-1).values - chosen).max() < 1.2e-4
+        begun = tokenizer.decode(prompt, skip_special_tokens=True)
+        assert begun + got.text == tokenizer.decode(prompt + got.tokens, skip_special_tokens=True)
+
+
+def test_a_chat_answers_and_ends_by_itself(smollm2: Any) -> None:
+    prompt = encode(smollm2, "What is the capital of France? Answer with one word.", True)
+    (answer,) = generate(smollm2.model, [prompt], limits=Limits(24), tokenizer=smollm2.tokenizer)
+    assert "Paris" in answer.text
+    assert answer.finish == "end"
+    assert "<|im_end|>" not in answer.text
