@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,34 @@ def save_pretrained(
     Raises:
         CheckpointError: it could not be written, or the folder holds a model of another kind.
     """
+
+    def write(fresh: Path) -> None:
+        weights = dict(model.state_dict())
+        if model.config.tied:
+            del weights["lm_head.weight"]
+        write_weights(weights, fresh, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(fresh))
+        (fresh / "README.md").write_text(render(card or ModelCard(), model.config), encoding="utf-8")
+        write_json(fresh / "config.json", config_json(model.config))
+
+    replace_folder(folder, MODEL_TYPE, write)
+
+
+def replace_folder(folder: str | Path, model_type: str, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a fresh folder, then put it in the place of `folder` in one move.
+
+    Args:
+        folder: where it will stand; files there that `write` does not make, and no save has made, are kept.
+        model_type: what a config.json already there must name, so that nobody's other model is destroyed.
+        write: makes the new content in the folder it is given.
+
+    Raises:
+        CheckpointError: it could not be written, or the folder holds another model; it is as it was before.
+    """
     target = Path(folder).expanduser().resolve()
     _recover(target)
-    if (target / "config.json").exists() and (found := read_config(target).get("model_type")) != MODEL_TYPE:
+    if (target / "config.json").exists() and (found := read_config(target).get("model_type")) != model_type:
         raise CheckpointError(
             f"{target}: holds a model of type {found!r}, which saving would destroy; choose another folder"
         )
@@ -64,16 +89,11 @@ def save_pretrained(
         for leftover in (fresh, previous):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
-        _write_weights(model, fresh, shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(fresh))
-        (fresh / "README.md").write_text(render(card or ModelCard(), model.config), encoding="utf-8")
-        (fresh / "config.json").write_text(json.dumps(config_json(model.config), indent=2) + "\n", encoding="utf-8")
+        write(fresh)
         if target.exists():
             _keep_others(target, fresh)
-        for path in fresh.rglob("*"):
+        for path in (*fresh.rglob("*"), fresh):
             _sync(path)
-        _sync(fresh)
         if target.exists():
             target.rename(previous)
         fresh.rename(target)
@@ -81,11 +101,13 @@ def save_pretrained(
         shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         _recover(target)
-        shutil.rmtree(fresh, ignore_errors=True)
         kept = "the checkpoint that was there is intact" if target.exists() else "nothing was left behind"
         raise CheckpointError(
             f"{target}: could not be written ({error}); {kept}; free some space or choose another folder"
         ) from error
+    finally:  # an interrupt, too, leaves nothing half done
+        _recover(target)
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def from_pretrained(
@@ -172,18 +194,21 @@ def config_of(values: dict[str, Any], *, where: str) -> ModelConfig:
     return config_from_dict(ModelConfig, {k: v for k, v in values.items() if k not in _ENVELOPE}, where=where)
 
 
-def _write_weights(model: Stack, folder: Path, shard_bytes: int) -> None:
+def write_weights(weights: Mapping[str, Tensor], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as safetensors, in several files with an index when they are larger than `shard_bytes`."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tied:
-        del weights["lm_head.weight"]
-    plan = split_torch_state_dict_into_shards(weights, max_shard_size=shard_bytes)
+    plain = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    plan = split_torch_state_dict_into_shards(plain, max_shard_size=shard_bytes)
     for name, tensors in plan.filename_to_tensors.items():
-        save_file({t: weights[t] for t in tensors}, str(folder / name), metadata={"format": "pt"})
+        save_file({t: plain[t] for t in tensors}, str(folder / name), metadata={"format": "pt"})
     if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `values` as indented JSON."""
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _weight_files(folder: Path) -> list[Path]:
