@@ -256,7 +256,7 @@ def load_into(theirs: torch.nn.Module, mixer: Mamba2) -> None:
     if theirs.in_proj.bias is not None:
         biases = [torch.zeros(p.out_features) if p.bias is None else p.bias for p in projections]
         theirs.in_proj.bias.copy_(torch.cat(biases))
-        theirs.out_proj.bias.copy_(mixer.out_proj.bias)
+        theirs.out_proj.bias.copy_(0.0 * theirs.out_proj.bias if mixer.out_proj.bias is None else mixer.out_proj.bias)
     theirs.conv1d.weight.copy_(qkv.conv_weight[:, None])
     theirs.conv1d.bias.copy_(qkv.conv_bias)
     for name in ("A_log", "dt_bias"):
@@ -267,17 +267,18 @@ def load_into(theirs: torch.nn.Module, mixer: Mamba2) -> None:
 
 
 @pytest.mark.parametrize("groups", [None, 1, 2])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "proj_bias"), [(False, False), (False, True), (True, True)])
 @pytest.mark.parametrize("family", ["bamba", "granitemoehybrid", "mamba2"])
 @torch.no_grad()
-def test_exportable_profile_equals_transformers(family: str, bias: bool, groups: int | None) -> None:
+def test_exportable_profile_equals_transformers(family: str, bias: bool, proj_bias: bool, groups: int | None) -> None:
+    """Without biases of their own they can't hold the gate's; with zeros beside it they can."""
     shape = {"d_model": 16, "n_heads": 4, "key_dim": 6, "value_dim": 8, "bias": bias, "n_groups": groups}
     mixer = Mamba2(Mamba2.Config(**shape, **EXPORTABLE))
     for parameter in mixer.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
-    if not bias:
+    if not proj_bias:
         mixer.z_proj.bias.zero_()
-    theirs = their_mixer(family, mixer.config).eval()
+    theirs = their_mixer(family, dataclasses.replace(mixer.config, bias=proj_bias)).eval()
     load_into(theirs, mixer)
     x_btd = torch.randn(2, 70, 16)
     y_btd = theirs(x_btd)

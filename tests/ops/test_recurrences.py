@@ -253,8 +253,10 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("decay", [0.0, 0.01, 100.0])
 def test_float32_outputs_and_gradients(op: str, decay: float, device: str) -> None:
-    """Twice the naive loop's error, or three products in a row that add 64 terms one after the other, sqrt(64) roundings
-    each; the gradient of a log decay is a running sum over a chunk of differences of such sums, sqrt(64) times more."""
+    """At most twice the naive loop's error, or that of three products in a row of 64 terms each, sqrt(64) roundings.
+
+    The gradient of a log decay is a running sum over a chunk of differences of such sums: sqrt(64) times more.
+    """
     values = arguments(op, 300, decay=decay, dtype=torch.float32, k=64, v=32)
     exact = {name: x.double() for name, x in values.items()}
     single = {name: x.to(device) for name, x in values.items()}
