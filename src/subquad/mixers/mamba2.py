@@ -65,7 +65,7 @@ WRITES = ("dt", "unit")
 NORMS = ("after_gate", "before_gate", "none")
 
 # What Bamba, GraniteMoeHybrid and Mamba2 of `transformers` fix, as options of `Mamba2.from_attention` or fields of
-# `Mamba2.Config`. Their mamba_n_groups is then n_heads and mamba_proj_bias true, for the gate's bias; all else stays free.
+# `Mamba2.Config`. Their mamba_n_groups is then n_heads, and mamba_proj_bias true for the bias of the gate.
 EXPORTABLE: Mapping[str, Any] = MappingProxyType(
     {
         "n_kv_heads": None,
