@@ -43,7 +43,7 @@ def test_equals_cross_entropy_of_each_window(model, tokenizer, monkeypatch, at_o
     assert result.tokens == len(rows) * (context - 1)
     assert result.perplexity.value == pytest.approx(math.exp(want.mean()), rel=1e-12)
     scored_bytes = int(text.bytes_n[: rows.numel()].view(-1, context)[:, 1:].sum())
-    assert result.bits_per_byte == pytest.approx(float(want.sum()) / math.log(2) / scored_bytes, rel=1e-12)
+    assert result.bits_per_byte.value == pytest.approx(float(want.sum()) / math.log(2) / scored_bytes, rel=1e-12)
 
 
 def test_buckets_cover_every_position_once(model, tokenizer):

@@ -16,7 +16,7 @@ CONTEXTS = [1024, 8192, 32768]
 
 
 def measured(nll):
-    return Perplexity(64, 3, torch.full((3, 63), nll, dtype=torch.float64), 600, 1.0)
+    return Perplexity(64, 3, torch.full((3, 63), nll, dtype=torch.float64), torch.full((3,), 200), 1.0)
 
 
 @pytest.fixture

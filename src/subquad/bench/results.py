@@ -39,6 +39,7 @@ class Row:
         shape: sizes by name.
         dtype: dtype of what was measured.
         reps: every repetition in order, ``[ours, baseline]`` or ``[ours]``, in `unit`.
+        interval: 95 % limits of `value` where it is an estimate, else empty.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Row:
     shape: dict[str, Any] = field(default_factory=dict)
     dtype: str = ""
     reps: list[list[float]] = field(default_factory=list)
+    interval: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def make_row(
     shape: Mapping[str, Any] | None = None,
     dtype: str = "",
     reps: Sequence[Sequence[float]] = (),
+    interval: Sequence[float] = (),
 ) -> Row:
     """A `Row` with its ratio worked out."""
     return Row(
@@ -157,6 +160,7 @@ def make_row(
         shape=dict(shape or {}),
         dtype=dtype,
         reps=[list(r) for r in reps],
+        interval=list(interval),
     )
 
 

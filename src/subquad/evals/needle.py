@@ -93,11 +93,18 @@ class NeedleResult:
     depth_n: tuple[float, ...]
     hit_n: Tensor
 
+    def at(self, length: int | None = None, depth: float | None = None) -> NeedleResult:
+        """The questions of a length, a depth or a cell."""
+        cells = list(zip(self.length_n, self.depth_n, strict=True))
+        mine = [i for i, cell in enumerate(cells) if length in (None, cell[0]) and depth in (None, cell[1])]
+        return NeedleResult(
+            self.by, tuple(cells[i][0] for i in mine), tuple(cells[i][1] for i in mine), self.hit_n[mine]
+        )
+
     def accuracy(self, length: int | None = None, depth: float | None = None) -> Interval:
         """Share found, of everything or of a length, a depth or a cell, with Wilson's interval."""
-        cells = zip(self.length_n, self.depth_n, strict=True)
-        mine = torch.tensor([length in (None, cell[0]) and depth in (None, cell[1]) for cell in cells])
-        return wilson(int(self.hit_n[mine].sum()), int(mine.sum()))
+        hit_n = self.at(length, depth).hit_n
+        return wilson(int(hit_n.sum()), len(hit_n))
 
     @property
     def chance(self) -> float:

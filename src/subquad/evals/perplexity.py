@@ -13,7 +13,7 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError, DataError
 from subquad.evals.scoring import Progress, score_hidden
-from subquad.evals.stats import Interval, bootstrap_mean
+from subquad.evals.stats import Interval, bootstrap_mean, bootstrap_ratio
 from subquad.evals.text import TextTokens
 from subquad.models.stack import Stack
 
@@ -35,14 +35,14 @@ class Perplexity:
         context: tokens of a window.
         windows: how many.
         nll_wt: float64 ``[windows, context - 1]``, loss of every scored token in nats: all but a window's first.
-        bytes_scored: UTF-8 bytes of the scored tokens.
+        bytes_w: UTF-8 bytes of each window's scored tokens.
         seconds: wall time.
     """
 
     context: int
     windows: int
     nll_wt: Tensor
-    bytes_scored: int
+    bytes_w: Tensor
     seconds: float
 
     @property
@@ -66,9 +66,9 @@ class Perplexity:
         return self.nll.map(math.exp)
 
     @property
-    def bits_per_byte(self) -> float:
-        """``nll_total / (ln 2 · bytes)``: comparable between tokenizers."""
-        return self.nll_total / (math.log(2) * self.bytes_scored)
+    def bits_per_byte(self) -> Interval:
+        """``nll_total / (ln 2 · bytes)``, over windows: comparable between tokenizers."""
+        return bootstrap_ratio(self.nll_wt.sum(1) / math.log(2), self.bytes_w)
 
     def by_position(self) -> list[Bucket]:
         """Loss over the position in the window, in buckets that double: 1, 2-3, 4-7, ..."""
@@ -131,7 +131,7 @@ def perplexity(
         nll_wt[start : start + batch] = -scores.logprob_n.view(len(tokens_bt), context - 1)
         if progress is not None:
             progress(min(start + batch, windows) * context, windows * context)
-    return Perplexity(context, windows, nll_wt, int(bytes_wt[:, 1:].sum()), time.perf_counter() - began)
+    return Perplexity(context, windows, nll_wt, bytes_wt[:, 1:].sum(1), time.perf_counter() - began)
 
 
 def perplexity_ratio(student: Perplexity, teacher: Perplexity) -> Interval:
@@ -140,7 +140,7 @@ def perplexity_ratio(student: Perplexity, teacher: Perplexity) -> Interval:
     Raises:
         ConfigError: the two were not measured on the same windows.
     """
-    if student.nll_wt.shape != teacher.nll_wt.shape or student.bytes_scored != teacher.bytes_scored:
+    if student.nll_wt.shape != teacher.nll_wt.shape or not torch.equal(student.bytes_w, teacher.bytes_w):
         raise ConfigError(
             f"expected the same windows for both, got {tuple(student.nll_wt.shape)} and "
             f"{tuple(teacher.nll_wt.shape)}; measure both on one tokenized text at one context"
