@@ -1,10 +1,18 @@
-"""How far a measurement is, on stderr: share, rate and time left."""
+"""Tables on stdout; on stderr how far a measurement is: share, rate and time left."""
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Any, Self
+
+
+def stdout() -> Any:
+    """A rich console on stdout, wide where it is piped, so that no table loses a figure."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 class Bars:

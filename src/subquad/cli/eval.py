@@ -137,15 +137,16 @@ def _cells(line: Line) -> list[str]:
 
 def _print(suite: Suite) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from subquad.cli._progress import stdout
 
     columns = ["", suite.models["model"].name]
     columns += [suite.models["teacher"].name, "model against teacher"] if "teacher" in suite.models else []
     table = Table(*columns, box=box.SIMPLE, caption="95 % confidence intervals in brackets", caption_justify="left")
     for line in suite.lines:
         table.add_row(*_cells(line)[: len(columns)])
-    Console().print(table)
+    stdout().print(table)
 
 
 def _rows(line: Line, teacher: str) -> list[Row]:

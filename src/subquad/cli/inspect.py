@@ -117,15 +117,16 @@ def _cells(score: LayerScore) -> tuple[str, str]:
 
 def _print(ranking: Ranking, chosen: Sequence[int], joint: LayerScore) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from subquad.cli._progress import stdout
 
     table = Table("layer", "loss, nats/token", "needle, nats/answer", "cost", "", box=box.SIMPLE)
     for layer in sorted(ranking.scores, key=lambda i: ranking.cost(ranking.scores[i])):
         score = ranking.scores[layer]
         table.add_row(str(layer), *_cells(score), f"{ranking.cost(score):.4f}", "cut" if layer in chosen else "")
     table.add_row("all cut", *_cells(joint), f"{ranking.cost(joint):.4f}", "")
-    Console().print(table)
+    stdout().print(table)
 
 
 def _page(

@@ -1,0 +1,109 @@
+import json
+import warnings
+
+import pytest
+
+from subquad.bench.results import load_result
+from subquad.cli import main
+from subquad.evals.perplexity import perplexity, perplexity_ratio
+from subquad.evals.text import load_text
+from subquad.models.checkpoint import save_pretrained
+from subquad.models.load import load_model
+
+LAYERS = [{}, {}, {"window": 8, "sinks": 1}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_model, tokenizer):
+    """A teacher, a student, a text and three tasks."""
+    folder = tmp_path_factory.mktemp("eval")
+    save_pretrained(make_model(len(tokenizer), *LAYERS, max_positions=512).float(), folder / "teacher", tokenizer)
+    student = make_model(len(tokenizer), {}, {"window": 4}, {"window": 8, "sinks": 1}, seed=3, max_positions=512)
+    save_pretrained(student.float(), folder / "student", tokenizer)
+    (folder / "text.txt").write_text("The sky is blue. The grass is green, therefore 4821 is a number.\n" * 150)
+    cloze = [{"context": "The sky is", "continuation": w} for w in ("blue", "green", "a")]
+    choice = [{"query": "The man", "choices": ["turned", "is blue"], "gold": g} for g in (0, 1, 1)]
+    (folder / "cloze.jsonl").write_text("\n".join(map(json.dumps, cloze)))
+    (folder / "choice.jsonl").write_text("\n".join(map(json.dumps, choice)))
+    return folder
+
+
+def test_eval_measures_both_and_writes_figures_and_page(folder, capsys):
+    args = ["eval", f"{folder}/student", "--teacher", f"{folder}/teacher", "--text", f"{folder}/text.txt"]
+    args += ["--tasks", f"{folder}/cloze.jsonl", "--tasks", f"{folder}/choice.jsonl", "--delimiter", r"choice=\n"]
+    args += ["--needle", "--needle-lengths", "300", "--needle-depths", "2", "--needle-samples", "1", "--agreement", "3"]
+    args += ["--context", "64", "--tokens", "1000", "--device", "cpu"]
+    assert main([*args, "--json", f"{folder}/out.json", "--report", f"{folder}/report.html"]) == 0
+    result = load_result(folder / "out.json")
+    rows = {row.id: row for row in result.rows}
+    assert rows.keys() == {
+        *("eval.ppl.text", "eval.ppl.text.ratio", "eval.bpb.text"),
+        *("eval.task.cloze.acc", "eval.task.cloze.acc.difference", "eval.task.cloze.ppl"),
+        *("eval.task.choice.acc", "eval.task.choice.acc.difference"),
+        *("eval.task.choice.acc_norm", "eval.task.choice.acc_norm.difference", "eval.task.choice.above"),
+        *("eval.needle.generation.300", "eval.agreement.match", "eval.agreement.kl", "eval.agreement.same"),
+    }
+    student, teacher = load_model(folder / "student"), load_model(folder / "teacher")
+    text = load_text(f"{folder}/text.txt", student.tokenizer, 1000)
+    want = [perplexity(m.model, text, 64) for m in (student, teacher)]
+    row, ratio = rows["eval.ppl.text"], rows["eval.ppl.text.ratio"]
+    values = [one.perplexity.value for one in want]
+    assert [row.value, row.baseline_value] == pytest.approx(values, rel=1e-4)
+    assert ratio.value == pytest.approx(perplexity_ratio(*want).value, rel=1e-4)
+    assert ratio.interval[0] < ratio.value < ratio.interval[1]
+    assert rows["eval.task.choice.acc"].shape == {"items": 3, "chance": 0.5}
+    printed = capsys.readouterr().out
+    (line,) = (line for line in printed.splitlines() if "perplexity of text, context 64" in line)
+    assert all(f"{value:.3f} [" in line or f"{value:.2f} [" in line for value in [*values, ratio.value])
+    page = (folder / "report.html").read_text()
+    assert "Perplexity by position" in page and "Needles found: teacher" in page
+
+
+def test_eval_alone_and_beyond_the_context(folder, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["eval", f"{folder}/teacher", "--text", f"{folder}/text.txt", "--context", "600"]) == 0
+    out, err = capsys.readouterr()
+    assert "against teacher" not in out
+    assert "warning: context 600 is beyond the 512 positions" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "give --text, --tasks, --needle or --agreement"),
+        (["--text", "none.txt"], "no such file"),
+        (["--tasks", "none.jsonl"], "No such file"),
+        (["--needle", "--needle-lengths", "9x"], "numbers like 512,900"),
+        (["--tasks", "{}/choice.jsonl", "--delimiter", "choise=:"], "did you mean 'choice'?"),
+        (["--text", "{}/text.txt", "--agreement", "2"], "give --teacher"),
+        (["--text", "{}/text.txt", "--context", "100000"], "give more text or a smaller --context"),
+        (["--needle", "--needle-score", "luck"], "generation or likelihood"),
+    ],
+)
+def test_eval_errors_are_one_line(folder, capsys, args, message):
+    assert main(["eval", f"{folder}/student", *(arg.format(folder) for arg in args)]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+
+
+def test_inspect_layers_ranks_chooses_and_names_the_command(folder, capsys):
+    args = ["inspect", "layers", f"{folder}/teacher", "--text", f"{folder}/text.txt", "--window", "16", "--sinks", "2"]
+    args += ["--choose", "1", "--context", "128", "--tokens", "512", "--needles", "2", "--needle-length", "300"]
+    args += ["--refine", "1", "--json", f"{folder}/layers.json", "--report", f"{folder}/layers.html"]
+    assert main(args) == 0
+    found = json.loads((folder / "layers.json").read_text())
+    assert [row["layer"] for row in found["layers"]] == [0, 1]
+    assert found["settings"]["windows of text"] == 4
+    printed = " ".join(capsys.readouterr().out.split())
+    (chosen,) = found["chosen"]
+    assert f"layers: {chosen} convert them: subquad convert {folder}/teacher" in printed
+    assert f"--layers {chosen} --set window=16 --set sinks=2" in printed
+    alone = next(row for row in found["layers"] if row["layer"] == chosen)
+    assert found["joint"]["loss"]["value"] == pytest.approx(alone["loss"]["value"], rel=1e-5)
+    assert "to convert" in (folder / "layers.html").read_text()
+
+
+def test_inspect_knows_its_subjects(folder, capsys):
+    assert main(["inspect", "layer", f"{folder}/teacher"]) == 2
+    assert "did you mean 'layers'?" in capsys.readouterr().err
