@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from subquad.core.errors import CheckpointError, UnsupportedError
-from subquad.hf.export import export
+from subquad.hf.export import TRANSFORMERS, export
 from subquad.mixers.mamba2 import EXPORTABLE
+from subquad.models.card import ModelCard
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
 
@@ -39,6 +42,7 @@ CASES = {
     ),
     "biases-in-attention": config_of(ATTENTION | {"qkv_bias": True}, MAMBA2, ATTENTION),
     "groups-and-expansion": config_of(MAMBA2 | {"n_heads": 8, "n_groups": 2, "key_dim": 12}, ATTENTION, norm_eps=1e-5),
+    "one-group": config_of(MAMBA2 | {"n_groups": 1}, ATTENTION),
     "no-rope": config_of(ATTENTION | {"rotary": None}, MAMBA2),
     "attention-only": config_of(ATTENTION, ATTENTION),
     "mamba-only": config_of(MAMBA2, MAMBA2),
@@ -60,8 +64,15 @@ def random_stack(config):
     return stack
 
 
+def need_grouped_norm(config):
+    grouped = any(layer["mixer"] == "mamba2" and layer.get("n_groups") != 1 for layer in config.layers)
+    if grouped and Version(transformers.__version__) < Version(TRANSFORMERS):
+        pytest.skip(f"transformers {transformers.__version__} norms the heads of Mamba-2 together")
+
+
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
+    need_grouped_norm(CASES[request.param])
     stack = random_stack(CASES[request.param])
     folder = tmp_path_factory.mktemp("export") / "model"
     export(stack, folder)
@@ -121,7 +132,9 @@ def test_generation_is_greedy_in_ours(pair):
 
 @torch.no_grad()
 def test_bias_of_mamba_without_padding(tmp_path):
-    stack = random_stack(config_of(MAMBA2 | {"bias": True}, ATTENTION))
+    config = config_of(MAMBA2 | {"bias": True}, ATTENTION)
+    need_grouped_norm(config)
+    stack = random_stack(config)
     export(stack, tmp_path / "m")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
     tokens_bt = tokens_of(2, 30)
@@ -155,6 +168,16 @@ def test_what_the_architecture_lacks_is_named(tmp_path, config, words):
     with pytest.raises(UnsupportedError, match=words):
         export(Stack(config), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_card_says_what_loads_it(tmp_path):
+    export(Stack(config_of(MAMBA2, ATTENTION)), tmp_path / "m", card=ModelCard(name="Half", notes="Mine."))
+    text = (tmp_path / "m" / "README.md").read_text()
+    assert "subquad.hf" not in text
+    assert f"use {TRANSFORMERS} or newer" in text
+    assert "Mine." in text
+    export(Stack(config_of(MAMBA2 | {"n_groups": 1})), tmp_path / "m")
+    assert TRANSFORMERS not in (tmp_path / "m" / "README.md").read_text()
 
 
 def test_another_models_folder_is_left_alone(tmp_path):

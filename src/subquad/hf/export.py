@@ -8,6 +8,7 @@ embeddings. (Bamba rotates half of every head, Zamba2 shares its attention, Nemo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ from subquad.models.stack import Stack
 
 MODEL_TYPE = "granitemoehybrid"
 
+# Before this version the stock class normed all heads of a Mamba-2 layer together, whatever its groups.
+TRANSFORMERS = "5.23.0"
+_NOTE = (
+    f"With `transformers`, use {TRANSFORMERS} or newer: older versions ignore the groups of the gated norm and compute "
+    "something else, without saying so."
+)
+
 # What the architecture fixes in a layer, as fields of the mixer's Config.
 PROFILE: Mapping[str, Mapping[str, Any]] = {"attention": {"qk_norm": False, "window": None}, "mamba2": EXPORTABLE}
 
@@ -29,9 +37,10 @@ PROFILE: Mapping[str, Mapping[str, Any]] = {"attention": {"qk_norm": False, "win
 def export(model: Stack, folder: str | Path, tokenizer: Any = None, card: ModelCard | None = None) -> None:
     """Write `model` as a GraniteMoeHybrid checkpoint, which needs nothing of ours to be loaded.
 
-    Logits are those of `model`. Two limits are the stock class's own: in a batch padded on the left it lets the bias of
-    padded columns into the convolution of a Mamba-2 layer with ``bias=True``, and without any attention layer it
-    generates with ``use_cache=False`` only.
+    Logits are those of `model`; in ``transformers`` from 5.23 on where a Mamba-2 layer has more than one group, and the
+    card says so. Two limits are the stock class's own: in a batch padded on the left it lets the bias of padded columns
+    into the convolution of a Mamba-2 layer with ``bias=True``, and without any attention layer it generates with
+    ``use_cache=False`` only.
 
     Args:
         model: layers of ``attention`` and ``mamba2`` in the exportable profile (`PROFILE`).
@@ -49,11 +58,15 @@ def export(model: Stack, folder: str | Path, tokenizer: Any = None, card: ModelC
         config["pad_token_id"] = tokenizer.pad_token_id
         config["bos_token_id"] = tokenizer.bos_token_id
 
+    described = card or ModelCard()
+    if config.get("mamba_n_groups", 1) > 1:
+        described = replace(described, notes=f"{described.notes}\n\n{_NOTE}".strip())
+
     def write(fresh: Path) -> None:
         write_weights(weights, fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(fresh))
-        (fresh / "README.md").write_text(render(card or ModelCard(), model.config), encoding="utf-8")
+        (fresh / "README.md").write_text(render(described, model.config, library="transformers"), encoding="utf-8")
         write_json(fresh / "config.json", config)
 
     replace_folder(folder, MODEL_TYPE, write)
@@ -79,6 +92,7 @@ def granite_config(model: Stack) -> dict[str, Any]:
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["GraniteMoeHybridForCausalLM"],
+        "transformers_version": TRANSFORMERS,
         "dtype": str(model.dtype).removeprefix("torch."),
         "vocab_size": ours.vocab_size,
         "hidden_size": ours.d_model,

@@ -34,9 +34,15 @@ class ModelCard:
     notes: str = ""
 
 
-def render(card: ModelCard, config: ModelConfig) -> str:
-    """The Markdown of a model card, with the metadata that the hub reads at its head."""
-    head: dict[str, Any] = {"library_name": "subquad", "pipeline_tag": "text-generation"}
+def render(card: ModelCard, config: ModelConfig, *, library: str = "subquad") -> str:
+    """The Markdown of a model card, with the metadata that the hub reads at its head.
+
+    Args:
+        card: what is to be said.
+        config: the model's, whose layers are listed.
+        library: what loads it, ``subquad`` or ``transformers`` alone.
+    """
+    head: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if card.license:
         head["license"] = card.license
     if card.teacher and ":" not in card.teacher and card.teacher.count("/") == 1:
@@ -54,7 +60,7 @@ def render(card: ModelCard, config: ModelConfig) -> str:
         "## Use",
         "",
         "```python",
-        "import subquad.hf  # registers the model type",
+        *(["import subquad.hf  # registers the model type"] if library == "subquad" else []),
         "from transformers import AutoModelForCausalLM",
         "",
         'model = AutoModelForCausalLM.from_pretrained("this folder")',
