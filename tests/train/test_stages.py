@@ -170,6 +170,23 @@ def test_distill_rates_and_recomputation():
         Distill(teacher, teacher, LAYERS, stream())
 
 
+def test_compiled_stages_compute_the_same_and_leave_the_models_alone(monkeypatch):
+    compile_, calls = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda m: calls.append(m) or compile_(m, backend="eager"))
+    for kind, option in ((Align, "compile_mixers"), (Distill, "compile_blocks")):
+        steps, students = [], []
+        for compiled in (False, True):
+            teacher, student = models()
+            stage = kind(teacher, student, LAYERS, stream(), **{option: compiled})
+            steps.append(stage.step())
+            students.append(student)
+        torch.testing.assert_close(steps[0]["loss"], steps[1]["loss"], rtol=1e-6, atol=0)
+        for a, b in zip(*(s.named_parameters() for s in students), strict=True):
+            assert a[0] == b[0]
+            torch.testing.assert_close(a[1].grad, b[1].grad, rtol=1e-5, atol=1e-7)
+    assert len(calls) == len(LAYERS) + 8
+
+
 @pytest.mark.parametrize("stop", [1, 3, 5, 6])
 @pytest.mark.parametrize("name", RECIPES)
 def test_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, name, stop):

@@ -128,9 +128,8 @@ class Align(Stage):
         self.new, self.old, self.clipped = [p for s in sets for p in s], [], sets
         for parameter in self.new:
             parameter.requires_grad_(True)
-        if compile_mixers:
-            for mixer in self.mixers.values():
-                mixer.compile()
+        # Compiled beside the model, not in it: who uses the student afterwards gets it as it was.
+        self._read = {i: torch.compile(m) if compile_mixers else m for i, m in self.mixers.items()}
         self._cache: list[Cached] = []
         self._begin(stream.state_dict(), 0)
 
@@ -174,7 +173,7 @@ class Align(Stage):
 
     def _learn(self, i: int, x_btd: Tensor, y_btd: Tensor, layout: Layout) -> Tensor:
         with torch.enable_grad():
-            loss = relative_error(self.mixers[i](x_btd, layout), y_btd, layout)
+            loss = relative_error(self._read[i](x_btd, layout), y_btd, layout)
             loss.backward()
         return loss.detach()
 

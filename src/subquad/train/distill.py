@@ -11,14 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from subquad.core.layout import Layout
 from subquad.data import TokenStream
-from subquad.models.stack import Stack, plainly
+from subquad.models.stack import Stack
 from subquad.train.loop import Stage
 from subquad.train.losses import token_cross_entropy, token_kl
-
-
-def checkpointed(block: Callable[[Tensor, Layout], Tensor], x_btd: Tensor, layout: Layout) -> Tensor:
-    """Run a block whose inside is computed again in backward instead of kept (arXiv 1604.06174)."""
-    return checkpoint(block, x_btd, layout, use_reentrant=False)  # type: ignore[no-any-return]
 
 
 class Distill(Stage):
@@ -48,30 +43,30 @@ class Distill(Stage):
             layers: indices of its converted layers.
             stream: batches of tokens.
             labels: weight of the cross-entropy to the text itself.
-            recompute: keep only the blocks' inputs for backward: less memory, a third more time.
+            recompute: keep only the blocks' inputs for backward (arXiv 1604.06174): less memory, a third more time.
             compile_blocks: compile the blocks of both.
         """
         mine, theirs = ({x.data_ptr() for x in m.parameters()} for m in (student, teacher))
         assert not mine & theirs, "the student would train its teacher"
         self.teacher, self.student, self.stream, self.labels = teacher.eval(), student, stream, labels
         self.device, self.tokens_per_step = student.device, stream.batch * stream.time
-        self.run = checkpointed if recompute else plainly
+        # Compiled beside the models, not in them: who uses them afterwards gets them as they were.
+        blocks = (*teacher.blocks, *student.blocks)
+        self._compiled = {id(block): torch.compile(block) for block in blocks} if compile_blocks else {}
+        self._recompute = recompute
         student.requires_grad_(True)
         self.new = [p for i in layers for p in student.blocks[i].mixer.parameters()]
         new = {id(p) for p in self.new}
         self.old = [p for p in student.parameters() if id(p) not in new]
         self.clipped = [[*self.new, *self.old]]
-        if compile_blocks:
-            for block in (*teacher.blocks, *student.blocks):
-                block.compile()
 
     def step(self) -> dict[str, Tensor]:
         """One batch."""
         tokens_bt = next(self.stream).to(self.device, non_blocking=True)
         layout = Layout.dense(*tokens_bt.shape, device=self.device)
         with torch.no_grad():
-            target_btd = self.teacher.hidden(tokens_bt, layout)
-        hidden_btd = self.student.hidden(tokens_bt, layout, self.run)
+            target_btd = self.teacher.hidden(tokens_bt, layout, self._run)
+        hidden_btd = self.student.hidden(tokens_bt, layout, self._run)
         head_vd = self.student.lm_head.weight
         kl = token_kl(hidden_btd, head_vd, target_btd, self.teacher.lm_head.weight, layout)
         loss, figures = kl, {"kl": kl.detach()}
@@ -80,6 +75,12 @@ class Distill(Stage):
             loss, figures = kl + self.labels * cross, figures | {"cross_entropy": cross.detach()}
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         return {"loss": loss.detach(), **figures}
+
+    def _run(self, block: Callable[[Tensor, Layout], Tensor], x_btd: Tensor, layout: Layout) -> Tensor:
+        block = self._compiled.get(id(block), block)
+        if self._recompute and torch.is_grad_enabled():
+            return checkpoint(block, x_btd, layout, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(x_btd, layout)
 
     def weights(self) -> dict[str, Tensor]:
         """The whole student."""

@@ -123,6 +123,8 @@ def convert(
     folder = RunFolder(out)
     facts = _open(folder, settings, resume)
     loaded = load_model(settings.teacher, dtype=torch.float32, device=here.device)
+    if loaded.tokenizer is None:
+        raise ConfigError(f"{settings.teacher}: expected a tokenizer beside the weights, got none; add its files")
     teacher = loaded.model.requires_grad_(False)
     placement = place(len(teacher.blocks), settings.mixers, layers=settings.layers, keep=settings.keep)
     options = parse_options(settings.options, sorted(set(placement.values())))
