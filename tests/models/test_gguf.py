@@ -184,6 +184,30 @@ def test_tokenizer_special_tokens_and_chat_template(tmp_path):
     assert llama3("ab").input_ids[0] == 1
 
 
+def test_sentencepiece_tokenizer_merges_by_score(tmp_path):
+    pieces = {"<unk>": 2, "<s>": 3, "</s>": 3, "<|x|>": 4} | {f"<0x{i:02X}>": 6 for i in range(256)}
+    # The best-scored union first: "el" goes before "he", and "ell" can only come from "el" and "l", before "lo".
+    pieces |= dict.fromkeys(["el", "he", "ell", "lo", "▁h", "▁", "h", "e", "l", "o", "w"], 1)
+    writer = gguf.GGUFWriter(str(tmp_path / "s.gguf"), "llama")
+    writer.add_context_length(128)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(list(pieces))
+    writer.add_token_scores([float(-i) for i in range(len(pieces))])
+    writer.add_token_types(list(pieces.values()))
+    for name, token in (("bos", 1), ("eos", 2), ("unk", 0)):
+        getattr(writer, f"add_{name}_token_id")(token)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tok = tokenizer(GGUF(tmp_path / "s.gguf"))
+    assert tok.tokenize("hello how") == ["▁h", "ell", "o", "▁h", "o", "w"]
+    assert tok.tokenize("he<|x|>helo") == ["▁", "he", "<|x|>", "▁h", "el", "o"]
+    assert tok.tokenize("é") == ["▁", "<0xC3>", "<0xA9>"]
+    ids = tok("hello é  w").input_ids
+    assert ids[0] == tok.bos_token_id == 1
+    assert tok.decode(ids, skip_special_tokens=True) == "hello é  w"
+
+
 def test_what_is_not_understood_is_refused(tmp_path):
     theirs = random_model(config_of(LlamaConfig))
     path = write(tmp_path / "a.gguf", theirs, "llama", extra=[("llama.attention.clamp_kqv", 8.0)])
