@@ -15,7 +15,7 @@ import subquad
 from subquad import cli
 from subquad.core.errors import DataError
 
-ROOT = Path(subquad.__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "numpy", "matplotlib", "rich", "safetensors", "tokenizers"}
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import subquad
 from subquad import cli
 from subquad.cli.new import TEMPLATES
 
-ROOT = Path(subquad.__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
