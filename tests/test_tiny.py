@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import subquad.hf  # noqa: F401
 from subquad.convert.transplant import transplant
 from subquad.core.config import config_from_dict
 from subquad.core.layout import Layout
@@ -151,8 +152,11 @@ def test_9_a_batch_gives_what_each_prompt_would_get_alone(teacher, tokenizer):
 
 
 def test_10_a_checkpoint_is_the_model_bit_for_bit(teacher, tokenizer, tmp_path):
+    """Ours to load, and after `import subquad.hf` the Auto classes' too."""
     hybrid, tokens_bt = transplant(teacher, HYBRID), tokens(1, 24)
     save_pretrained(hybrid, tmp_path / "hybrid", tokenizer)
     loaded = from_pretrained(tmp_path / "hybrid")
     assert loaded.config == hybrid.config
     assert torch.equal(loaded(tokens_bt), hybrid(tokens_bt))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid", dtype=torch.float64)
+    close(theirs(tokens_bt).logits, hybrid(tokens_bt))
