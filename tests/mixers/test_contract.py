@@ -105,6 +105,19 @@ def test_commit_in_place_equals_pure(mixer: Mixer) -> None:
         torch.testing.assert_close(in_place_btd, mixer.read(probe, pure, at)[0], **EXACT)
 
 
+def test_first_block_needs_no_buffers(mixer: Mixer) -> None:
+    """A prompt is read from a state without capacity and committed into a pool that has one."""
+    pool = mixer.init_state(3, CAPACITY)
+    x_btd, n_b = block(mixer, 2, 30), torch.tensor([30, 11])
+    _, update = mixer.read(x_btd, mixer.init_state(2), Layout.ragged(n_b, 30))
+    mixer.commit_(pool, torch.tensor([2, 0]), update)
+    follow = block(mixer, 2, 3, seed=2)
+    y_btd, _ = mixer.read(follow, pool.select(torch.tensor([2, 0])), Layout.dense(2, 3, start_b=n_b))
+    for row, n in enumerate(n_b.tolist()):
+        whole_btd = mixer(torch.cat((x_btd[row, :n], follow[row]))[None])
+        torch.testing.assert_close(y_btd[row], whole_btd[0, n:], **EXACT)
+
+
 def test_read_changes_nothing(mixer: Mixer) -> None:
     state = mixer.read(block(mixer, 2, 11), mixer.init_state(2, CAPACITY))[1].commit()
     before = [t.clone() for _, t in state.tensors()]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+import subquad
 from subquad.core.config import config_from_dict
 from subquad.core.errors import ConfigError
 
@@ -225,4 +226,4 @@ def _commit() -> str:
         changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../../../pyproject.toml")
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
-        return f"release {version('subquad')}"
+        return f"release {subquad.__version__}"

@@ -44,17 +44,18 @@ def measure(
         teacher: the model.
         batches: dense token ids; longer rows let a head look back further.
         layers: indices.
-        sample_tokens: of the first batch, as many rows' inputs are kept as fit into this, at least one.
+        sample_tokens: rows of inputs are kept until there are this many tokens, at least one row.
 
     Raises:
         UnsupportedError: a layer that is no attention.
     """
     sources = {i: attention_of(teacher, i).weights() for i in layers}
     sums: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in layers}
-    inputs: dict[int, Tensor] = {}
+    inputs: dict[int, list[Tensor]] = {i: [] for i in layers}
 
     def heard(i: int, x_btd: Tensor, _: Tensor, layout: Layout) -> None:
-        inputs.setdefault(i, x_btd[: max(1, sample_tokens // x_btd.shape[1])])
+        wanted = sample_tokens // x_btd.shape[1] - sum(len(x) for x in inputs[i])
+        inputs[i].append(x_btd[: max(wanted, 0 if inputs[i] else 1)])
         sums[i].append(_one(x_btd.float(), sources[i], layout))
 
     for tokens_bt in batches:
@@ -62,7 +63,7 @@ def measure(
     out: dict[int, AttentionStats] = {}
     for i, found in sums.items():
         lookback_nh, square_nh = (torch.stack(x) for x in zip(*found, strict=True))
-        out[i] = AttentionStats(lookback_nh.mean(0), square_nh.mean(0).sqrt(), inputs[i])
+        out[i] = AttentionStats(lookback_nh.mean(0), square_nh.mean(0).sqrt(), torch.cat(inputs[i]))
     return out
 
 
