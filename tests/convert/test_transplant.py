@@ -14,7 +14,7 @@ import torch
 from subquad.cli import main
 from subquad.cli.convert import count
 from subquad.convert.transplant import rebuild, transplant
-from subquad.convert.transplant.conversion import Settings, convert
+from subquad.convert.transplant.conversion import Settings, Surroundings, convert
 from subquad.convert.transplant.measure import measure
 from subquad.convert.transplant.placement import parse_layers, parse_options, place, spread
 from subquad.core.attention import AttentionStats
@@ -328,6 +328,16 @@ def test_resume_with_other_settings_names_them(tmp_path, teacher_folder, monkeyp
     changed = settings(teacher_folder, seed=1, recipe=Recipe(align=Budget(256)))
     with pytest.raises(ConfigError, match=r"recipe.align.tokens 128 \(now 256\), seed 0 \(now 1\); give the same"):
         convert(changed, tmp_path, resume=True)
+
+
+def test_a_run_that_dies_in_its_report_is_not_finished(tmp_path, teacher_folder):
+    with pytest.raises(ZeroDivisionError):
+        convert(settings(teacher_folder), tmp_path, surroundings=Surroundings(report=lambda _: 1 / 0))
+    before = RunFolder(tmp_path).facts()["evaluation"]
+    told = []
+    convert(settings(teacher_folder), tmp_path, resume=True, surroundings=Surroundings(report=told.append))
+    assert len(told) == 1 and RunFolder(tmp_path).facts()["finished"]
+    assert RunFolder(tmp_path).facts()["evaluation"] == before
 
 
 def test_own_samples_need_no_data(tmp_path, teacher_folder):

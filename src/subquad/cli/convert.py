@@ -13,6 +13,7 @@ from subquad.cli._placement import Device, placement
 from subquad.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from subquad.convert.transplant.conversion import Conversion
     from subquad.train.loop import Budget
 
 
@@ -101,13 +102,16 @@ def run(
         measure_tokens=measure_tokens,
         eval_tokens=eval_tokens,
     )
+    command = shlex.join(["subquad", *sys.argv[1:]])
     with Line() as line:
+
+        def report(conversion: Conversion) -> None:
+            line.say("measuring memory and speed for the report")
+            account(conversion, out, command=command)
+
         habits = Habits(save_minutes=save_minutes, log_steps=10 if gpu else 1)
-        result = convert(
-            settings, out, resume=resume, surroundings=Surroundings(where, habits=habits, display=line, say=line.say)
-        )
-        line.say("measuring memory and speed for the report")
-        account(result, out, command=shlex.join(["subquad", *sys.argv[1:]]))
+        surroundings = Surroundings(where, habits=habits, display=line, say=line.say, report=report)
+        result = convert(settings, out, resume=resume, surroundings=surroundings)
     teacher_ppl, student_ppl = result.teacher_perplexity.perplexity, result.student_perplexity.perplexity
     typer.echo(f"perplexity, context {result.student_perplexity.context}, held out:")
     typer.echo(f"  teacher {teacher_ppl.format()}")

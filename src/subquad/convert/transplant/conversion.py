@@ -97,12 +97,14 @@ class Surroundings:
         habits: how often to log and save.
         display: told about the progress of each stage.
         say: told one line about each thing that is settled.
+        report: given the conversion before the run counts as finished, so that a resumed run reports too.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     habits: Habits | None = None
     display: Display | None = None
     say: Say = lambda line: None
+    report: Callable[[Conversion], None] = lambda conversion: None
 
 
 def convert(
@@ -173,9 +175,11 @@ def convert(
     scores = [perplexity(m, text, context, batch=settings.batch) for m in (teacher, student)]
     folder.note(evaluation=_evaluation(*scores))
     save_pretrained(student, out, loaded.tokenizer, _card(settings, loaded, folder.facts()))
+    conversion = Conversion(loaded, student, placement, *scores, seconds=time.monotonic() - began)
+    here.report(conversion)
     folder.note(finished=True)
     folder.checkpoint.unlink(missing_ok=True)
-    return Conversion(loaded, student, placement, *scores, seconds=time.monotonic() - began)
+    return conversion
 
 
 def describe(placement: Mapping[int, str], n_layers: int) -> str:
