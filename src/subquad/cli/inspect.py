@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -164,7 +166,7 @@ def _page(
         f"Which layers of {name} need their whole context",
         f"What is lost when one attention at a time is cut to a window of {settings['window']} tokens and "
         f"{settings['sinks']} sinks. Chosen: {', '.join(map(str, chosen))}.",
-        command,
+        shlex.join(["subquad", *sys.argv[1:]]),
         headline,
         [
             Section("One layer at a time", parts),
