@@ -20,7 +20,16 @@ from subquad.data.stream import held_out_text
 from subquad.engine.generate import Limits, generate
 from subquad.evals.needle import NeedleGrid, NeedleResult, evaluate_needles, make_questions, needle_retention
 from subquad.evals.perplexity import Perplexity, perplexity, perplexity_ratio
-from subquad.evals.report import Answers, Report, Section, Table, memory_chart, position_chart, write_report
+from subquad.evals.report import (
+    Answers,
+    Report,
+    Section,
+    Table,
+    memory_chart,
+    position_chart,
+    speed_chart,
+    write_report,
+)
 from subquad.evals.speed import Speed, measure_speed, state_bytes
 from subquad.evals.text import CHARS_A_TOKEN, tokenize_text
 from subquad.models.load import load_model
@@ -100,7 +109,7 @@ class Quickstart:
     plan: Plan
     windowed: Perplexity
     needles: Mapping[str, NeedleResult]
-    speed: Mapping[str, Speed]
+    speed: Mapping[int, Mapping[str, Speed]]
     answers: Mapping[str, str]
     minutes: float
 
@@ -163,7 +172,7 @@ def quickstart(
     )
     here = Surroundings(device, habits=Habits(log_steps=1), display=display, say=say)
     done = convert(settings, out, surroundings=here)
-    models = {"teacher": done.teacher.model, "student": done.student}
+    models = {"teacher": done.teacher.model, "hybrid": done.student}
     tokenizer = done.teacher.tokenizer
 
     say("the same layers with windows and sinks alone, untrained")
@@ -185,8 +194,8 @@ def quickstart(
     questions = make_questions(tokenizer, held_out, NeedleGrid((NEEDLE_TOKENS,), depths, samples=1))
     needles = {name: evaluate_needles(model, tokenizer, questions, batch=2) for name, model in models.items()}
 
-    say(f"decoding 8 rows at a context of {todo.speed_context:,}")
-    speed = measure_speed(models, todo.speed_context, batch=8, steps=5)
+    say(f"decoding 8 rows at contexts up to {todo.speed_context:,}")
+    speed = {n: measure_speed(models, n, batch=8, steps=5) for n in sorted({CONTEXT, todo.speed_context})}
     answers = {name: _answer(model, tokenizer, todo.answer_tokens) for name, model in models.items()}
     found = Quickstart(
         done, todo, windowed_perplexity, needles, speed, answers, minutes=(time.monotonic() - began) / 60
@@ -212,23 +221,23 @@ def result(found: Quickstart) -> Result:
     if bool(found.needles["teacher"].hit_n.any()):
         add(
             "needle_retention",
-            needle_retention(found.needles["student"], found.needles["teacher"]).value,
+            needle_retention(found.needles["hybrid"], found.needles["teacher"]).value,
             "1",
             "higher",
         )
-    models = {"teacher": done.teacher.model, "student": done.student}
+    models = {"teacher": done.teacher.model, "hybrid": done.student}
     sizes = {name: state_bytes(model, CONTEXTS) for name, model in models.items()}
     for i, context in enumerate(CONTEXTS):
         add(
             f"state_bytes.t{context}",
-            sizes["student"][i],
+            sizes["hybrid"][i],
             "bytes",
             "lower",
             baseline="teacher",
             baseline_value=sizes["teacher"][i],
         )
-    rates = {name: s.decode_tokens_per_s for name, s in found.speed.items()}
-    add("decode.b8", rates["student"], "tokens/s", "higher", baseline="teacher", baseline_value=rates["teacher"])
+    rates = {name: s.decode_tokens_per_s for name, s in found.speed[found.plan.speed_context].items()}
+    add("decode.b8", rates["hybrid"], "tokens/s", "higher", baseline="teacher", baseline_value=rates["teacher"])
     add("minutes", found.minutes, "min", "lower")
     return Result("quickstart", "subquad quickstart", environment(done.student.device, torch.float32), rows)
 
@@ -247,6 +256,7 @@ def _report(found: Quickstart, out: Path) -> Report:
         name: dict(zip(MEMORY_CONTEXTS, state_bytes(model, MEMORY_CONTEXTS), strict=True))
         for name, model in (("teacher", done.teacher.model), ("hybrid", done.student))
     }
+    rates = {name: {n: s[name].decode_tokens_per_s for n, s in found.speed.items()} for name in states}
     shares = [states[name][32768] / 2**20 for name in ("hybrid", "teacher")]
     facts = folder.facts()
     return Report(
@@ -266,7 +276,7 @@ def _report(found: Quickstart, out: Path) -> Report:
             Section("Result", [Table("Teacher and hybrid", ("", "teacher", "hybrid"), table(found))]),
             *training(folder.lines(), sorted(done.placement)),
             Section("Quality", [position_chart(scores)], "Held-out documents, which no training has seen."),
-            Section("Cost", [memory_chart(states)]),
+            Section("Cost", [memory_chart(states), speed_chart(rates, batch=8)]),
             Section("In their own words", [Answers(PROMPT, found.answers)], "Greedy, cut at a number of tokens."),
         ],
         settings={"plan": asdict(found.plan), "settings": facts["settings"], "versions": facts["versions"]},
@@ -305,7 +315,7 @@ def table(found: Quickstart) -> list[tuple[str, str, str]]:
     ]
 
     def both(what: str, show: Callable[[str, Stack], str]) -> None:
-        rows.append((what, show("teacher", done.teacher.model), show("student", done.student)))
+        rows.append((what, show("teacher", done.teacher.model), show("hybrid", done.student)))
 
     both(
         f"needles found in {NEEDLE_TOKENS} tokens",
@@ -315,6 +325,6 @@ def table(found: Quickstart) -> list[tuple[str, str, str]]:
         both(f"state at {context:,} tokens", lambda _, m, n=context: f"{state_bytes(m, [n])[0] / 2**20:.1f} MiB")
     both(
         f"decode, batch 8 at {found.plan.speed_context:,}",
-        lambda name, _: f"{found.speed[name].decode_tokens_per_s:.1f} tokens/s",
+        lambda name, _: f"{found.speed[found.plan.speed_context][name].decode_tokens_per_s:.1f} tokens/s",
     )
     return rows
