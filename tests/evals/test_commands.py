@@ -78,7 +78,7 @@ def test_eval_alone_and_beyond_the_context(folder, capsys):
         (["--tasks", "{}/choice.jsonl", "--delimiter", "choise=:"], "did you mean 'choice'?"),
         (["--text", "{}/text.txt", "--agreement", "2"], "give --teacher"),
         (["--text", "{}/text.txt", "--context", "100000"], "give more text or a smaller --context"),
-        (["--needle", "--needle-score", "luck"], "generation or likelihood"),
+        (["--needle", "--needle-score", "luck"], "known: generation, likelihood"),
     ],
 )
 def test_eval_errors_are_one_line(folder, capsys, args, message):

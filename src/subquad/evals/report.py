@@ -6,7 +6,6 @@ A report is what it is given: a part that was not measured is not passed, and do
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -16,6 +15,7 @@ from typing import Any
 from subquad.evals.figures import Chart, Point, short, svg
 from subquad.evals.needle import NeedleResult
 from subquad.evals.perplexity import Perplexity
+from subquad.train.checkpoint import write_atomically
 
 STYLE = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
 
@@ -86,10 +86,8 @@ class Report:
 
 def write_report(report: Report, path: str | Path) -> None:
     """Write the page; an older one stays until the new one is whole."""
-    path = Path(path)
-    part = path.with_suffix(".part")
-    part.write_text(render(report), encoding="utf-8")
-    os.replace(part, path)
+    page = render(report).encode()
+    write_atomically(Path(path), lambda file: file.write(page))
 
 
 def render(report: Report) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from subquad.core.errors import CheckpointError
+from subquad.models.checkpoint import recover
 
 SCHEMA = 1
 
@@ -18,11 +20,14 @@ SCHEMA = 1
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file under another name and move it in place: whoever looks sees the old one or the new one, whole.
 
+    Folders on the way are made.
+
     Raises:
         CheckpointError: it could not be written; what was there before is untouched.
     """
     part = path.with_name(f"{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             write(file)
             file.flush()
@@ -30,9 +35,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError.
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         kept = "the old one is intact" if path.exists() else "there was none before"
-        raise CheckpointError(f"{path}: could not be written ({error}); {kept}; free some space and resume") from error
+        raise CheckpointError(
+            f"{path}: could not be written ({error}); {kept}; free some space or write elsewhere; "
+            "a conversion goes on with --resume"
+        ) from error
 
 
 class RunFolder:
@@ -41,6 +50,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint, self.log, self.record = path / "checkpoint.pt", path / "log.jsonl", path / "run.json"
+        recover(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
