@@ -30,8 +30,11 @@ class DivergenceError(SubquadError, ArithmeticError):
     """Training met a loss that is not finite."""
 
 
+SHOWN = 12
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest of `known`, else the list of what there is.
+    """Return ``"; did you mean 'x'?"`` for the closest of `known`, else the list of what there is, the first `SHOWN`.
 
     Args:
         name: what was asked for.
@@ -41,4 +44,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(names)}" if names else ""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"; known: {', '.join(names[:SHOWN])}{more}" if names else ""

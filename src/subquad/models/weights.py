@@ -33,8 +33,8 @@ def build(config: ModelConfig, weights: Mapping[str, Tensor], *, where: str) -> 
     extra, missing = sorted(set(weights) - set(expected)), sorted(set(expected) - set(weights))
     if extra:
         raise CheckpointError(
-            f"{where}: {_listed('unknown tensor', extra)}{nearest(extra[0], missing or expected)} "
-            "Check that config and weights belong together"
+            f"{where}: {_listed('unknown tensor', extra)}{nearest(extra[0], missing or expected)}; "
+            "check that config and weights belong together"
         )
     if missing:
         raise CheckpointError(
