@@ -177,6 +177,17 @@ def test_a_process_killed_or_out_of_space_while_saving_leaves_the_old_checkpoint
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_pretrained(model_of(), tmp_path / "m", shard_bytes=4000)
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "m").iterdir())
+    assert len(files) > 4
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
+
+
 def edited(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)
@@ -192,7 +203,7 @@ def edited(folder, change):
         ),
         (
             lambda w: w.update({"norm.weigth": w.pop("norm.weight")}),
-            r"unknown tensor norm\.weigth; did you mean 'norm\.weight'",
+            r"unknown tensor norm\.weigth; missing tensor norm\.weight; check",
         ),
         (lambda w: w.update({"norm.weight": torch.ones(7)}), r"norm\.weight: expected shape \(16,\), got \(7,\)"),
         (lambda w: [w.pop(k) for k in list(w) if "blocks.1" in k], r"missing tensors blocks.* and \d+ more"),
@@ -254,7 +265,7 @@ def test_damaged_or_absent_files_say_so(tmp_path):
         from_pretrained(folder)
 
 
-def test_card_tokenizer_and_licence_travel_along(tmp_path):
+def test_card_tokenizer_and_licence_travel_along(tmp_path, capfd):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -272,7 +283,9 @@ def test_card_tokenizer_and_licence_travel_along(tmp_path):
         evaluation={"perplexity, 1024 tokens": 21.123456789},
     )
     save_pretrained(model_of(), tmp_path / "m", tokenizer, card)
+    capfd.readouterr()
     loaded = load_model(tmp_path / "m")
+    assert capfd.readouterr() == ("", "")
     assert loaded.license == "apache-2.0"
     assert loaded.tokenizer("b a").input_ids == [1, 0]
     assert loaded.tokenizer.chat_template == tokenizer.chat_template

@@ -272,6 +272,12 @@ def test_bad_checkpoints(tmp_path):
         fit(teacher, student, LAYERS, stream(), RECIPES["align"], folder, resume=True)
 
 
+def test_a_folder_whose_replacement_was_killed_is_put_back(tmp_path):
+    RunFolder(tmp_path / "run").save({"step": 7})
+    (tmp_path / "run").rename(tmp_path / ".run.previous")
+    assert RunFolder(tmp_path / "run").load()["step"] == 7
+
+
 def test_minutes_end_a_stage(tmp_path, monkeypatch):
     teacher, student = models()
     clock = iter(range(0, 10_000, 2))
@@ -304,6 +310,9 @@ def test_rates_rise_and_fall():
         Rate(lr=1.0, schedule="cosin")
     with pytest.raises(ConfigError, match="tokens or minutes"):
         Budget()
+    for budget in ({"minutes": -1.0}, {"minutes": math.nan}, {"tokens": -5}):
+        with pytest.raises(ConfigError, match="from 0, got"):
+            Budget(**budget)
 
 
 def test_cache_must_hold_a_batch():

@@ -79,7 +79,7 @@ def replace_folder(folder: str | Path, model_type: str, write: Callable[[Path], 
         CheckpointError: it could not be written, or the folder holds another model; it is as it was before.
     """
     target = Path(folder).expanduser().resolve()
-    _recover(target)
+    recover(target)
     if (target / "config.json").exists() and (found := read_config(target).get("model_type")) != model_type:
         raise CheckpointError(
             f"{target}: holds a model of type {found!r}, which saving would destroy; choose another folder"
@@ -100,13 +100,13 @@ def replace_folder(folder: str | Path, model_type: str, write: Callable[[Path], 
         _sync(target.parent)
         shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        _recover(target)
+        recover(target)
         kept = "the checkpoint that was there is intact" if target.exists() else "nothing was left behind"
         raise CheckpointError(
             f"{target}: could not be written ({error}); {kept}; free some space or choose another folder"
         ) from error
     finally:  # an interrupt, too, leaves nothing half done
-        _recover(target)
+        recover(target)
         shutil.rmtree(fresh, ignore_errors=True)
 
 
@@ -125,7 +125,7 @@ def from_pretrained(
         ConfigError: an unknown or missing key in config.json.
     """
     path = Path(folder).expanduser().resolve()
-    _recover(path)
+    recover(path)
     config = config_of(read_config(path), where=f"{path}/config.json")
     weights: dict[str, Tensor] = {}
     for file in _weight_files(path):
@@ -140,7 +140,7 @@ def from_pretrained(
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether `folder` holds a model that `save_pretrained` wrote, rather than another kind or nothing."""
     path = Path(folder).expanduser().resolve()
-    _recover(path)
+    recover(path)
     return (path / "config.json").exists() and read_config(path).get("model_type") == MODEL_TYPE
 
 
@@ -201,7 +201,11 @@ def write_weights(weights: Mapping[str, Tensor], folder: Path, shard_bytes: int 
     plain = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
     plan = split_torch_state_dict_into_shards(plain, max_shard_size=shard_bytes)
     for name, tensors in plan.filename_to_tensors.items():
-        save_file({t: plain[t] for t in tensors}, str(folder / name), metadata={"format": "pt"})
+        path = folder / name
+        path.touch()
+        mode = path.stat().st_mode
+        save_file({t: plain[t] for t in tensors}, str(path), metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors lets nobody but the owner read; others may read as far as they may any file
     if plan.is_sharded:
         write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
@@ -225,8 +229,12 @@ def _previous(target: Path) -> Path:
     return target.with_name(f".{target.name}.previous")
 
 
-def _recover(target: Path) -> None:
-    """Put the previous checkpoint back where a save was killed between its two renames."""
+def recover(folder: str | Path) -> None:
+    """Put the previous content of `folder` back where a save was killed between its two renames.
+
+    To be called before anything else looks at a folder that may hold a checkpoint, or makes it.
+    """
+    target = Path(folder).expanduser().resolve()
     if not target.exists() and _previous(target).exists():
         _previous(target).rename(target)
 

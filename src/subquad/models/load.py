@@ -25,6 +25,10 @@ def load_model(
     """
     folder = Path(spec).expanduser()
     if is_checkpoint(folder):
+        from transformers import PreTrainedConfig
+
         model = from_pretrained(folder, device=device, dtype=dtype)
-        return LoadedModel(model, load_tokenizer(folder), folder.resolve().name, str(spec), license_of(str(folder)))
+        # Its model type means nothing to transformers, and tokenizer_config.json says all that a tokenizer needs.
+        tokenizer = load_tokenizer(folder, PreTrainedConfig())
+        return LoadedModel(model, tokenizer, folder.resolve().name, str(spec), license_of(str(folder)))
     return load_teacher(spec, dtype=dtype or torch.float32, device=device)

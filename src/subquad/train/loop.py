@@ -36,6 +36,9 @@ class Budget:
         """Refuse a stage without an end."""
         if self.tokens is None and self.minutes is None:
             raise ConfigError("budget: expected tokens or minutes, got neither; give the stage an end")
+        for name, value in (("tokens", self.tokens), ("minutes", self.minutes)):
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"budget: expected {name} from 0, got {value}; 0 is no training")
 
     def progress(self, tokens: int, seconds: float) -> float:
         """Share of the budget that is used; 1 or more is the end."""
@@ -222,7 +225,7 @@ class Loop:
                 raise DivergenceError(
                     f"stage {self.stage.name}, step {line['step']}: expected a finite loss and gradient, got "
                     f"{values['loss']} and {values['gradient']}; the checkpoint of step {self._saved} is kept in "
-                    f"{self.folder.path}; start anew with a lower rate"
+                    f"{self.folder.path}; start anew in another folder with a lower rate"
                 )
             lines.append(line | values | {"seconds": round(self.seconds, 3)})
         self.folder.append(lines)
