@@ -256,6 +256,8 @@ def test_command_line_end_to_end(tmp_path, teacher_folder, capfd):
     shown = capfd.readouterr()
     assert "perplexity, context 32, held out:" in shown.out
     assert "windowed_linear in 0, 2; 2 of 4 layers stay: 1, 3" in " ".join(shown.err.split())
+    for stage in ("align", "distill", "teacher", "student"):
+        assert re.search(rf"{stage} +100% step", shown.err), stage
     lines = RunFolder(out).lines()
     assert [line["stage"] for line in lines] == ["align"] * 5 + ["distill"] * 4
     facts = RunFolder(out).facts()

@@ -3,13 +3,15 @@
 import gzip
 import json
 import lzma
+import subprocess
 import sys
+import time
 import types
 
 import pytest
 import torch
 
-from subquad.core.errors import DataError
+from subquad.core.errors import ConfigError, DataError
 from subquad.data import Source, TokenStream, held_out_text, parse_source
 from subquad.data.sources import pieces, render
 from subquad.data.stream import held_out, tokenise
@@ -182,6 +184,74 @@ def test_resumed_stream_goes_on_to_the_token(chunk_tokens, stop):
     fresh.load_state_dict(state)
     for batch in batches[stop:]:
         assert torch.equal(next(fresh), batch)
+
+
+def test_an_epoch_may_leave_less_than_a_sequence(monkeypatch):
+    """A corpus just above a chunk: its last few tokens go on into the next epoch."""
+    monkeypatch.setattr("subquad.data.stream.TOKENISE_CHARS", 1)
+    texts = words(6, 40, length=10)
+    total = len(tokenise(texts, Bytes()))
+
+    def make():
+        return TokenStream(
+            [memory("m", texts)], Bytes(), batch=1, time=total // 2 - 3, fraction=0.0, chunk_tokens=total - 6
+        )
+
+    whole = make()
+    batches = [next(whole) for _ in range(7)]
+    joined = tokenise(texts, Bytes()).tolist() * 4
+    size = total // 2 - 3
+    expected = [joined[i * size : (i + 1) * size] for i in range(8)]
+    assert sorted(b[0].tolist() for b in batches[:6]) == sorted(expected[:6])
+    for stop in range(6):
+        first = make()
+        for _ in range(stop):
+            next(first)
+        fresh = make()
+        fresh.load_state_dict(first.state_dict())
+        assert torch.equal(next(fresh), batches[stop])
+
+
+class Endless:
+    """Documents without end, and how many were asked for."""
+
+    def __init__(self):
+        self.read = 0
+
+    def __iter__(self):
+        while True:
+            self.read += 1
+            time.sleep(0.001)
+            yield f"{self.read} " * 50
+
+
+def test_closing_ends_the_thread_and_the_stream():
+    endless = Endless()
+    stream = TokenStream([Source("m", lambda: iter(endless))], Bytes(), batch=1, time=64, chunk_tokens=10**12)
+    while endless.read < 3:
+        time.sleep(0.001)
+    stream.close()
+    read = endless.read
+    time.sleep(0.05)
+    assert endless.read == read
+    with pytest.raises(ConfigError, match="got one that was closed"):
+        next(stream)
+    stream.close()
+
+
+EXITS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from test_stream import Bytes, Endless, Source, TokenStream
+stream = TokenStream([Source("m", lambda: iter(Endless()))], Bytes(), batch=1, time=64, chunk_tokens=10**12)
+"""
+
+
+def test_a_process_ends_although_a_chunk_is_being_made():
+    """Without end, so a thread that is waited for would be waited for for ever."""
+    here = __file__.rpartition("/")[0]
+    done = subprocess.run([sys.executable, "-c", EXITS, here], timeout=60, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_resume_over_other_data_is_refused():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError, DataError
-from subquad.data.sources import Source, Tokenizer, pieces, render
+from subquad.data.sources import Document, Source, Tokenizer, pieces, render
 
 Rows = np.ndarray[Any, np.dtype[np.int32]]
 TOKENISE_CHARS = 262_144
@@ -80,7 +82,7 @@ class TokenStream:
 
     Documents are joined by the end token and the join is cut every `time` tokens, so no column is padding. Sequences
     are shuffled within chunks of `chunk_tokens` (a corpus below that is shuffled whole, anew every epoch), and the next
-    chunk is tokenised by a thread while this one is trained on.
+    chunk is tokenised by a thread while this one is trained on; `close` ends it.
     """
 
     def __init__(
@@ -109,16 +111,48 @@ class TokenStream:
             raise ConfigError(
                 f"batch={batch}, time={time}: expected at least 1 and 2; ask for a larger batch or sequence"
             )
-        self.documents = Documents(sources, tokenizer, fraction=fraction, train=True)
+        self.documents = Documents([self._watched(s) for s in sources], tokenizer, fraction=fraction, train=True)
         self.batch, self.time, self.seed, self.chunk_tokens = batch, time, seed, max(chunk_tokens, time)
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+        self._closed = threading.Event()
         self._start(Position(0, 0, (0,) * len(sources)), 0)
+
+    def close(self) -> None:
+        """Stop the thread at the document it is in; no chunk is made any more."""
+        self._closed.set()
+        self._worker.join()
+
+    def _watched(self, source: Source) -> Source:
+        """`source`, ending with an error as soon as the stream is closed."""
+
+        def documents() -> Iterator[Document]:
+            for document in source.open():
+                if self._closed.is_set():
+                    raise ConfigError("stream: expected an open one, got one that was closed; make another")
+                yield document
+
+        return replace(source, open=documents)
 
     def _start(self, position: Position, at: int) -> None:
         self._reading: Iterator[tuple[int, str]] | None = None
         self._position, self._at = position, at
         self._rows: Rows | None = None
-        self._next: Future[tuple[Rows, Position]] = self._worker.submit(self._chunk, position)
+        self._prepare(position)
+
+    def _prepare(self, position: Position) -> None:
+        """Make the chunk at `position` in a thread."""
+        self._next: Future[tuple[Rows, Position]] = Future()
+        # A process that ends waits for a thread until its chunk is done, and kills a daemon inside the tokenizer's own
+        # code. So it is a daemon, and closed at exit.
+        self._worker = threading.Thread(target=self._work, args=(position, self._next), name="tokenise", daemon=True)
+        atexit.register(self.close)
+        self._worker.start()
+
+    def _work(self, position: Position, made: Future[tuple[Rows, Position]]) -> None:
+        try:
+            made.set_result(self._chunk(position))
+        except BaseException as error:  # whoever asks for the chunk gets it
+            made.set_exception(error)
+        atexit.unregister(self.close)
 
     def __iter__(self) -> TokenStream:
         return self
@@ -133,7 +167,8 @@ class TokenStream:
         while len(picked) < self.batch:
             if self._rows is None:
                 self._rows, self._after = self._next.result()
-                self._next = self._worker.submit(self._chunk, self._after)
+                self._worker.join()
+                self._prepare(self._after)
             if self._at == len(self._rows):
                 self._rows, self._position, self._at = None, self._after, 0
                 continue
@@ -156,15 +191,15 @@ class TokenStream:
         for key, mine in (("sources", self._names()), ("time", self.time), ("seed", self.seed)):
             if state[key] != mine:
                 raise DataError(f"resume: expected {key} {state[key]} as in the checkpoint, got {mine}; give the same")
-        if not self._next.cancel():
-            wait([self._next])
+        self.close()
+        self._closed.clear()
         self._start(Position(state["epoch"], state["chunk"], tuple(state["taken"]), tuple(state["carry"])), state["at"])
 
     def _names(self) -> list[str]:
         return [s.name for s in self.documents.sources]
 
     def _chunk(self, start: Position) -> tuple[Rows, Position]:
-        """The shuffled sequences of the chunk at `start`, and where the next begins. Runs in the worker only."""
+        """The shuffled sequences of the chunk at `start`, and where the next begins. Runs in the thread only."""
         if self._reading is None:
             self._reading = self.documents.read(start.taken)
         taken, ended = list(start.taken), False
@@ -172,7 +207,12 @@ class TokenStream:
         while len(tokens) < self.chunk_tokens and not ended:
             texts, ended = _take(self._reading, taken)
             tokens = np.concatenate([tokens, tokenise(texts, self.documents.tokenizer)])
+        if ended:
+            self._reading = None
         count = len(tokens) // self.time
+        if count == 0 and any(start.taken):
+            # What an epoch's earlier chunks have left is less than a sequence: the next epoch goes on from it.
+            return self._chunk(Position(start.epoch + 1, start.chunk, (0,) * len(taken), tuple(tokens.tolist())))
         if count == 0:
             raise DataError(
                 f"--data {', '.join(self._names())}: expected at least {self.time} training tokens, got {len(tokens)}; "
@@ -183,7 +223,6 @@ class TokenStream:
         rows = rows[np.random.default_rng((self.seed, start.chunk)).permutation(count)]
         if not ended:
             return rows, replace(start, chunk=start.chunk + 1, taken=tuple(taken), carry=carry)
-        self._reading = None
         return rows, Position(start.epoch + 1, start.chunk + 1, (0,) * len(taken), carry)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,7 @@ from subquad.models.load import load_model
 from subquad.models.stack import Stack
 from subquad.models.teachers import LoadedModel
 from subquad.train.checkpoint import RunFolder
-from subquad.train.loop import Budget, Display, Habits
+from subquad.train.loop import Budget, Display, Habits, Progress
 from subquad.train.pipeline import Recipe, fit
 
 Say = Callable[[str], None]
@@ -140,39 +141,44 @@ def convert(
         sources, loaded.tokenizer, fraction=settings.held_out, chars=settings.eval_tokens * CHARS_A_TOKEN
     )
     text = tokenize_text(loaded.tokenizer, held_out, settings.eval_tokens)
-    stream = _stream(settings, sources, loaded)
-    share = settings.recipe.distill is None
-    if facts is None:
-        stats = None
-        if settings.measure_tokens:
-            here.say(f"measuring the attention of {len(placement)} layers on {settings.measure_tokens:,} tokens")
-            batches = -(-settings.measure_tokens // (settings.batch * settings.seq))
-            stats = measure(teacher, list(islice(_stream(settings, sources, loaded), batches)), sorted(placement))
-        student = transplant(teacher, placement, options=options, stats=stats, share=share)
-        facts = {
-            "settings": config_to_dict(settings),
-            "versions": versions(here.device),
-            "teacher": {"name": loaded.name, "license": loaded.license},
-            "layers": {str(i): student.config.layers[i] for i in placement},
-        }
-        folder.log.unlink(missing_ok=True)
-        folder.note(**facts)
-    else:
-        student = rebuild(teacher, {int(i): layer for i, layer in facts["layers"].items()}, share=share)
-    fit(
-        teacher,
-        student,
-        sorted(placement),
-        stream,
-        settings.recipe,
-        folder,
-        resume=resume,
-        habits=here.habits,
-        display=here.display,
-    )
+    with closing(_stream(settings, sources, loaded)) as stream:  # its thread works while the student is made
+        share = settings.recipe.distill is None
+        if facts is None:
+            stats = None
+            if settings.measure_tokens:
+                here.say(f"measuring the attention of {len(placement)} layers on {settings.measure_tokens:,} tokens")
+                batches = -(-settings.measure_tokens // (settings.batch * settings.seq))
+                with closing(_stream(settings, sources, loaded)) as sample:
+                    tokens = list(islice(sample, batches))
+                stats = measure(teacher, tokens, sorted(placement))
+            student = transplant(teacher, placement, options=options, stats=stats, share=share)
+            facts = {
+                "settings": config_to_dict(settings),
+                "versions": versions(here.device),
+                "teacher": {"name": loaded.name, "license": loaded.license},
+                "layers": {str(i): student.config.layers[i] for i in placement},
+            }
+            folder.log.unlink(missing_ok=True)
+            folder.note(**facts)
+        else:
+            student = rebuild(teacher, {int(i): layer for i, layer in facts["layers"].items()}, share=share)
+        fit(
+            teacher,
+            student,
+            sorted(placement),
+            stream,
+            settings.recipe,
+            folder,
+            resume=resume,
+            habits=here.habits,
+            display=here.display,
+        )
     here.say(f"evaluating on {len(text.ids_n):,} held-out tokens")
     context = min(settings.seq, len(text.ids_n))
-    scores = [perplexity(m, text, context, batch=settings.batch) for m in (teacher, student)]
+    scores = [
+        perplexity(m, text, context, batch=settings.batch, progress=_shown(here.display, name, context))
+        for name, m in (("teacher", teacher), ("student", student))
+    ]
     folder.note(evaluation=_evaluation(*scores))
     save_pretrained(student, out, loaded.tokenizer, _card(settings, loaded, folder.facts()))
     conversion = Conversion(loaded, student, placement, *scores, seconds=time.monotonic() - began)
@@ -180,6 +186,19 @@ def convert(
     folder.note(finished=True)
     folder.checkpoint.unlink(missing_ok=True)
     return conversion
+
+
+def _shown(display: Display | None, name: str, context: int) -> Callable[[int, int], None]:
+    """Tokens done and in all, as a `Display` shows them."""
+    began = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        if display is not None:
+            seconds = time.monotonic() - began
+            pace = done / max(seconds, 1e-9)
+            display(Progress(name, done // context, done, seconds, done / total, float("nan"), pace))
+
+    return show
 
 
 def describe(placement: Mapping[int, str], n_layers: int) -> str:

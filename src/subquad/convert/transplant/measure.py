@@ -54,8 +54,9 @@ def measure(
     inputs: dict[int, list[Tensor]] = {i: [] for i in layers}
 
     def heard(i: int, x_btd: Tensor, _: Tensor, layout: Layout) -> None:
-        wanted = sample_tokens // x_btd.shape[1] - sum(len(x) for x in inputs[i])
-        inputs[i].append(x_btd[: max(wanted, 0 if inputs[i] else 1)])
+        wanted = max(sample_tokens // x_btd.shape[1], 1) - sum(len(x) for x in inputs[i])
+        if wanted > 0:  # copied, since a slice would keep the whole batch
+            inputs[i].append(x_btd[:wanted].clone())
         sums[i].append(_one(x_btd.float(), sources[i], layout))
 
     for tokens_bt in batches:
