@@ -115,6 +115,11 @@ def test_cat_is_the_inverse_of_select():
     assert_equal(State.cat([state.select(torch.tensor([0])), state.select(torch.tensor([1, 2]))]), state)
     with pytest.raises(ConfigError, match="one kind"):
         State.cat([inner(), outer()])
+    longer = Inner(torch.randn(1, 2, 4, 5), torch.randn(1, 4, 6))
+    with pytest.raises(ConfigError, match=r"conv_btd: expected one shape a row, got \[\(3, 6\), \(4, 6\)\]"):
+        State.cat([inner(), longer])
+    with pytest.raises(ConfigError, match="got none"):
+        State.cat([])
 
 
 def test_is_a_pytree():
@@ -141,6 +146,16 @@ def test_load_refuses_what_is_no_state(tmp_path):
     save_file({"a": torch.ones(1)}, str(tmp_path / "a.safetensors"))
     with pytest.raises(CheckpointError, match="another safetensors file"):
         State.load(tmp_path / "a.safetensors")
+
+
+def test_load_refuses_what_is_absent_or_damaged(tmp_path):
+    with pytest.raises(CheckpointError, match="expected a saved state, got .*save it again"):
+        State.load(tmp_path / "nothing.safetensors")
+    inner().save(tmp_path / "s.safetensors")
+    content = (tmp_path / "s.safetensors").read_bytes()
+    (tmp_path / "s.safetensors").write_bytes(content[:-9])
+    with pytest.raises(CheckpointError, match="expected a saved state, got .*save it again"):
+        State.load(tmp_path / "s.safetensors")
 
 
 def test_load_refuses_an_unknown_kind(tmp_path, monkeypatch):

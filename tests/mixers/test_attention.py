@@ -51,6 +51,17 @@ def test_commit_beyond_capacity_is_refused_and_loses_nothing() -> None:
     assert update.commit(torch.tensor([1])).seen_b.tolist() == [4]  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_capacity_counts_the_document_that_goes_on() -> None:
+    mixer = build()
+    state = mixer.read(torch.randn(1, 3, 32, dtype=torch.float64), mixer.init_state(1, 4))[1].commit()
+    _, update = mixer.read(torch.randn(1, 7, 32, dtype=torch.float64), state, Layout.packed([[2, 5]]))
+    with pytest.raises(ConfigError, match="capacity=4 tokens, got 5"):
+        update.commit(torch.tensor([2]))
+    assert update.commit(torch.tensor([6])).seen_b.tolist() == [4]  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ConfigError, match="capacity=4 tokens, got 5"):
+        update.commit()
+
+
 def test_in_place_commit_of_a_full_cache_keeps_it() -> None:
     """n = 0 at the last slot, and drafts that reach beyond the buffer, overwrite no key."""
     mixer = build()

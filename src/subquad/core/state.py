@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -141,10 +141,22 @@ class State:
 
     @staticmethod
     def cat(states: list[Any]) -> Any:
-        """The rows of all `states`, one after the other; kinds and capacities must agree."""
+        """The rows of all `states`, one after the other.
+
+        Raises:
+            ConfigError: no states, or states of several kinds or capacities.
+        """
+        if not states:
+            raise ConfigError("expected states to concatenate, got none; give at least one")
         leaves, specs = zip(*(pytree.tree_flatten(s) for s in states), strict=True)
         if any(spec != specs[0] for spec in specs):
             raise ConfigError("expected states of one kind, got several; concatenate only states of the same model")
+        for (name, _), parts in zip(states[0].tensors(), zip(*leaves, strict=True), strict=True):
+            shapes = {tuple(part.shape[1:]) for part in parts}
+            if len(shapes) > 1:
+                raise ConfigError(
+                    f"state {name}: expected one shape a row, got {sorted(shapes)}; use states of the same capacity"
+                )
         return pytree.tree_unflatten([torch.cat(ts) for ts in zip(*leaves, strict=True)], specs[0])
 
     def _header(self) -> dict[str, Any]:
@@ -177,10 +189,13 @@ class State:
         """Read what `save` wrote; the classes named in it must be imported.
 
         Raises:
-            CheckpointError: no state there, an unknown kind, or a schema with no migration.
+            CheckpointError: no state there, a damaged one, an unknown kind, or a schema with no migration.
         """
-        with safe_open(str(path), "pt") as f:
-            header = (f.metadata() or {}).get("subquad_state")
+        try:
+            with safe_open(str(path), "pt") as f:
+                header = (f.metadata() or {}).get("subquad_state")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: expected a saved state, got {error}; save it again") from error
         if header is None:
             raise CheckpointError(f"{path}: expected a saved state, got another safetensors file; write it with save()")
         tensors = load_file(str(path), device=str(device))

@@ -77,19 +77,24 @@ class CacheUpdate(Update):
         """Copy the buffers and write the kept tokens behind what they hold."""
         n_b = self.layout.lengths_b if n_b is None else n_b
         capacity = self.state.k_bgnk.shape[2]
-        new = self.state.snapshot() if not torch.is_grad_enabled() else self.state.map(lambda t, _: t.clone())
-        needed = int((self.state.seen_b + n_b).max()) if len(n_b) else 0
-        if self.layout.documents_bt is None and needed > capacity:
+        kept_bt, continues_b = self.layout.tail(n_b)
+        needed_b = torch.where(continues_b, self.state.seen_b, 0) + kept_bt.sum(1)
+        needed = int(needed_b.max()) if len(n_b) else 0
+        if needed > capacity:
             raise ConfigError(
                 f"attention cache: expected at most capacity={capacity} tokens, got {needed}; "
                 "call init_state with a larger capacity"
             )
+        new = self.state.map(lambda t, _: t.clone())
         self._write_(new, None, n_b)
         return new
 
     @torch.no_grad()
     def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
-        """Write only the block's own tokens; the cache is not touched elsewhere."""
+        """Write only the block's own tokens; the cache is not touched elsewhere.
+
+        Whether they fit is not asked, since the answer would have to come from the device: who owns the pool knows it.
+        """
         assert isinstance(pool, CacheState)
         self._write_(pool, rows, self.layout.lengths_b if n_b is None else n_b)
 
