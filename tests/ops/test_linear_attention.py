@@ -47,3 +47,13 @@ def test_float32_stays_within_twice_the_equations_error() -> None:
     naive, _ = op.equation(q.float(), k.float(), v.float(), s.float())
     got = op.chunked(q.float(), k.float(), v.float(), s.float())
     assert (got - want).norm() <= 2 * (naive - want).norm()
+
+
+def test_autocast_leaves_sums_and_state_precise() -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, *n) for n in ((200, 4, 8), (200, 2, 8), (200, 2, 8), (2, 8, 8))]
+    kept, continues = torch.ones(1, 200, dtype=torch.bool), torch.ones(1, dtype=torch.bool)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = op.chunked(*tensors), op.absorb(*tensors[1:], kept, continues)
+    assert torch.equal(y, op.chunked(*tensors))
+    assert torch.equal(state, op.absorb(*tensors[1:], kept, continues))

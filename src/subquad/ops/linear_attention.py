@@ -58,46 +58,47 @@ def chunked(
     q_documents_bt: Tensor | None = None,
     k_documents_bt: Tensor | None = None,
 ) -> Tensor:
-    """The outputs of `equation` by chunks of 64 tokens, all chunks at once; the same arguments, any length."""
+    """The outputs of `equation` by chunks of 64 tokens, all chunks at once, in at least float32; the same arguments."""
     _, t, h, _ = q_bthf.shape
     g, wide = k_btgf.shape[2], precise(q_bthf.dtype)
-    size = min(CHUNK, t)
-    pad = -t % size
+    with torch.autocast(q_bthf.device.type, enabled=False):
+        size = min(CHUNK, t)
+        pad = -t % size
 
-    def chunks(x_bthf: Tensor) -> Tensor:
-        """``b t h f -> b h c l f``."""
-        return F.pad(x_bthf, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, size)).movedim(3, 1)
+        def chunks(x_bthf: Tensor) -> Tensor:
+            """``b t h f -> b h c l f``."""
+            return F.pad(x_bthf, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, size)).movedim(3, 1)
 
-    q_bgrclf = chunks(q_bthf.to(wide)).unflatten(1, (g, h // g))
-    k_bgclf, v_bgclv = chunks(k_btgf.to(wide)), chunks(v_btgv.to(wide))
-    causal_ll = torch.ones(size, size, dtype=torch.bool, device=q_bthf.device).tril()
-    first_bgfv = state_bgfv.to(wide)
-    if q_documents_bt is None or k_documents_bt is None:
-        sums_bgcfv = k_bgclf.mT @ v_bgclv
-        entry_bgcfv = first_bgfv[:, :, None] + F.pad(sums_bgcfv[:, :, :-1], (0, 0, 0, 0, 1, 0)).cumsum(2)
-        allowed_bcll = causal_ll[None, None]
-        carried_bcl = None
-    else:
-        # Every state holds one document, that of the last key before it.
-        q_doc_bcl, k_doc_bcl = (
-            torch.cat((d, d[:, -1:].expand(-1, pad)), 1).unflatten(1, (-1, size))
-            for d in (q_documents_bt, k_documents_bt)
-        )
-        last_bc = k_doc_bcl[..., -1]
-        entry_doc_bc = F.pad(last_bc, (1, 0))[:, :-1]
-        own_bcl = k_doc_bcl == last_bc[..., None]
-        sums_bgcfv = (k_bgclf * own_bcl[:, None, ..., None]).mT @ v_bgclv
-        earlier_cc = torch.ones(last_bc.shape[1], last_bc.shape[1], dtype=torch.bool, device=q_bthf.device).tril(-1)
-        joins_bcc = (earlier_cc & (last_bc[:, None] == entry_doc_bc[..., None])).to(wide)
-        entry_bgcfv = (joins_bcc[:, None] @ sums_bgcfv.flatten(3)).unflatten(-1, sums_bgcfv.shape[3:])
-        entry_bgcfv = entry_bgcfv + (entry_doc_bc == 0)[:, None, :, None, None] * first_bgfv[:, :, None]
-        allowed_bcll = causal_ll & (q_doc_bcl[..., None] == k_doc_bcl[..., None, :])
-        carried_bcl = (q_doc_bcl == entry_doc_bc[..., None])[:, None, None, ..., None]
-    scores_bgrcll = q_bgrclf @ k_bgclf[:, :, None].mT * allowed_bcll[:, None, None]
-    within = scores_bgrcll @ v_bgclv[:, :, None]
-    across = q_bgrclf @ entry_bgcfv[:, :, None]
-    y_bgrclv = within + (across if carried_bcl is None else across * carried_bcl)
-    return y_bgrclv.flatten(1, 2).flatten(2, 3).transpose(1, 2)[:, :t].to(q_bthf.dtype)
+        q_bgrclf = chunks(q_bthf.to(wide)).unflatten(1, (g, h // g))
+        k_bgclf, v_bgclv = chunks(k_btgf.to(wide)), chunks(v_btgv.to(wide))
+        causal_ll = torch.ones(size, size, dtype=torch.bool, device=q_bthf.device).tril()
+        first_bgfv = state_bgfv.to(wide)
+        if q_documents_bt is None or k_documents_bt is None:
+            sums_bgcfv = k_bgclf.mT @ v_bgclv
+            entry_bgcfv = first_bgfv[:, :, None] + F.pad(sums_bgcfv[:, :, :-1], (0, 0, 0, 0, 1, 0)).cumsum(2)
+            allowed_bcll = causal_ll[None, None]
+            carried_bcl = None
+        else:
+            # Every state holds one document, that of the last key before it.
+            q_doc_bcl, k_doc_bcl = (
+                torch.cat((d, d[:, -1:].expand(-1, pad)), 1).unflatten(1, (-1, size))
+                for d in (q_documents_bt, k_documents_bt)
+            )
+            last_bc = k_doc_bcl[..., -1]
+            entry_doc_bc = F.pad(last_bc, (1, 0))[:, :-1]
+            own_bcl = k_doc_bcl == last_bc[..., None]
+            sums_bgcfv = (k_bgclf * own_bcl[:, None, ..., None]).mT @ v_bgclv
+            earlier_cc = torch.ones(last_bc.shape[1], last_bc.shape[1], dtype=torch.bool, device=q_bthf.device).tril(-1)
+            joins_bcc = (earlier_cc & (last_bc[:, None] == entry_doc_bc[..., None])).to(wide)
+            entry_bgcfv = (joins_bcc[:, None] @ sums_bgcfv.flatten(3)).unflatten(-1, sums_bgcfv.shape[3:])
+            entry_bgcfv = entry_bgcfv + (entry_doc_bc == 0)[:, None, :, None, None] * first_bgfv[:, :, None]
+            allowed_bcll = causal_ll & (q_doc_bcl[..., None] == k_doc_bcl[..., None, :])
+            carried_bcl = (q_doc_bcl == entry_doc_bc[..., None])[:, None, None, ..., None]
+        scores_bgrcll = q_bgrclf @ k_bgclf[:, :, None].mT * allowed_bcll[:, None, None]
+        within = scores_bgrcll @ v_bgclv[:, :, None]
+        across = q_bgrclf @ entry_bgcfv[:, :, None]
+        y_bgrclv = within + (across if carried_bcl is None else across * carried_bcl)
+        return y_bgrclv.flatten(1, 2).flatten(2, 3).transpose(1, 2)[:, :t].to(q_bthf.dtype)
 
 
 def absorb(k_btgf: Tensor, v_btgv: Tensor, state_bgfv: Tensor, kept_bt: Tensor, continues_b: Tensor) -> Tensor:
@@ -110,6 +111,7 @@ def absorb(k_btgf: Tensor, v_btgv: Tensor, state_bgfv: Tensor, kept_bt: Tensor, 
         continues_b: bool, rows that keep `state_bgfv`.
     """
     wide = state_bgfv.dtype
-    k_bgft = (k_btgf.to(wide) * kept_bt[..., None, None]).permute(0, 2, 3, 1)
-    added_bgfv = k_bgft @ v_btgv.to(wide).transpose(1, 2)
+    with torch.autocast(k_btgf.device.type, enabled=False):
+        k_bgft = (k_btgf.to(wide) * kept_bt[..., None, None]).permute(0, 2, 3, 1)
+        added_bgfv = k_bgft @ v_btgv.to(wide).transpose(1, 2)
     return torch.where(continues_b[:, None, None, None], state_bgfv, 0) + added_bgfv
