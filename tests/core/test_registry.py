@@ -1,9 +1,12 @@
 """Methods are found by their rooms, cards are read without running them, and wrong names are met with the right one."""
 
 import dataclasses
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -123,6 +126,36 @@ def test_nearest_names_one_or_all():
     assert nearest("mamba", ["mamba2", "attention"]) == "; did you mean 'mamba2'?"
     assert nearest("xyz", ["b", "a"]) == "; known: a, b"
     assert nearest("xyz", []) == ""
+    many = nearest("xyz", [f"{i:02}" for i in range(40)])
+    assert many.startswith("; known: 00, 01, ") and many.endswith(", 11 and 28 more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Typed:
+    name: str
+    window: int | None = None
+    rate: float = 0.5
+    wide: bool = False
+    layers: tuple[Mapping[str, Any], ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"window": "x"}, "layer 3: window: expected int or None, got 'x'; correct it"),
+        ({"window": True}, "window: expected int or None, got True"),
+        ({"window": 1.5}, "window: expected int or None, got 1.5"),
+        ({"wide": 1}, "wide: expected bool, got 1"),
+        ({"rate": "high"}, "rate: expected float, got 'high'"),
+        ({"layers": 3}, "layers: expected tuple, got 3"),
+        ({"name": None}, "name: expected str, got None"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(value, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config_from_dict(Typed, {"name": "a"} | value, where="layer 3")
+    fine = {"name": "a", "window": None, "rate": 1, "layers": [{"a": 1}]}
+    assert config_from_dict(Typed, fine).rate == 1
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ def test_jsonl_fields(tmp_path):
         ('{"a": 1}', "expected text, messages, or prompt and response, got a; name the field"),
         ("[1]", "expected a JSON object, got list"),
         ("{", "a.jsonl:1: expected one JSON object a line"),
+        ('{"messages": ["hi"]}', "a.jsonl:1: expected messages like"),
+        ('{"messages": [{"role": "user"}]}', "a.jsonl:1: expected messages like"),
     ],
 )
 def test_bad_jsonl(tmp_path, content, message):

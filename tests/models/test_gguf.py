@@ -231,6 +231,9 @@ def test_damaged_files_say_so(tmp_path):
         path.write_bytes(content[:size])
         with pytest.raises(CheckpointError, match=words):
             load_teacher(path)
+    path.write_bytes(content[:8] + b"\xff" * 100)
+    with pytest.raises(CheckpointError, match="damaged in its header"):
+        load_teacher(path)
     path.write_bytes(b"PK\x03\x04" + content[4:])
     with pytest.raises(CheckpointError, match="expected a GGUF file"):
         load_teacher(path)

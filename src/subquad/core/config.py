@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,7 +14,7 @@ T = TypeVar("T")
 
 
 def config_from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
-    """Build the dataclass `cls` from `values`; an unknown or missing key is a `ConfigError`.
+    """Build the dataclass `cls` from `values`; an unknown or missing key, or a wrong type, is a `ConfigError`.
 
     Args:
         cls: a dataclass type.
@@ -32,7 +34,26 @@ def config_from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = ""
     ]
     if missing:
         raise ConfigError(f"{label}: expected {', '.join(missing)}, got {sorted(values)}; add the missing keys")
+    kinds = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if expected := misfit(value, kinds[key]):
+            raise ConfigError(f"{label}: {key}: expected {expected}, got {value!r}; correct it")
     return cls(**values)
+
+
+def misfit(value: Any, kind: Any) -> str:
+    """What was expected, in words, where `value` is none of the type `kind` of a field; else nothing.
+
+    Types of elements are not looked at. An int serves as a float, and a list, which JSON makes of it, as a tuple.
+    """
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    allowed: list[Any] = [typing.get_origin(k) or k for k in (typing.get_args(kind) if union else (kind,))]
+    serving: dict[Any, Any] = {float: (float, int), tuple: (tuple, list)}
+    for one in allowed:
+        # A bool is an int to Python, but not to whoever wrote window=true.
+        if one is Any or (isinstance(value, serving.get(one) or one) and isinstance(value, bool) == (one is bool)):
+            return ""
+    return " or ".join("None" if k is types.NoneType else k.__name__ for k in allowed)
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -107,8 +107,8 @@ class GGUF:
                 name = self._string()
                 shape = tuple(self._scalar("<Q") for _ in range(self._scalar("<I")))[::-1]
                 self.entries[name] = _Entry(shape, self._scalar("<I"), self._scalar("<Q"))
-        except struct.error as error:
-            raise CheckpointError(f"{path}: cut short in its header; download it again") from error
+        except (struct.error, OverflowError) as error:
+            raise CheckpointError(f"{path}: cut short or damaged in its header; download it again") from error
         alignment = self.fields.get("general.alignment", 32)
         self._data = -(-self._at // alignment) * alignment
 

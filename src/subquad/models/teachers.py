@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -160,7 +161,9 @@ def model_config(hf: Any) -> ModelConfig:
         UnsupportedError: another architecture, or a field that would change the numbers and is not supported.
     """
     if hf.model_type not in ADAPTERS:
-        raise UnsupportedError(f"architecture {hf.model_type!r}; supported: {', '.join(ADAPTERS)} (dense)")
+        raise UnsupportedError(
+            f"expected a dense {', '.join(ADAPTERS)}, got architecture {hf.model_type!r}; choose a model of these"
+        )
     for name, neutral in _NEUTRAL.items():
         value = getattr(hf, name, neutral[0])
         if value not in neutral:
@@ -256,6 +259,8 @@ def _from_hub_or_folder(spec: str, path: Path, dtype: torch.dtype) -> LoadedMode
 
     is_folder = path.is_dir()
     source = str(path) if is_folder else spec
+    if path.is_file():
+        raise CheckpointError(f"{spec}: expected a folder, a .gguf file or a .whl, got another file; check the path")
     if is_folder and not (path / "config.json").exists():
         raise CheckpointError(f"{spec}: expected a folder with config.json, got none; pass the model's own folder")
     if not is_folder and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
@@ -265,7 +270,14 @@ def _from_hub_or_folder(spec: str, path: Path, dtype: torch.dtype) -> LoadedMode
     try:
         config = AutoConfig.from_pretrained(source)
         model_config(config)  # refuse before fetching weights
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+        with _quiet():
+            # Misshapen tensors, too, are told and not raised, so that they can be named.
+            hf_model, info = cast(
+                "tuple[Any, dict[str, Any]]",
+                AutoModelForCausalLM.from_pretrained(
+                    source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                ),
+            )
     except SubquadError:
         raise
     except Exception as error:  # transformers, safetensors and the hub's client raise a dozen kinds here
@@ -277,7 +289,11 @@ def _from_hub_or_folder(spec: str, path: Path, dtype: torch.dtype) -> LoadedMode
             + _similar(spec, path)
         )
         raise CheckpointError(f"{spec}: could not load it ({reason}); {remedy}") from error
-    hf_model, info = loaded
+    for name, got, expected in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{spec}: {name}: expected shape {tuple(expected)}, got {tuple(got)}; "
+            "check that config.json and the weights belong together"
+        )
     for kind in ("missing_keys", "unexpected_keys"):
         if names := sorted(info[kind]):
             raise CheckpointError(
@@ -296,6 +312,19 @@ def _similar(spec: str, path: Path) -> str:
     beside = [p for p in path.parent.iterdir() if (p / "config.json").exists()] if path.parent.is_dir() else []
     known = {str(path.parent / p.name) for p in beside} | {f"pypi:{name}" for name in WHEELS}
     return nearest(spec, known)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without the reports that ``transformers`` logs: what is wrong is raised here, in one line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_tokenizer(source: str | Path, config: Any = None) -> Any:

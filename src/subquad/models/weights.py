@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from subquad.core.errors import CheckpointError, nearest
+from subquad.core.errors import CheckpointError
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
 
@@ -32,9 +32,9 @@ def build(config: ModelConfig, weights: Mapping[str, Tensor], *, where: str) -> 
         del expected["lm_head.weight"]
     extra, missing = sorted(set(weights) - set(expected)), sorted(set(expected) - set(weights))
     if extra:
+        absent = f"; {_listed('missing tensor', missing)}" if missing else ""
         raise CheckpointError(
-            f"{where}: {_listed('unknown tensor', extra)}{nearest(extra[0], missing or expected)}; "
-            "check that config and weights belong together"
+            f"{where}: {_listed('unknown tensor', extra)}{absent}; check that config and weights belong together"
         )
     if missing:
         raise CheckpointError(

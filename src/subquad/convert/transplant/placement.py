@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from subquad.core.config import misfit
 from subquad.core.errors import ConfigError, nearest
 from subquad.core.registry import load, methods
 
@@ -126,13 +126,6 @@ def _value(setting: str, key: str, text: str, config: type[Any]) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
-    kind = kinds[key]
-    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    allowed = [typing.get_origin(k) or k for k in (typing.get_args(kind) if union else (kind,))]
-    if float in allowed and type(value) is int:
-        value = float(value)
-    # A bool is an int to Python, but not to whoever wrote window=true.
-    if not any(type(value) is k if k in (int, bool) else isinstance(value, k) for k in allowed if isinstance(k, type)):
-        expected = " or ".join(getattr(k, "__name__", str(k)) for k in allowed)
+    if expected := misfit(value, kinds[key]):
         raise ConfigError(f"--set {setting}: expected {expected}, got {text!r}; write a value of that type")
     return value
