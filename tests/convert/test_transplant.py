@@ -18,7 +18,7 @@ from subquad.convert.transplant.conversion import Settings, Surroundings, conver
 from subquad.convert.transplant.measure import measure
 from subquad.convert.transplant.placement import parse_layers, parse_options, place, spread
 from subquad.core.attention import AttentionStats
-from subquad.core.errors import ConfigError, DataError, UnsupportedError
+from subquad.core.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from subquad.core.layout import Layout
 from subquad.core.registry import methods
 from subquad.models.checkpoint import from_pretrained, save_pretrained
@@ -98,8 +98,8 @@ def test_options_are_checked_against_the_mixer():
     }
     for setting, message in [
         ("windw=3", "unknown option 'windw'; did you mean 'window'?"),
-        ("window=wide", "expected int or NoneType, got 'wide'"),
-        ("window=true", "expected int or NoneType, got 'true'"),
+        ("window=wide", "expected int or None, got 'wide'"),
+        ("window=true", "expected int or None, got 'true'"),
         ("window", "got no '='"),
         ("mamba2.window=3", "mixer 'mamba2' is not in use"),
         ("d_model=3", "unknown option 'd_model'"),
@@ -321,6 +321,13 @@ def settings(teacher, **changes):
     recipe = Recipe(align=Budget(128))
     small = {"batch": 2, "seq": 32, "measure_tokens": 64, "eval_tokens": 128, "held_out": 0.2, "keep": 0.5}
     return Settings(teacher, ("mamba2",), **({"data": ("pydoc",), "recipe": recipe} | small | changes))
+
+
+def test_a_folder_with_another_model_is_refused_before_the_training(tmp_path, teacher_folder):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(CheckpointError, match="holds a model of type 'gpt2', which saving would destroy"):
+        convert(settings(teacher_folder), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_resume_with_other_settings_names_them(tmp_path, teacher_folder, monkeypatch):

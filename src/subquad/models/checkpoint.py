@@ -79,11 +79,7 @@ def replace_folder(folder: str | Path, model_type: str, write: Callable[[Path], 
         CheckpointError: it could not be written, or the folder holds another model; it is as it was before.
     """
     target = Path(folder).expanduser().resolve()
-    recover(target)
-    if (target / "config.json").exists() and (found := read_config(target).get("model_type")) != model_type:
-        raise CheckpointError(
-            f"{target}: holds a model of type {found!r}, which saving would destroy; choose another folder"
-        )
+    refuse_other(target, model_type)
     fresh, previous = target.with_name(f".{target.name}.saving"), _previous(target)
     try:
         for leftover in (fresh, previous):
@@ -108,6 +104,20 @@ def replace_folder(folder: str | Path, model_type: str, write: Callable[[Path], 
     finally:  # an interrupt, too, leaves nothing half done
         recover(target)
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def refuse_other(folder: str | Path, model_type: str = MODEL_TYPE) -> None:
+    """Refuse a folder that holds another kind of model, which saving would destroy.
+
+    Raises:
+        CheckpointError: its config.json names another type.
+    """
+    target = Path(folder).expanduser().resolve()
+    recover(target)
+    if (target / "config.json").exists() and (found := read_config(target).get("model_type")) != model_type:
+        raise CheckpointError(
+            f"{target}: holds a model of type {found!r}, which saving would destroy; choose another folder"
+        )
 
 
 def from_pretrained(
