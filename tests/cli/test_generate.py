@@ -135,6 +135,11 @@ def test_prompts_from_files_and_chats(model: str, tmp_path: Path, capsys: pytest
     items.write_text(json.dumps({"prompt": "one"}) + "\n" + json.dumps({"messages": talk}) + "\n", encoding="utf-8")
     assert read_prompts(items) == ["one", talk]
 
+    for turns in (["hi"], [{"role": "user"}], []):
+        items.with_name("bad.jsonl").write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+        with pytest.raises(DataError, match="bad.jsonl:1: expected .* correct the line"):
+            read_prompts(items.with_name("bad.jsonl"))
+
     loaded = load_model(model)
     assert loaded.tokenizer.decode(encode(loaded, "one", False)) == "<s>one"
     assert loaded.tokenizer.decode(encode(loaded, "one", True)) == "<s>[user:one][a:"  # one start token, not two

@@ -78,6 +78,9 @@ def test_eval_alone_and_beyond_the_context(folder, capsys):
         (["--tasks", "{}/choice.jsonl", "--delimiter", "choise=:"], "did you mean 'choice'?"),
         (["--text", "{}/text.txt", "--agreement", "2"], "give --teacher"),
         (["--text", "{}/text.txt", "--context", "100000"], "give more text or a smaller --context"),
+        (["--text", "{}/text.txt", "--text", "{}/text.txt"], "expected texts of different names"),
+        (["--text", "{}/text.txt", "--json", "{}"], "expected a file, got a folder"),
+        (["--text", "{}/text.txt", "--report", "{}/text.txt/a.html"], "expected a place to write to"),
         (["--needle", "--needle-score", "luck"], "known: generation, likelihood"),
     ],
 )
@@ -85,6 +88,14 @@ def test_eval_errors_are_one_line(folder, capsys, args, message):
     assert main(["eval", f"{folder}/student", *(arg.format(folder) for arg in args)]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
+
+
+def test_an_error_keeps_what_was_measured_before_it(folder, capsys):
+    args = ["--text", f"{folder}/text.txt", "--context", "64", "--tokens", "640", "--needle", "--needle-lengths", "10"]
+    assert main(["eval", f"{folder}/student", *args]) == 2
+    out, err = capsys.readouterr()
+    assert "perplexity of text, context 64" in out
+    assert "error: needle length 10: expected room" in err
 
 
 def test_inspect_layers_ranks_chooses_and_names_the_command(folder, capsys):
@@ -102,6 +113,28 @@ def test_inspect_layers_ranks_chooses_and_names_the_command(folder, capsys):
     alone = next(row for row in found["layers"] if row["layer"] == chosen)
     assert found["joint"]["loss"]["value"] == pytest.approx(alone["loss"]["value"], rel=1e-5)
     assert "to convert" in (folder / "layers.html").read_text()
+
+
+def test_inspect_refuses_before_it_measures(folder, capsys):
+    args = [
+        "inspect",
+        "layers",
+        f"{folder}/teacher",
+        "--text",
+        f"{folder}/text.txt",
+        "--window",
+        "16",
+        "--needles",
+        "0",
+    ]
+    args += ["--context", "128", "--tokens", "512"]
+    for more, message in (
+        (["--choose", "9"], "--choose: expected at most 2, the layers that see beyond the window, got 9"),
+        (["--json", str(folder)], "expected a file, got a folder"),
+    ):
+        assert main([*args, *more]) == 2
+        err = capsys.readouterr().err
+        assert message in err and "one at a time" not in err
 
 
 def test_inspect_knows_its_subjects(folder, capsys):

@@ -1,7 +1,9 @@
-"""The options ``--device`` and ``--dtype``, the same in every command."""
+"""The options ``--device`` and ``--dtype``, the same in every command, and files that a command will write."""
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,3 +43,21 @@ def placement(device: str, dtype: str) -> tuple[torch.device, torch.dtype | None
     if dtype:
         return chosen, getattr(torch, dtype)
     return chosen, torch.bfloat16 if chosen.type == "cuda" else None
+
+
+def writable(option: str, path: Path | None) -> None:
+    """Make the folder of a file that will be written, so that an hour's figures don't find a closed door.
+
+    Raises:
+        ConfigError: there is a folder of that name, or its folder can't be written to.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: expected a place to write to, got {error}; choose another") from error
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: expected a file, got a folder; name a file in it")

@@ -29,6 +29,8 @@ def run(
     if tables:
         from subquad.bench.tables import refresh
 
+        if not Path("README.md").is_file():
+            raise ConfigError(f"--tables: expected a checkout with README.md, got {Path.cwd()}; run it there")
         pages = [Path("README.md"), *sorted(Path("docs").rglob("*.md"))]
         stale = [page for page in pages if refresh(page, out, write=not check)]
         for page in stale:

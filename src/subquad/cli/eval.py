@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from subquad.cli._placement import Device, DType, placement
+from subquad.cli._placement import Device, DType, placement, writable
 from subquad.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -60,8 +60,12 @@ def run(
         raise ConfigError("expected something to measure, got nothing; give --text, --tasks, --needle or --agreement")
     if agreement and teacher is None:
         raise ConfigError("--agreement: expected a teacher to agree with, got none; give --teacher")
+    if len({_name(spec) for spec in text or []}) < len(text or []):
+        raise ConfigError(f"--text: expected texts of different names, got {', '.join(text or [])}; rename one")
     if needle_score not in SCORES:
         raise ConfigError(f"--needle-score: unknown {needle_score!r}{nearest(needle_score, SCORES)}")
+    writable("--json", as_json)
+    writable("--report", report)
     lengths = _numbers("--needle-lengths", needle_lengths)
     separators = _delimiters(delimiter or [], [path.name.split(".")[0] for path in tasks or []])
 

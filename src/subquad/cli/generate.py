@@ -191,8 +191,13 @@ def _json_prompts(path: Path, lines: Sequence[str]) -> Iterator[str | Messages]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number}: expected a JSON object, got {error}; correct the line") from error
         value = (item.get("prompt") or item.get("messages")) if isinstance(item, dict) else None
-        if not isinstance(value, str | list) or not value:
-            raise DataError(f'{path}:{number}: expected {{"prompt": text}} or {{"messages": [...]}}; correct the line')
+        turns = value if isinstance(value, list) else []
+        whole = all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
+        if not isinstance(value, str | list) or not value or not whole:
+            raise DataError(
+                f'{path}:{number}: expected {{"prompt": text}} or {{"messages": [{{"role": ..., "content": ...}}]}}, '
+                f"got {title(line)}; correct the line"
+            )
         yield value
 
 

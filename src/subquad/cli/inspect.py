@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from subquad.cli._placement import Device, DType, placement
+from subquad.cli._placement import Device, DType, placement, writable
 from subquad.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def run(
     """
     if what not in SUBJECTS:
         raise ConfigError(f"inspect: unknown {what!r}{nearest(what, SUBJECTS)}")
+    writable("--json", as_json)
+    writable("--report", report)
 
     from subquad.bench.results import environment
     from subquad.cli._progress import Bars
@@ -72,9 +74,18 @@ def run(
         sinks=sinks,
         context=context,
     )
+    wanted = choose or max(1, len(loaded.model.blocks) // 2)
+    if wanted > len(cut.cuts):
+        raise ConfigError(
+            f"--choose: expected at most {len(cut.cuts)}, the layers that see beyond the window, got {wanted}; lower it"
+        )
     with Bars() as bars:
+        if context > loaded.model.config.max_positions:
+            bars.say(
+                f"warning: context {context} is beyond the {loaded.model.config.max_positions} positions of {model}"
+            )
         ranking = cut.rank(bars.start("one at a time", "tokens x layers"))
-        first = ranking.cheapest(choose or max(1, len(loaded.model.blocks) // 2))
+        first = ranking.cheapest(wanted)
         chosen = cut.refine(
             ranking, first, rounds=refine, report=bars.say, progress=bars.start("refine", "tokens x layers")
         )

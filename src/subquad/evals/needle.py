@@ -62,7 +62,9 @@ class NeedleGrid:
     def __post_init__(self) -> None:
         """Refuse a grid that asks nothing."""
         if not self.lengths or not self.depths or self.samples < 1 or not 0 <= self.distractors < len(KEYS):
-            raise ConfigError(f"expected lengths, depths, samples and at most {len(KEYS) - 1} distractors, got {self}")
+            raise ConfigError(
+                f"expected lengths, depths, samples and at most {len(KEYS) - 1} distractors, got {self}; change them"
+            )
         if any(not 0 <= depth <= 1 for depth in self.depths) or self.digits < 1:
             raise ConfigError(f"expected depths from 0 to 1 and digits >= 1, got {self}; give depths as fractions")
 

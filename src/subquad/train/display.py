@@ -38,7 +38,7 @@ class Line:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self.console.print(line, markup=False, highlight=False)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __call__(self, progress: Progress) -> None:
         """Show `progress`."""
