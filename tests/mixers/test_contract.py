@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -180,6 +181,38 @@ def test_commit_inside_packed_documents(mixer: Mixer) -> None:
         before = torch.cat((prompt[0], x_btd[0, :n])) if n <= 5 else x_btd[0, begin:n]
         y_btd, _ = mixer.read(follow, update.commit(torch.tensor([n])), Layout.dense(1, 2, start_b=len(before)))
         torch.testing.assert_close(y_btd, mixer(torch.cat((before, follow[0]))[None])[:, -2:], **EXACT)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_course_of_packed_padded_partial_commits_in_place(mixer: Mixer, seed: int) -> None:
+    """Rows at different places of different documents, in some rows of a pool: every output is the document's alone."""
+    draw = random.Random(seed)
+    documents = [[draw.choice([1, 2, 5, 30, 70]) for _ in range(draw.randint(1, 4))] for _ in range(3)]
+    packed, rows = Layout.packed(documents), torch.tensor(draw.sample(range(5), 3))
+    assert packed.documents_bt is not None
+    ends_b, longest = packed.lengths_b, 90
+    x_btd = block(mixer, 3, packed.shape[1] + longest)  # what stands behind a piece is its padding
+    ends = ((0, longest), "replicate")
+    positions_bt = torch.nn.functional.pad(packed.positions_bt[:, None].double(), *ends)[:, 0].long()
+    documents_bt = torch.nn.functional.pad(packed.documents_bt[:, None].double(), *ends)[:, 0].long()
+    want = [torch.cat([mixer(d[None])[0] for d in x_btd[i, : sum(ns)].split(ns)]) for i, ns in enumerate(documents)]
+    pool = mixer.init_state(5, CAPACITY)
+    before, at_b = pool.snapshot(), torch.zeros(3, dtype=torch.int64)
+    while (at_b < ends_b).any():
+        n_b = torch.tensor([draw.choice([0, 1, 3, 17, longest]) for _ in documents]).minimum(ends_b - at_b)
+        columns_bt = at_b[:, None] + torch.arange(max(int(n_b.max()), 1))
+        last_b1 = torch.where(at_b > 0, documents_bt.gather(1, (at_b - 1).clamp(min=0)[:, None])[:, 0], 0)[:, None]
+        layout = Layout(n_b, positions_bt.gather(1, columns_bt), documents_bt.gather(1, columns_bt) - last_b1)
+        read_btd = x_btd.gather(1, columns_bt[..., None].expand(-1, -1, x_btd.shape[2]))
+        y_btd, update = mixer.read(read_btd, pool.select(rows), layout)
+        kept_b = torch.tensor([draw.choice([n, draw.randint(0, n)]) for n in n_b.tolist()])
+        mixer.commit_(pool, rows, update, kept_b)
+        for i, (at, n) in enumerate(zip(at_b.tolist(), n_b.tolist(), strict=True)):
+            torch.testing.assert_close(y_btd[i, :n], want[i][at : at + n], **EXACT)
+        at_b = at_b + kept_b
+    others = torch.tensor(sorted(set(range(5)) - set(rows.tolist())))
+    for (name, now), (_, then) in zip(pool.select(others).tensors(), before.select(others).tensors(), strict=True):
+        assert torch.equal(now, then), name
 
 
 def test_what_comes_later_changes_nothing_before(mixer: Mixer) -> None:
