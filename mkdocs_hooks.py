@@ -73,14 +73,15 @@ def methods_page() -> str:
         cards = methods(family)
         if not cards:
             continue
-        text += (
-            f"\n## {TITLES[family]}\n\n| method | for | paper | from attention | constant state | status | measured |\n"
-        )
-        text += "| --- | --- | --- | --- | --- | --- | --- |\n"
+        # What only a mixer can be is asked of mixers alone.
+        flags = ["from attention", "constant state"] if family == "mixers" else []
+        rows = [["method", "for", "paper", *flags, "status", "measured"]]
+        rows.append(["---"] * len(rows[0]))
         for slug, card in cards.items():
-            yes = ["yes" if flag else "" for flag in (card.from_attention, card.constant_state)]
-            row = [f"[`{slug}`]({family}/{slug}.md)", card.gives, arxiv(card), *yes, card.status, card.measured]
-            text += "| " + " | ".join(cell(value) for value in row) + " |\n"
+            yes = ["yes" if getattr(card, flag.replace(" ", "_")) else "" for flag in flags]
+            rows.append([f"[`{slug}`]({family}/{slug}.md)", card.gives, arxiv(card), *yes, card.status, card.measured])
+        lines = ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
+        text += f"\n## {TITLES[family]}\n\n" + "\n".join(lines) + "\n"
     return text
 
 
