@@ -140,7 +140,10 @@ def _delimiters(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
 
 
 def _figure(interval: Interval | None) -> str:
-    return "" if interval is None else interval.format(".2f" if abs(interval.value) >= 100 else ".3f")
+    if interval is None:
+        return ""
+    small = 0 < abs(interval.value) < 0.01
+    return interval.format(".2g" if small else ".2f" if abs(interval.value) >= 100 else ".3f")
 
 
 def _cells(line: Line) -> list[str]:

@@ -22,8 +22,9 @@ def run(
         return
 
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from subquad.cli._progress import stdout
 
     table = Table(box=box.SIMPLE)
     for heading in ("method", "status", "arXiv"):
@@ -33,6 +34,6 @@ def run(
         for slug, card in cards.items():
             table.add_row(f"{name}/{slug}", card.status, card.arxiv, card.gives)
     if table.row_count:
-        Console().print(table)
+        stdout().print(table)
     else:
         typer.echo(f"no methods{f' in {family}' if family else ''} yet; `subquad new` lays one out")

