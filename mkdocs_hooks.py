@@ -12,7 +12,7 @@ from subquad.core.registry import FAMILIES, methods
 
 SOURCE = Path(__file__).parent / "src/subquad"
 # The guide is read in this order; what is not named follows by name.
-GUIDE = ("index", "ideas", "convert", "evaluate", "generate", "checkpoints", "add_a_method")
+GUIDE = ("index", "ideas", "convert", "evaluate", "generate", "checkpoints", "measured", "add_a_method")
 TITLES = {
     "mixers": "Mixers",
     "convert": "Conversion",
@@ -24,21 +24,23 @@ TITLES = {
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the generated pages and put all in reading order."""
+    """Add the generated pages and put all in reading order, which without a nav would be that of the names."""
     files.append(File.generated(config, "methods/index.md", content=methods_page()))
     for folder in sorted(p for p in SOURCE.iterdir() if (p / "__init__.py").exists() and p.name != "cli"):
         files.append(File.generated(config, f"api/{folder.name}.md", content=api_page(folder)))
-    return Files(sorted(files, key=order))
+    config["nav"] = reading_order([file.src_uri for file in files.documentation_pages()])
+    return files
 
 
-def order(file: File) -> tuple[Any, ...]:
-    """Guide first, then the methods by family, then the API."""
-    top, _, rest = file.src_uri.partition("/")
-    name = top.removesuffix(".md")
-    if not rest:
-        return (0, GUIDE.index(name) if name in GUIDE else len(GUIDE), name)
-    family = rest.partition("/")[0]
-    return (1, ("methods", "api").index(top) if top in ("methods", "api") else 2, rest != "index.md", family, rest)
+def reading_order(pages: list[str]) -> list[Any]:
+    """The guide, then the methods by family, then the API."""
+    guide = [f"{name}.md" for name in GUIDE]
+    guide += sorted(page for page in pages if "/" not in page and page not in guide)
+    families: list[Any] = ["methods/index.md"]
+    for family in FAMILIES:
+        if found := sorted(page for page in pages if page.startswith(f"methods/{family}/")):
+            families.append({TITLES[family]: found})
+    return [*guide, {"Methods": families}, {"API": sorted(page for page in pages if page.startswith("api/"))}]
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -59,6 +61,8 @@ def card_table(card: Card) -> str:
         "Needs": card.needs,
         "Paper": paper,
         "Its claim": claim or card.measured,
+        "Starts from attention": card.from_attention and "yes",
+        "State": card.constant_state and "of constant size",
         "Result file": card.result and f"`bench/results/{card.result}`",
         "Status": card.status,
     }
@@ -73,13 +77,9 @@ def methods_page() -> str:
         cards = methods(family)
         if not cards:
             continue
-        # What only a mixer can be is asked of mixers alone.
-        flags = ["from attention", "constant state"] if family == "mixers" else []
-        rows = [["method", "for", "paper", *flags, "status", "measured"]]
-        rows.append(["---"] * len(rows[0]))
+        rows = [["method", "for", "paper", "status", "measured"], ["---"] * 5]
         for slug, card in cards.items():
-            yes = ["yes" if getattr(card, flag.replace(" ", "_")) else "" for flag in flags]
-            rows.append([f"[`{slug}`]({family}/{slug}.md)", card.gives, arxiv(card), *yes, card.status, card.measured])
+            rows.append([f"[`{slug}`]({family}/{slug}.md)", card.gives, arxiv(card), card.status, card.measured])
         lines = ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
         text += f"\n## {TITLES[family]}\n\n" + "\n".join(lines) + "\n"
     return text
@@ -87,8 +87,11 @@ def methods_page() -> str:
 
 def api_page(folder: Path) -> str:
     """One page a package, its modules in order of name."""
-    names = [p.stem for p in sorted(folder.glob("*.py")) if p.stem != "__init__"]
-    wanted = "\n\n".join(f"::: subquad.{folder.name}.{name}" for name in names)
+    # A package without a word of its own has nothing to show.
+    sources = [p for p in sorted(folder.rglob("*.py")) if p.name != "__init__.py" or p.stat().st_size]
+    parts = [p.relative_to(SOURCE).with_suffix("").parts for p in sources if p.parent != folder or p.stem != "__init__"]
+    names = [".".join(part for part in path if part != "__init__") for path in parts]
+    wanted = "\n\n".join(f"::: subquad.{name}" for name in names)
     whole = f"::: subquad.{folder.name}\n    options:\n      show_root_heading: false"
     return f"# subquad.{folder.name}\n\n{whole}\n\n{wanted}\n"
 
