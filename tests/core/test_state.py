@@ -151,6 +151,8 @@ def test_load_refuses_what_is_no_state(tmp_path):
 def test_load_refuses_what_is_absent_or_damaged(tmp_path):
     with pytest.raises(CheckpointError, match="expected a saved state, got .*save it again"):
         State.load(tmp_path / "nothing.safetensors")
+    with pytest.raises(CheckpointError, match="could not be written .*choose another folder"):
+        inner().save(tmp_path / "nowhere" / "s.safetensors")
     inner().save(tmp_path / "s.safetensors")
     content = (tmp_path / "s.safetensors").read_bytes()
     (tmp_path / "s.safetensors").write_bytes(content[:-9])

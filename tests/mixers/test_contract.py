@@ -249,6 +249,18 @@ def test_gradient_equals_finite_differences(mixer: Mixer) -> None:
     torch.testing.assert_close((x_btd.grad * along).sum(), difference, rtol=1e-6, atol=1e-7)
 
 
+def test_rows_of_several_states_go_on_as_one_batch(mixer: Mixer) -> None:
+    """Prompts read apart, of different lengths, are one batch from then on."""
+    lengths = [3, 40, 1]
+    prompts = [block(mixer, 1, n, seed=n) for n in lengths]
+    state = State.cat([mixer.read(p, mixer.init_state(1, CAPACITY))[1].commit() for p in prompts])
+    assert state.batch == 3
+    follow = block(mixer, 3, 5, seed=2)
+    y_btd, _ = mixer.read(follow, state, Layout.dense(3, 5, start_b=torch.tensor(lengths)))
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(y_btd[row], mixer(torch.cat((prompt[0], follow[row]))[None])[0, -5:], **EXACT)
+
+
 def test_state_is_select_fork_save_load(mixer: Mixer, tmp_path: Any) -> None:
     state = mixer.read(block(mixer, 2, 9), mixer.init_state(2, CAPACITY))[1].commit()
     state.save(tmp_path / "state.safetensors")

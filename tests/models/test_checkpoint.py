@@ -100,6 +100,16 @@ def test_a_folder_with_another_model_is_not_overwritten(tmp_path):
     assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
 
 
+def test_the_folder_one_stands_in_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (".", tmp_path):
+        with pytest.raises(CheckpointError, match="got the one you are in; choose another, or a new one below"):
+            save_pretrained(model_of(), folder)
+    save_pretrained(model_of(), "below")
+    assert same_bits(model_of(), from_pretrained("below"))
+
+
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("failing", ["save_file", "render", "_sync"])
 def test_an_error_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch, failing, existing):

@@ -172,9 +172,18 @@ class State:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write as safetensors, with kinds and schema versions in the header."""
+        """Write as safetensors, with kinds and schema versions in the header.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
         tensors = {name: t.detach().contiguous().cpu() for name, t in self.tensors()}
-        save_file(tensors, str(path), metadata={"subquad_state": json.dumps(self._header())})
+        try:
+            save_file(tensors, str(path), metadata={"subquad_state": json.dumps(self._header())})
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path}: could not be written ({error}); free some space or choose another folder"
+            ) from error
 
     @classmethod
     def migrate(cls, fields: dict[str, Any], schema: int) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def replace_folder(folder: str | Path, model_type: str, write: Callable[[Path], 
         CheckpointError: it could not be written, or the folder holds another model; it is as it was before.
     """
     target = Path(folder).expanduser().resolve()
-    refuse_other(target, model_type)
+    check_target(target, model_type)
     fresh, previous = target.with_name(f".{target.name}.saving"), _previous(target)
     try:
         for leftover in (fresh, previous):
@@ -106,14 +106,19 @@ def replace_folder(folder: str | Path, model_type: str, write: Callable[[Path], 
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def refuse_other(folder: str | Path, model_type: str = MODEL_TYPE) -> None:
-    """Refuse a folder that holds another kind of model, which saving would destroy.
+def check_target(folder: str | Path, model_type: str = MODEL_TYPE) -> None:
+    """Refuse a folder that saving could not replace, or would destroy.
 
     Raises:
-        CheckpointError: its config.json names another type.
+        CheckpointError: it holds another kind of model, or this process stands in it.
     """
     target = Path(folder).expanduser().resolve()
     recover(target)
+    if Path.cwd().is_relative_to(target):
+        raise CheckpointError(
+            f"{target}: expected a folder of its own, which saving replaces whole, got the one you are in; "
+            "choose another, or a new one below it"
+        )
     if (target / "config.json").exists() and (found := read_config(target).get("model_type")) != model_type:
         raise CheckpointError(
             f"{target}: holds a model of type {found!r}, which saving would destroy; choose another folder"

@@ -25,7 +25,7 @@ from subquad.data import Source, TokenStream, held_out_text, parse_source
 from subquad.evals.perplexity import Perplexity, perplexity, perplexity_ratio
 from subquad.evals.text import CHARS_A_TOKEN, tokenize_text
 from subquad.models.card import ModelCard
-from subquad.models.checkpoint import refuse_other, save_pretrained
+from subquad.models.checkpoint import check_target, save_pretrained
 from subquad.models.load import load_model
 from subquad.models.stack import Stack
 from subquad.models.teachers import LoadedModel
@@ -123,7 +123,7 @@ def convert(
     """
     here = surroundings or Surroundings()
     began = time.monotonic()
-    refuse_other(out)  # now, and not after hours of training
+    check_target(out)  # now, and not after hours of training
     folder = RunFolder(out)
     facts = _open(folder, settings, resume)
     loaded = load_model(settings.teacher, dtype=torch.float32, device=here.device)
