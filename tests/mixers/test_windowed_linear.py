@@ -119,3 +119,13 @@ def test_sizes_that_mean_nothing_are_refused(options: dict[str, int]) -> None:
 def test_a_windowed_teacher_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="looks back 9 tokens only"):
         WindowedLinear.from_attention(teacher(window=9).weights())
+
+
+@pytest.mark.parametrize("time", [300, 5_000])
+def test_the_start_scores_a_bounded_number_of_queries(time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key is seen by each of them, so their number must not grow with the text."""
+    config = WindowedLinear.Config(d_model=8, n_heads=1, n_kv_heads=1, head_dim=4, window=8, sinks=1, features=4)
+    mixer, seen, plain = WindowedLinear(config), list[int](), WindowedLinear.query_weights
+    monkeypatch.setattr(WindowedLinear, "query_weights", lambda self, q: seen.append(q.shape[1]) or plain(self, q))
+    mixer.start_from_(torch.randn(1, time, 8))
+    assert seen == [min(-(-(time - 9) // 37), 64)]

@@ -52,6 +52,7 @@ CARD = Card(
 QUIET = -5.0
 # Key features start as a softmax of this times minus half the squared distance to each centroid, in units of spread.
 SHARPNESS = 4.0
+PROBES = 64
 
 
 @dataclass(frozen=True)
@@ -298,8 +299,10 @@ class WindowedLinear(Mixer):
         self.q_map_bias.zero_()
 
         rotated_q, rotated_k = self.qkv.rotate(q_bthk, k_btgk, layout)
-        probes_t = torch.arange(config.window + config.sinks, x_btd.shape[1], 37, device=x_btd.device)
-        columns_n = torch.arange(x_btd.shape[1], device=x_btd.device)
+        # Some queries of a row, never more than about PROBES: each is scored against every key.
+        t = x_btd.shape[1]
+        probes_t = torch.arange(config.window + config.sinks, t, max(37, t // PROBES | 1), device=x_btd.device)
+        columns_n = torch.arange(t, device=x_btd.device)
         far_tn = (probes_t[:, None] - columns_n >= config.window) & (columns_n >= config.sinks)
         turned_bhtk, turned_bgnk = rotated_q[:, probes_t].transpose(1, 2).float(), rotated_k.transpose(1, 2).float()
         scores_bhtn = self.scale * turned_bhtk @ turned_bgnk.repeat_interleave(r, 1).mT
