@@ -14,10 +14,10 @@ from subquad.core.card import Card
 from subquad.core.config import config_from_dict
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
-from subquad.core.state import State, axes, precise
+from subquad.core.state import State
 from subquad.ops import chunks, delta, norm, short_conv
 from subquad.ops.attention import expand_heads
-from subquad.ops.conv_qkv import ConvQKV, copy_, fields_of
+from subquad.ops.conv_qkv import ConvQKV, RecurrentState, copy_, fields_of
 from subquad.ops.decay import Decay
 
 CARD = Card(
@@ -53,18 +53,10 @@ L2_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class GatedDeltaNetState(State):
-    """The recurrent state, and the last inputs of the convolution."""
-
-    recurrent_bhkv: Tensor = axes("b h k v", shard="h", precision="high")
-    conv_bdw: Tensor = axes("b d w", shard="d")
-
-
-@dataclass(frozen=True)
 class GatedDeltaNetUpdate(Update):
     """One block's unit keys, values, log decays, betas and convolution inputs."""
 
-    state: GatedDeltaNetState
+    state: RecurrentState
     k_btgk: Tensor
     v_btgv: Tensor
     g_bth: Tensor
@@ -72,13 +64,13 @@ class GatedDeltaNetUpdate(Update):
     inputs_btd: Tensor
     layout: Layout
 
-    def commit(self, n_b: Tensor | None = None) -> GatedDeltaNetState:
+    def commit(self, n_b: Tensor | None = None) -> RecurrentState:
         """Run the kept tokens through the recurrence and the convolution's history."""
         where = {"valid_bt": chunks.kept(self.layout, n_b), "documents_bt": self.layout.documents_bt}
         h, old = self.g_bth.shape[2], self.state
         k_bthk, v_bthv = expand_heads(self.k_btgk, h), expand_heads(self.v_btgv, h)
         recurrent = delta.final_state(k_bthk, v_bthv, self.g_bth, self.beta_bth, old.recurrent_bhkv, **where)
-        return GatedDeltaNetState(
+        return RecurrentState(
             recurrent.to(old.recurrent_bhkv.dtype), short_conv.final_state(self.inputs_btd, old.conv_bdw, **where)
         )
 
@@ -157,18 +149,15 @@ class GatedDeltaNet(Mixer):
         self.norm_weight = nn.Parameter(torch.ones(width))
         self.out_proj = nn.Linear(width, config.d_model, bias=config.bias)
 
-    def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> GatedDeltaNetState:
+    def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> RecurrentState:
         """Zeros; `capacity` is not needed."""
-        config, like = self.config, self.factory(**factory)
-        shape = (batch, config.n_heads, config.key_dim, config.value_dim)
-        recurrent = torch.zeros(shape, device=like["device"], dtype=precise(like["dtype"]))
-        return GatedDeltaNetState(recurrent, self.qkv.init_state(batch, **like))
+        return self.qkv.init_state(batch, **self.factory(**factory))
 
     def read(
         self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
     ) -> tuple[Tensor, Update]:
         """Run the block through convolution and recurrence; see `Mixer.read`."""
-        assert isinstance(state, GatedDeltaNetState)
+        assert isinstance(state, RecurrentState)
         layout, config = self.dense_layout(x_btd, layout), self.config
         h = config.n_heads
         q_btgk, k_btgk, v_btgv, inputs_btd = self.qkv(x_btd, state.conv_bdw, layout)

@@ -17,10 +17,10 @@ from subquad.core.config import config_from_dict
 from subquad.core.errors import ConfigError, nearest
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
-from subquad.core.state import State, axes, precise
+from subquad.core.state import State
 from subquad.ops import chunks, norm, short_conv, ssd
 from subquad.ops.attention import expand_heads
-from subquad.ops.conv_qkv import ConvQKV, copy_, fields_of
+from subquad.ops.conv_qkv import ConvQKV, RecurrentState, copy_, fields_of
 from subquad.ops.decay import Decay
 
 CARD = Card(
@@ -80,30 +80,22 @@ EXPORTABLE: Mapping[str, Any] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Mamba2State(State):
-    """The recurrent state, and the last inputs of the convolution."""
-
-    recurrent_bhkv: Tensor = axes("b h k v", shard="h", precision="high")
-    conv_bdw: Tensor = axes("b d w", shard="d")
-
-
-@dataclass(frozen=True)
 class Mamba2Update(Update):
     """One block's keys, written values, log decays and convolution inputs."""
 
-    state: Mamba2State
+    state: RecurrentState
     k_btgk: Tensor
     v_btgv: Tensor
     g_bth: Tensor
     inputs_btd: Tensor
     layout: Layout
 
-    def commit(self, n_b: Tensor | None = None) -> Mamba2State:
+    def commit(self, n_b: Tensor | None = None) -> RecurrentState:
         """Run the kept tokens through the recurrence and the convolution's history."""
         where = {"valid_bt": chunks.kept(self.layout, n_b), "documents_bt": self.layout.documents_bt}
         h, old = self.g_bth.shape[2], self.state
         k_bthk, v_bthv = expand_heads(self.k_btgk, h), expand_heads(self.v_btgv, h)
-        return Mamba2State(
+        return RecurrentState(
             ssd.final_state(k_bthk, v_bthv, self.g_bth, old.recurrent_bhkv, **where).to(old.recurrent_bhkv.dtype),
             short_conv.final_state(self.inputs_btd, old.conv_bdw, **where),
         )
@@ -193,18 +185,15 @@ class Mamba2(Mixer):
         self.norm_weight = None if config.norm == "none" else nn.Parameter(torch.ones(width))
         self.out_proj = nn.Linear(width, config.d_model, bias=config.bias)
 
-    def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> Mamba2State:
+    def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> RecurrentState:
         """Zeros; `capacity` is not needed."""
-        config, like = self.config, self.factory(**factory)
-        shape = (batch, config.n_heads, config.key_dim, config.value_dim)
-        recurrent = torch.zeros(shape, device=like["device"], dtype=precise(like["dtype"]))
-        return Mamba2State(recurrent, self.qkv.init_state(batch, **like))
+        return self.qkv.init_state(batch, **self.factory(**factory))
 
     def read(
         self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
     ) -> tuple[Tensor, Update]:
         """Run the block through convolution and recurrence; see `Mixer.read`."""
-        assert isinstance(state, Mamba2State)
+        assert isinstance(state, RecurrentState)
         layout, config = self.dense_layout(x_btd, layout), self.config
         h = config.n_heads
         q_btgk, k_btgk, v_btgv, inputs_btd = self.qkv(x_btd, state.conv_bdw, layout)

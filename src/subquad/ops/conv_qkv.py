@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,18 @@ from torch import Tensor, nn
 from subquad.core.attention import AttentionWeights, RotarySpec
 from subquad.core.errors import ConfigError, nearest
 from subquad.core.layout import Layout
+from subquad.core.state import State, axes, precise
 from subquad.ops import rope, short_conv
 
 ACTIVATIONS = ("silu", "none")
+
+
+@dataclass(frozen=True)
+class RecurrentState(State):
+    """What a recurrence behind `ConvQKV` remembers: a matrix per head, and the last inputs of the convolution."""
+
+    recurrent_bhkv: Tensor = axes("b h k v", shard="h", precision="high")
+    conv_bdw: Tensor = axes("b d w", shard="d")
 
 
 class ConvQKV(nn.Module):
@@ -64,7 +74,7 @@ class ConvQKV(nn.Module):
                 raise ConfigError(f"n_heads={n_heads} must be a multiple of {name}={n}; change one of them")
         if activation not in ACTIVATIONS:
             raise ConfigError(f"unknown activation {activation!r}{nearest(activation, ACTIVATIONS)}")
-        self.key_dim, self.value_dim = key_dim, value_dim
+        self.n_heads, self.key_dim, self.value_dim = n_heads, key_dim, value_dim
         self.q_heads, self.k_heads, self.v_heads = (
             n_groups or n_heads,
             n_groups or n_kv_heads or n_heads,
@@ -82,10 +92,14 @@ class ConvQKV(nn.Module):
             self.conv_weight = nn.Parameter(torch.empty(self.channels, conv_width).uniform_(-1, 1) * conv_width**-0.5)
             self.conv_bias = nn.Parameter(torch.zeros(self.channels))
 
-    def init_state(self, batch: int, **factory: Any) -> Tensor:
-        """An empty history ``[b, channels, conv_width - 1]``."""
+    def init_state(self, batch: int, **factory: Any) -> RecurrentState:
+        """Zeros before the first token; `factory` is ``device`` and ``dtype``."""
         width = 1 if self.conv_weight is None else self.conv_weight.shape[1]
-        return torch.zeros(batch, self.channels, width - 1, **factory)
+        high: dict[str, Any] = factory | {"dtype": precise(factory["dtype"])}
+        return RecurrentState(
+            torch.zeros(batch, self.n_heads, self.key_dim, self.value_dim, **high),
+            torch.zeros(batch, self.channels, width - 1, **factory),
+        )
 
     def forward(self, x_btd: Tensor, state_bdw: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values, and what stood before the convolution, from which `history` goes on."""
