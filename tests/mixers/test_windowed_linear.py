@@ -129,3 +129,9 @@ def test_the_start_scores_a_bounded_number_of_queries(time: int, monkeypatch: py
     monkeypatch.setattr(WindowedLinear, "query_weights", lambda self, q: seen.append(q.shape[1]) or plain(self, q))
     mixer.start_from_(torch.randn(1, time, 8))
     assert seen == [min(-(-(time - 9) // 37), 64)]
+
+
+def test_text_too_short_to_have_anything_far_is_refused() -> None:
+    stats = AttentionStats(torch.ones(4), torch.ones(4), torch.randn(2, 11, 32, dtype=torch.float64))
+    with pytest.raises(ConfigError, match=r"more than window \+ sinks \+ 1 = 11 tokens, got 11"):
+        WindowedLinear.from_attention(teacher().weights(), stats, window=8, sinks=2)

@@ -277,11 +277,18 @@ class WindowedLinear(Mixer):
         softmax attention gives to the same tokens.
 
         Args:
-            x_btd: inputs of the layer; rows no longer than window and sinks leave the maps as they are.
+            x_btd: inputs of the layer, in rows longer than window and sinks.
+
+        Raises:
+            ConfigError: in rows that short no token is ever far, and the maps would have nothing to learn from.
         """
         config = self.config
         if x_btd.shape[1] <= config.window + config.sinks + 1:
-            return
+            raise ConfigError(
+                f"windowed_linear: expected text in rows of more than window + sinks + 1 = "
+                f"{config.window + config.sinks + 1} tokens, got {x_btd.shape[1]}; "
+                "take longer sequences or a smaller window"
+            )
         layout = Layout.dense(*x_btd.shape[:2], device=x_btd.device)
         q_bthk, k_btgk, _ = self.qkv.project(x_btd)
         keys_gnk = k_btgk.flatten(0, 1).transpose(0, 1).float()
