@@ -85,7 +85,7 @@ def plan(minutes: float, tokens_per_second: float) -> Plan:
         ConfigError: too little for the smallest plan.
     """
     # What is read in blocks of 1,024 tokens sets the pace; loading, saving and single steps need the rest.
-    tokens = 0.82 * minutes * 60 * tokens_per_second
+    tokens = 0.76 * minutes * 60 * tokens_per_second
     # Three models read the windows, two the needles, two the context of the speed test.
     speed_context = 4096 if tokens > 60_000 else 1024
     left = tokens - 2 * speed_context - 4096
