@@ -136,6 +136,7 @@ def test_measure_equals_the_definition(monkeypatch, options, at_once):
                         lookback[h] += sum(float(p[n]) * (t - j) for n, j in enumerate(seen)) / 44
                         y = sum(p[n] * v[b, j, h // 2] for n, j in enumerate(seen))
                         square[h] += y.square().mean() / 44
+            # float32 sums of some hundred terms against float64: about 100 roundings of 6e-8.
             torch.testing.assert_close(got[i].lookback_h.double(), lookback, rtol=1e-5, atol=0)
             torch.testing.assert_close(got[i].output_rms_h.double(), square.sqrt(), rtol=1e-5, atol=0)
             torch.testing.assert_close(got[i].inputs_btd, normed[:1], rtol=1e-6, atol=1e-6)
@@ -177,6 +178,7 @@ def test_window_over_all_is_the_teacher():
         {0: "attention", 2: "windowed_linear"},
         options={slug: {"window": 64} for slug in ("attention", "windowed_linear")},
     )
+    # Another order of the same float32 sums in two layers, carried through the rest: hundreds of roundings of 6e-8.
     torch.testing.assert_close(student(tokens), teacher(tokens), rtol=1e-4, atol=1e-5)
 
 
