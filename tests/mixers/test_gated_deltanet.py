@@ -14,7 +14,7 @@ from subquad.core.attention import AttentionStats, AttentionWeights, RotarySpec
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.mixers.gated_deltanet import GatedDeltaNet
-from subquad.ops import delta
+from subquad.ops import gdn
 from subquad.ops.attention import expand_heads
 from subquad.ops.qkv import QKV
 
@@ -67,7 +67,7 @@ def test_start_is_the_delta_rule_on_the_teachers_heads(changes: dict[str, Any], 
     half_bth = torch.full((b, t, 4), 0.5, dtype=torch.float64)
     zeros = torch.zeros(b, 4, 6, 6, dtype=torch.float64)
     q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (source.scale * q, k))
-    y, _ = delta.equation(q / 6**0.5, k, v, g_bth, half_bth, zeros)
+    y, _ = gdn.equation(q / 6**0.5, k, v, g_bth, half_bth, zeros)
     y = rms_h.double()[:, None] * F.rms_norm(y, (6,), eps=source.norm_eps)
     want = y.flatten(2) @ source.o_weight.mT + (0 if source.o_bias is None else source.o_bias)
     torch.testing.assert_close(mixer(x_btd), want, rtol=1e-9, atol=1e-9)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops import delta, ssd
+from subquad.ops import gdn, ssd
 
-OPS = {"ssd": ssd, "delta": delta}
+OPS = {"ssd": ssd, "gdn": gdn}
 
 
 def arguments(
@@ -49,15 +49,17 @@ def error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("decay", [0.0, 1.0, 100.0, 1e5])
 @pytest.mark.parametrize("t", [1, 2, 63, 64, 65, 130, 1000])
-def test_chunked_equals_equation(op: str, t: int, decay: float) -> None:
+def test_scan_equals_equation(op: str, t: int, decay: float) -> None:
     values = arguments(op, t, decay=decay)
     y, state = OPS[op].equation(**values)
-    torch.testing.assert_close(OPS[op].chunked(**values), y, rtol=1e-9, atol=1e-11)
+    got, end = OPS[op].scan(**values)
+    torch.testing.assert_close(got, y, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(end, state, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(OPS[op].final_state(**without_q(values)), state, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("form", ["equation", "chunked"])
+@pytest.mark.parametrize("form", ["equation", "scan"])
 def test_documents_and_padding_equal_separate_sequences(op: str, form: str) -> None:
     module, t = OPS[op], 200
     values = arguments(op, t)
@@ -75,8 +77,8 @@ def test_documents_and_padding_equal_separate_sequences(op: str, form: str) -> N
     }
     where = {"valid_bt": valid_bt, "documents_bt": documents_bt}
     got = getattr(module, form)(**spoiled, **where)
-    y = got[0] if form == "equation" else got
-    end = got[1] if form == "equation" else module.final_state(**without_q(spoiled), **where)
+    y, end = got
+    torch.testing.assert_close(module.final_state(**without_q(spoiled), **where), end, rtol=1e-9, atol=1e-11)
     for row, parts in enumerate(lengths):
         start = 0
         for document, n in enumerate(parts):
@@ -96,7 +98,7 @@ def test_more_chunks_than_a_chunk_has_tokens(op: str) -> None:
     documents_bt = (torch.arange(t) >= torch.tensor([[900], [64 * 64]])).long()
     for documents in (None, documents_bt):
         y, _ = module.equation(**values, documents_bt=documents)
-        torch.testing.assert_close(module.chunked(**values, documents_bt=documents), y, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(module.scan(**values, documents_bt=documents)[0], y, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -121,23 +123,24 @@ def test_final_state_keeps_any_prefix(op: str) -> None:
 def test_splits_equal_one_shot(op: str) -> None:
     module, t = OPS[op], 150
     values = arguments(op, t)
-    whole = module.chunked(**values)
+    whole, end = module.scan(**values)
     state, start, pieces = values["state_bhkv"], 0, []
     for n in (1, 63, 2, 65, 0, 19):
         piece = columns(values, start, start + n) | {"state_bhkv": state}
         if n:
-            pieces.append(module.chunked(**piece))
+            pieces.append(module.scan(**piece)[0])
         state, start = module.final_state(**without_q(piece)), start + n
     assert start == t
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(state, module.final_state(**without_q(values)), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(state, end, rtol=1e-9, atol=1e-11)
 
 
 def gradients(function: Callable[..., Any], values: dict[str, Tensor], weight: Tensor, **options: Any) -> list[Tensor]:
     leaves = {name: x.clone().requires_grad_() for name, x in values.items()}
-    y = function(**leaves, **options)
-    y = y[0] if isinstance(y, tuple) else y
-    return list(torch.autograd.grad((y * weight).sum(), list(leaves.values())))
+    y, end = function(**leaves, **options)
+    # Both results count, the state's channels each with a weight of its own.
+    factor = torch.linspace(-1, 1, end[0].numel(), dtype=end.dtype, device=end.device).view(end.shape[1:])
+    return list(torch.autograd.grad((y * weight).sum() + (end * factor).sum(), list(leaves.values())))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -148,7 +151,7 @@ def test_gradients_equal_those_of_the_equation(op: str, t: int, decay: float) ->
     weight = torch.randn(2, t, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     documents_bt = (torch.arange(t) >= 40).long().expand(2, -1)
     for options in ({}, {"documents_bt": documents_bt, "valid_bt": torch.arange(t) < torch.tensor([[t], [t - 1]])}):
-        got = gradients(OPS[op].chunked, values, weight, **options)
+        got = gradients(OPS[op].scan, values, weight, **options)
         want = gradients(OPS[op].equation, values, weight, **options)
         for name, a, b in zip(values, got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
@@ -158,11 +161,11 @@ def test_gradients_equal_those_of_the_equation(op: str, t: int, decay: float) ->
 def test_gradcheck(op: str) -> None:
     values = arguments(op, 5)
 
-    def check(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> bool:
+    def check(function: Callable[..., Any], inputs: dict[str, Tensor]) -> bool:
         leaves = tuple(x.requires_grad_() for x in inputs.values())
         return torch.autograd.gradcheck(lambda *xs: function(**dict(zip(inputs, xs, strict=True))), leaves)
 
-    assert check(OPS[op].chunked, values)
+    assert check(OPS[op].scan, values)
     assert check(OPS[op].final_state, without_q(values))
 
 
@@ -172,8 +175,8 @@ def test_any_decay_stays_finite(op: str, g: float) -> None:
     values = arguments(op, 130, dtype=torch.float32)
     values["g_bth"][:, ::3] = g
     want = OPS[op].equation(**{name: x.double() for name, x in values.items()})[0]
-    torch.testing.assert_close(OPS[op].chunked(**values).double(), want, rtol=1e-4, atol=1e-5)
-    for name, gradient in zip(values, gradients(OPS[op].chunked, values, torch.ones(2, 130, 2, 3)), strict=True):
+    torch.testing.assert_close(OPS[op].scan(**values)[0].double(), want, rtol=1e-4, atol=1e-5)
+    for name, gradient in zip(values, gradients(OPS[op].scan, values, torch.ones(2, 130, 2, 3)), strict=True):
         assert gradient.isfinite().all(), name
 
 
@@ -186,7 +189,7 @@ def test_float32_is_as_exact_as_the_loop(op: str, decay: str) -> None:
         values["g_bth"][:, ::40] = -900.0
     exact = OPS[op].equation(**{name: x.double() for name, x in values.items()})
     naive = OPS[op].equation(**values)
-    assert error(OPS[op].chunked(**values), exact[0]) <= 2 * error(naive[0], exact[0])
+    assert error(OPS[op].scan(**values)[0], exact[0]) <= 2 * error(naive[0], exact[0])
     assert error(OPS[op].final_state(**without_q(values)), exact[1]) <= 2 * error(naive[1], exact[1])
 
 
@@ -195,7 +198,7 @@ def test_bfloat16_inputs_accumulate_in_float32(op: str) -> None:
     values = arguments(op, 300, decay=0.01, dtype=torch.bfloat16)
     values["state_bhkv"] = values["state_bhkv"].float()
     exact, end = OPS[op].equation(**{name: x.double() for name, x in values.items()})
-    y = OPS[op].chunked(**values)
+    y = OPS[op].scan(**values)[0]
     assert y.dtype == torch.bfloat16
     # Rounding the result is all that may be lost.
     assert error(y, exact) <= 2 * error(exact.to(torch.bfloat16), exact)
@@ -208,18 +211,18 @@ def test_bfloat16_inputs_accumulate_in_float32(op: str) -> None:
 def test_autocast_leaves_the_state_precise(op: str) -> None:
     values = arguments(op, 100, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = OPS[op].chunked(**values)
-    torch.testing.assert_close(got, OPS[op].chunked(**values), rtol=0, atol=0)
+        got = OPS[op].scan(**values)[0]
+    torch.testing.assert_close(got, OPS[op].scan(**values)[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_token_changes_nothing_before_it(op: str) -> None:
     values = arguments(op, 130)
-    before = OPS[op].chunked(**values)
+    before = OPS[op].scan(**values)[0]
     for name in values:
         if name != "state_bhkv":
             values[name][:, 100:] *= 0.5
-    after = OPS[op].chunked(**values)
+    after = OPS[op].scan(**values)[0]
     torch.testing.assert_close(after[:, :100], before[:, :100], rtol=0, atol=1e-13)
     assert (after[:, 100:] - before[:, 100:]).abs().amin(dim=(0, 2, 3)).max() > 1e-3
 
@@ -232,7 +235,7 @@ def test_delta_rule_replaces_what_a_key_holds() -> None:
     v_bthv = torch.arange(90, dtype=torch.float64).view(1, 90, 1, 1)
     g_bth, beta_bth = torch.zeros(1, 90, 1, dtype=torch.float64), torch.ones(1, 90, 1, dtype=torch.float64)
     state_bhkv = torch.zeros(1, 1, 8, 1, dtype=torch.float64)
-    y = delta.chunked(k.expand(1, 90, 1, 8), k_bthk, v_bthv, g_bth, beta_bth, state_bhkv).flatten()
+    y = gdn.scan(k.expand(1, 90, 1, 8), k_bthk, v_bthv, g_bth, beta_bth, state_bhkv)[0].flatten()
     want = torch.arange(90, dtype=torch.float64)
     want[50] = 49
     torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-9)
@@ -243,7 +246,7 @@ def test_ssd_without_decay_is_causal_linear_attention() -> None:
     values["state_bhkv"].zero_()
     q, k, v = (values[name].transpose(1, 2) for name in ("q_bthk", "k_bthk", "v_bthv"))
     want = ((q @ k.mT).tril() @ v).transpose(1, 2)
-    torch.testing.assert_close(ssd.chunked(**values), want, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(ssd.scan(**values)[0], want, rtol=1e-9, atol=1e-11)
 
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
@@ -261,9 +264,9 @@ def test_float32_outputs_and_gradients(op: str, decay: float, device: str) -> No
     exact = {name: x.double() for name, x in values.items()}
     single = {name: x.to(device) for name, x in values.items()}
     weight, rounding = torch.randn(2, 300, 2, 32), 3 * 8 * 2**-24
-    pairs = [(OPS[op].chunked(**single), OPS[op].equation(**single)[0], OPS[op].equation(**exact)[0])]
+    pairs = [(OPS[op].scan(**single)[0], OPS[op].equation(**single)[0], OPS[op].equation(**exact)[0])]
     pairs.append((OPS[op].final_state(**without_q(single)), *(OPS[op].equation(**x)[1] for x in (single, exact))))
-    got, naive = (gradients(f, single, weight.to(device)) for f in (OPS[op].chunked, OPS[op].equation))
+    got, naive = (gradients(f, single, weight.to(device)) for f in (OPS[op].scan, OPS[op].equation))
     pairs.extend(zip(got, naive, gradients(OPS[op].equation, exact, weight.double()), strict=True))
     for name, (a, b, c) in zip(("y", "state", *values), pairs, strict=True):
         limit = max(2 * error(b.cpu(), c), rounding * (8 if name == "g_bth" else 1))

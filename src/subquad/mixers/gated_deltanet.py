@@ -15,8 +15,7 @@ from subquad.core.config import config_from_dict
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State
-from subquad.ops import chunks, delta, norm, short_conv
-from subquad.ops.attention import expand_heads
+from subquad.ops import chunks, gdn, norm, short_conv
 from subquad.ops.conv_qkv import ConvQKV, RecurrentState, copy_, fields_of
 from subquad.ops.decay import Decay
 
@@ -54,9 +53,10 @@ L2_EPS = 1e-6
 
 @dataclass(frozen=True)
 class GatedDeltaNetUpdate(Update):
-    """One block's unit keys, values, log decays, betas and convolution inputs."""
+    """One block's unit keys, values, log decays, betas and convolution inputs, and the state behind all of it."""
 
     state: RecurrentState
+    end_bhkv: Tensor
     k_btgk: Tensor
     v_btgv: Tensor
     g_bth: Tensor
@@ -67,12 +67,11 @@ class GatedDeltaNetUpdate(Update):
     def commit(self, n_b: Tensor | None = None) -> RecurrentState:
         """Run the kept tokens through the recurrence and the convolution's history."""
         where = {"valid_bt": chunks.kept(self.layout, n_b), "documents_bt": self.layout.documents_bt}
-        h, old = self.g_bth.shape[2], self.state
-        k_bthk, v_bthv = expand_heads(self.k_btgk, h), expand_heads(self.v_btgv, h)
-        recurrent = delta.final_state(k_bthk, v_bthv, self.g_bth, self.beta_bth, old.recurrent_bhkv, **where)
-        return RecurrentState(
-            recurrent.to(old.recurrent_bhkv.dtype), short_conv.final_state(self.inputs_btd, old.conv_bdw, **where)
-        )
+        old, end_bhkv = self.state, self.end_bhkv
+        if n_b is not None:
+            end_bhkv = gdn.final_state(self.k_btgk, self.v_btgv, self.g_bth, self.beta_bth, old.recurrent_bhkv, **where)
+        conv_bdw = short_conv.final_state(self.inputs_btd, old.conv_bdw, **where)
+        return RecurrentState(end_bhkv.to(old.recurrent_bhkv.dtype), conv_bdw)
 
 
 class GatedDeltaNet(Mixer):
@@ -164,10 +163,10 @@ class GatedDeltaNet(Mixer):
         q_btgk, k_btgk = norm.l2(q_btgk, L2_EPS) * config.key_dim**-0.5, norm.l2(k_btgk, L2_EPS)
         g_bth, _ = self.decay(self.dt_proj(x_btd))
         beta_bth = self.beta_proj(x_btd).sigmoid()
-        y_bthv = delta.chunked(
-            expand_heads(q_btgk, h),
-            expand_heads(k_btgk, h),
-            expand_heads(v_btgv, h),
+        y_bthv, end_bhkv = gdn.scan(
+            q_btgk,
+            k_btgk,
+            v_btgv,
             g_bth,
             beta_bth,
             state.recurrent_bhkv,
@@ -176,7 +175,7 @@ class GatedDeltaNet(Mixer):
         )
         z_btd = self.z_proj(x_btd)
         y_btd = norm.gated_rms(y_bthv.flatten(2), z_btd, self.norm_weight, config.norm_eps, h, gate_first=False)
-        update = GatedDeltaNetUpdate(state, k_btgk, v_btgv, g_bth, beta_bth, inputs_btd, layout)
+        update = GatedDeltaNetUpdate(state, end_bhkv, k_btgk, v_btgv, g_bth, beta_bth, inputs_btd, layout)
         return self.out_proj(y_btd), update
 
     @classmethod

@@ -81,9 +81,10 @@ EXPORTABLE: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Mamba2Update(Update):
-    """One block's keys, written values, log decays and convolution inputs."""
+    """One block's keys, written values, log decays and convolution inputs, and the state behind all of it."""
 
     state: RecurrentState
+    end_bhkv: Tensor
     k_btgk: Tensor
     v_btgv: Tensor
     g_bth: Tensor
@@ -93,12 +94,11 @@ class Mamba2Update(Update):
     def commit(self, n_b: Tensor | None = None) -> RecurrentState:
         """Run the kept tokens through the recurrence and the convolution's history."""
         where = {"valid_bt": chunks.kept(self.layout, n_b), "documents_bt": self.layout.documents_bt}
-        h, old = self.g_bth.shape[2], self.state
-        k_bthk, v_bthv = expand_heads(self.k_btgk, h), expand_heads(self.v_btgv, h)
-        return RecurrentState(
-            ssd.final_state(k_bthk, v_bthv, self.g_bth, old.recurrent_bhkv, **where).to(old.recurrent_bhkv.dtype),
-            short_conv.final_state(self.inputs_btd, old.conv_bdw, **where),
-        )
+        old, end_bhkv = self.state, self.end_bhkv
+        if n_b is not None:
+            end_bhkv = ssd.final_state(self.k_btgk, self.v_btgv, self.g_bth, old.recurrent_bhkv, **where)
+        conv_bdw = short_conv.final_state(self.inputs_btd, old.conv_bdw, **where)
+        return RecurrentState(end_bhkv.to(old.recurrent_bhkv.dtype), conv_bdw)
 
 
 class Mamba2(Mixer):
@@ -199,11 +199,11 @@ class Mamba2(Mixer):
         q_btgk, k_btgk, v_btgv, inputs_btd = self.qkv(x_btd, state.conv_bdw, layout)
         g_bth, dt_bth = self.decay(self.dt_proj(x_btd))
         v_bthv = expand_heads(v_btgv, h)
-        written_btgv = v_bthv * dt_bth[..., None] if config.write == "dt" else v_btgv
-        y_bthv = ssd.chunked(
-            expand_heads(q_btgk, h),
-            expand_heads(k_btgk, h),
-            expand_heads(written_btgv, h),
+        written_btgv = (v_bthv * dt_bth[..., None]).to(v_btgv.dtype) if config.write == "dt" else v_btgv
+        y_bthv, end_bhkv = ssd.scan(
+            q_btgk,
+            k_btgk,
+            written_btgv,
             g_bth,
             state.recurrent_bhkv,
             valid_bt=chunks.kept(layout),
@@ -218,7 +218,7 @@ class Mamba2(Mixer):
             y_btd = norm.gated_rms(
                 y_btd, z_btd, self.norm_weight, config.norm_eps, groups, gate_first=config.norm == "after_gate"
             )
-        update = Mamba2Update(state, k_btgk, written_btgv, g_bth, inputs_btd, layout)
+        update = Mamba2Update(state, end_bhkv, k_btgk, written_btgv, g_bth, inputs_btd, layout)
         return self.out_proj(y_btd.to(x_btd.dtype)), update
 
     @classmethod

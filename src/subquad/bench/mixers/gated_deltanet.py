@@ -12,7 +12,7 @@ from torch import Tensor
 from subquad.bench.harness import Bench
 from subquad.mixers.attention import Attention
 from subquad.mixers.gated_deltanet import GatedDeltaNet
-from subquad.ops import attention, delta
+from subquad.ops import attention, gdn
 
 
 def run(bench: Bench) -> None:
@@ -25,20 +25,13 @@ def run(bench: Bench) -> None:
     state = torch.zeros(b, h, k, k, device=bench.device)
 
     short_q, short_k, short_v, short_g, short_beta = (x[:, :300] for x in (q, k_, v, g, beta))
-    short = {
-        "q_bthk": short_q,
-        "k_bthk": short_k,
-        "v_bthv": short_v,
-        "g_bth": short_g,
-        "beta_bth": short_beta,
-        "state_bhkv": state,
-    }
-    exact, _ = delta.equation(**{name: x.double() for name, x in short.items()})
-    naive, _ = delta.equation(**short)
-    bench.gate("chunked equals the loop", delta.chunked(**short), exact, naive=naive)
+    short = (short_q, short_k, short_v, short_g, short_beta, state)
+    exact, _ = gdn.equation(*(x.double() for x in short))
+    naive, _ = gdn.equation(*short)
+    bench.gate("chunked equals the loop", gdn.scan(*short)[0], exact, naive=naive)
 
     def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-        return delta.chunked(q, k, v, g, beta, state)
+        return gdn.scan(q, k, v, g, beta, state)[0]
 
     def softmax(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
         return attention.causal(q, k, v, q.shape[-1] ** -0.5)

@@ -23,19 +23,13 @@ def run(bench: Bench) -> None:
     state = torch.zeros(b, h, k, k, device=bench.device)
 
     short_q, short_k, short_v, short_g = (x[:, :300] for x in (q, k_ * k**-0.5, v, g))
-    short = {
-        "q_bthk": short_q,
-        "k_bthk": short_k,
-        "v_bthv": short_v,
-        "g_bth": short_g,
-        "state_bhkv": state,
-    }
-    exact, _ = ssd.equation(**{name: x.double() for name, x in short.items()})
-    naive, _ = ssd.equation(**short)
-    bench.gate("chunked equals the loop", ssd.chunked(**short), exact, naive=naive)
+    short = (short_q, short_k, short_v, short_g, state)
+    exact, _ = ssd.equation(*(x.double() for x in short))
+    naive, _ = ssd.equation(*short)
+    bench.gate("chunked equals the loop", ssd.scan(*short)[0], exact, naive=naive)
 
     def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        return ssd.chunked(q, k, v, g, state)
+        return ssd.scan(q, k, v, g, state)[0]
 
     def softmax(q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> Tensor:
         return attention.causal(q, k, v, q.shape[-1] ** -0.5)

@@ -1,4 +1,4 @@
-"""The gated delta rule of Gated DeltaNet (arXiv 2412.06464)."""
+"""The gated delta rule in PyTorch: matrix products over chunks of 64 tokens, on any device and in any dtype."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 
 from subquad.ops import chunks
+from subquad.ops.attention import expand_heads
+from subquad.ops.gdn.equation import equation
 
 
-def equation(
+def refusal(*tensors: Tensor) -> str | None:
+    """None: it takes everything."""
+    return None
+
+
+def scan(
     q_bthk: Tensor,
     k_bthk: Tensor,
     v_bthv: Tensor,
@@ -19,69 +26,22 @@ def equation(
     valid_bt: Tensor | None = None,
     documents_bt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule as its equation (2412.06464, equation 10), a loop over tokens; the oracle.
-
-    ``S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T``, ``y_t = S_t^T q_t``.
-    The paper's state is this one's transpose. The state decays first, and is corrected then.
-
-    Args:
-        q_bthk: queries.
-        k_bthk: keys, of norm at most 1 (with ``beta |k|^2`` beyond 2 the state grows without bound).
-        v_bthv: values.
-        g_bth: log decay (``log alpha``), at most 0.
-        beta_bth: share of the value under a key that is replaced.
-        state_bhkv: state before the first token.
-        valid_bt: True where a token stands; elsewhere the state passes unchanged and the output means nothing.
-        documents_bt: document of each token, never decreasing; document 0 continues `state_bhkv`, a later one starts
-            from zero.
-
-    Returns:
-        Outputs ``[b, t, h, v]`` in the dtype of the values, and the state after the last token in at least float32.
-    """
-    dtype = chunks.compute_dtype(q_bthk, k_bthk, v_bthv, g_bth, beta_bth, state_bhkv)
-    k, v, g, beta = (x.to(dtype) for x in chunks.blank(valid_bt, k_bthk, v_bthv, g_bth, beta_bth))
-    documents_bt = chunks.settle(documents_bt, valid_bt)
-    state, outputs = state_bhkv.to(dtype), list[Tensor]()
-    for t in range(q_bthk.shape[1]):
-        if documents_bt is not None:
-            before_b = documents_bt[:, t - 1] if t > 0 else torch.zeros_like(documents_bt[:, 0])
-            state = state.masked_fill((documents_bt[:, t] != before_b)[:, None, None, None], 0)
-        state = g[:, t, :, None, None].exp() * state
-        error_bh1v = v[:, t, :, None] - k[:, t, :, None] @ state
-        state = state + k[:, t, :, :, None] * (beta[:, t, :, None, None] * error_bh1v)
-        outputs.append((q_bthk[:, t, :, None].to(dtype) @ state).squeeze(2))
-    return torch.stack(outputs, dim=1).to(v_bthv.dtype), state
-
-
-def chunked(
-    q_bthk: Tensor,
-    k_bthk: Tensor,
-    v_bthv: Tensor,
-    g_bth: Tensor,
-    beta_bth: Tensor,
-    state_bhkv: Tensor,
-    *,
-    valid_bt: Tensor | None = None,
-    documents_bt: Tensor | None = None,
-) -> Tensor:
-    """The outputs of `equation` by matrix products over chunks of 64 tokens, in the WY form of section 3.3.
-
-    Arguments and result as in `equation`, without the state; see `final_state`.
-    """
-    time = q_bthk.shape[1]
-    if time == 1:
+    """`subquad.ops.gdn.scan` in the WY form of section 3.3 of arXiv 2412.06464."""
+    time, h = q_bthk.shape[1], g_bth.shape[2]
+    if time <= 1:
         arguments = q_bthk, k_bthk, v_bthv, g_bth, beta_bth, state_bhkv
-        return equation(*arguments, valid_bt=valid_bt, documents_bt=documents_bt)[0]
+        return equation(*arguments, valid_bt=valid_bt, documents_bt=documents_bt)
     dtype = chunks.compute_dtype(q_bthk, k_bthk, v_bthv, g_bth, beta_bth, state_bhkv)
     with torch.autocast(q_bthk.device.type, enabled=False):
         k_bthk, v, g_bth, beta_bth = chunks.blank(valid_bt, k_bthk, v_bthv, g_bth, beta_bth)
-        q, k, v = (chunks.cut(x, dtype) for x in (q_bthk, k_bthk, v))
+        q, k, v = (chunks.cut(expand_heads(x, h), dtype) for x in (q_bthk, k_bthk, v))
         decay = chunks.decays(g_bth, chunks.settle(documents_bt, valid_bt), dtype)
         own, reader = _solve(k, v, chunks.cut(beta_bth, dtype), decay)
-        before_bhnkv = torch.stack(_states(k, own, reader, decay, state_bhkv.to(dtype))[:-1], dim=2)
+        *before, end_bhkv = _states(k, own, reader, decay, state_bhkv.to(dtype))
+        before_bhnkv = torch.stack(before, dim=2)
         y = ((q @ k.mT) * decay.pair_bhncc) @ (own - reader @ before_bhnkv)
         y = y + (q * decay.start_bhnc[..., None]) @ before_bhnkv
-        return chunks.join(y, time).to(v_bthv.dtype)
+        return chunks.join(y, time).to(v_bthv.dtype), end_bhkv
 
 
 def final_state(
@@ -94,7 +54,7 @@ def final_state(
     valid_bt: Tensor | None = None,
     documents_bt: Tensor | None = None,
 ) -> Tensor:
-    """The state of `equation` after the last valid token, without outputs. Arguments as in `equation`."""
+    """`subquad.ops.gdn.final_state`."""
     dtype = chunks.compute_dtype(k_bthk, v_bthv, g_bth, beta_bth, state_bhkv)
     if k_bthk.shape[1] == 0:
         return state_bhkv.to(dtype)
@@ -104,7 +64,8 @@ def final_state(
     with torch.autocast(k_bthk.device.type, enabled=False):
         k, v, g, beta = chunks.blank(valid_bt, k_bthk, v_bthv, g_bth, beta_bth)
         decay = chunks.decays(g, chunks.settle(documents_bt, valid_bt), dtype)
-        k, v, beta = (chunks.cut(x, dtype) for x in (k, v, beta))
+        h = g.shape[2]
+        k, v, beta = (chunks.cut(x, dtype) for x in (expand_heads(k, h), expand_heads(v, h), beta))
         return _states(k, *_solve(k, v, beta, decay), decay, state_bhkv.to(dtype))[-1]
 
 
