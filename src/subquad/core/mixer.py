@@ -30,7 +30,6 @@ class Update(ABC):
             n_b: int64 ``[b]``, each from 0 to the row's length; None keeps every token.
         """
 
-    @torch.no_grad()
     def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
         """The same into fixed buffers: `rows` of `pool` (all, in order, when None) take the new state.
 

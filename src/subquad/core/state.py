@@ -125,7 +125,6 @@ class State:
 
         return self.map(move)
 
-    @torch.no_grad()
     def write_(self, rows: Tensor | None, other: State) -> None:
         """Overwrite `rows` (all when None) with `other`'s, in place; its shapes must be this state's."""
         for (name, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
@@ -135,9 +134,9 @@ class State:
                     "use a state of the same capacity"
                 )
             if rows is None:
-                mine.copy_(theirs)
+                mine.copy_(theirs.detach())
             else:
-                mine.index_copy_(0, rows, theirs.to(mine.dtype))
+                mine.index_copy_(0, rows, theirs.detach().to(mine.dtype))
 
     @staticmethod
     def cat(states: list[Any]) -> Any:

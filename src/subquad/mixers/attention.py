@@ -89,7 +89,6 @@ class CacheUpdate(Update):
         self._write_(new, None, n_b)
         return new
 
-    @torch.no_grad()
     def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
         """Write only the block's own tokens; the cache is not touched elsewhere.
 
@@ -112,7 +111,7 @@ class CacheUpdate(Update):
         slot_bt = torch.where(nothing_b1, 0, slot_bt.gather(1, source_bt)).clamp(max=capacity - 1)
         for buffer_bgnk, block_bgtk in ((pool.k_bgnk, self.k_bgtk), (pool.v_bgnk, self.v_bgtk)):
             g, k = block_bgtk.shape[1], block_bgtk.shape[3]
-            value_bgtk = block_bgtk.gather(2, source_bt[:, None, :, None].expand(-1, g, -1, k)).to(buffer_bgnk.dtype)
+            value_bgtk = block_bgtk.detach().gather(2, source_bt[:, None, :, None].expand(-1, g, -1, k)).to(buffer_bgnk.dtype)
             first_bg1k = buffer_bgnk[rows, :, :1]
             value_bgtk = torch.where(nothing_b1[:, None, :, None], first_bg1k, value_bgtk)
             buffer_bgnk[rows[:, None], :, slot_bt] = value_bgtk.transpose(1, 2)

@@ -86,16 +86,16 @@ class StackUpdate(Update):
         """The state of all layers after the first `n_b` tokens."""
         return StackState(tuple(u.commit(n_b) for u in self.layers), self._seen_b(self.state.seen_b, n_b))
 
-    @torch.no_grad()
     def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
         """The same into fixed buffers, layer by layer."""
         assert isinstance(pool, StackState)
         for state, update in zip(pool.layers, self.layers, strict=True):
             update.commit_(state, rows, n_b)
+        seen_b = self._seen_b(self.state.seen_b, n_b)
         if rows is None:
-            pool.seen_b.copy_(self._seen_b(self.state.seen_b, n_b))
+            pool.seen_b.copy_(seen_b)
         else:
-            pool.seen_b.index_copy_(0, rows, self._seen_b(self.state.seen_b, n_b))
+            pool.seen_b.index_copy_(0, rows, seen_b)
 
     def _seen_b(self, seen_b: Tensor, n_b: Tensor | None) -> Tensor:
         kept_bt, continues_b = self.layout.tail(self.layout.lengths_b if n_b is None else n_b)

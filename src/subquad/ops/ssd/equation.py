@@ -44,7 +44,8 @@ def equation(
     q_bthk, k_bthk, v_bthv = (expand_heads(x, g_bth.shape[2]) for x in (q_bthk, k_bthk, v_bthv))
     k, v, g = (x.to(dtype) for x in chunks.blank(valid_bt, k_bthk, v_bthv, g_bth))
     documents_bt = chunks.settle(documents_bt, valid_bt)
-    state, outputs = state_bhkv.to(dtype), list[Tensor]()
+    outputs: list[Tensor] = []
+    state = state_bhkv.to(dtype)
     for t in range(q_bthk.shape[1]):
         if documents_bt is not None:
             before_b = documents_bt[:, t - 1] if t > 0 else torch.zeros_like(documents_bt[:, 0])

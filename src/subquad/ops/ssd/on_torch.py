@@ -82,7 +82,8 @@ def _states(added_bhnkv: Tensor, decay: chunks.Decays, state_bhkv: Tensor) -> tu
     over = chunks.decays(decay.g_bnh, decay.documents_bn, state_bhkv.dtype)
     added_bhmnx = chunks.cut(added_bhnkv.flatten(3).transpose(1, 2), state_bhkv.dtype)
     inside_bhmnx = over.pair_bhncc @ added_bhmnx
-    group, after = state_bhkv.flatten(2)[:, :, None], list[Tensor]()
+    after: list[Tensor] = []
+    group = state_bhkv.flatten(2)[:, :, None]
     for inside_bhnx, start_bhn in zip(inside_bhmnx.unbind(2), over.start_bhnc.unbind(2), strict=True):
         after.append(torch.addcmul(inside_bhnx, start_bhn[..., None], group))
         group = after[-1][:, :, -1:]
