@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -95,7 +95,8 @@ class CacheUpdate(Update):
         Whether they fit is not asked, since the answer would have to come from the device: who owns the pool knows it.
         """
         assert isinstance(pool, CacheState)
-        self._write_(pool, rows, self.layout.lengths_b if n_b is None else n_b)
+        block = replace(self, k_bgtk=self.k_bgtk.detach(), v_bgtk=self.v_bgtk.detach())
+        block._write_(pool, rows, self.layout.lengths_b if n_b is None else n_b)
 
     def _write_(self, pool: CacheState, rows: Tensor | None, n_b: Tensor) -> None:
         rows = torch.arange(len(n_b), device=n_b.device) if rows is None else rows
@@ -111,7 +112,7 @@ class CacheUpdate(Update):
         slot_bt = torch.where(nothing_b1, 0, slot_bt.gather(1, source_bt)).clamp(max=capacity - 1)
         for buffer_bgnk, block_bgtk in ((pool.k_bgnk, self.k_bgtk), (pool.v_bgnk, self.v_bgtk)):
             g, k = block_bgtk.shape[1], block_bgtk.shape[3]
-            value_bgtk = block_bgtk.detach().gather(2, source_bt[:, None, :, None].expand(-1, g, -1, k)).to(buffer_bgnk.dtype)
+            value_bgtk = block_bgtk.gather(2, source_bt[:, None, :, None].expand(-1, g, -1, k)).to(buffer_bgnk.dtype)
             first_bg1k = buffer_bgnk[rows, :, :1]
             value_bgtk = torch.where(nothing_b1[:, None, :, None], first_bg1k, value_bgtk)
             buffer_bgnk[rows[:, None], :, slot_bt] = value_bgtk.transpose(1, 2)
