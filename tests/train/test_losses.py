@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from subquad.core import layout as layouts
+from subquad.ops.linear_loss import on_torch
 from subquad.train import losses
 
 Layout = layouts.Layout
@@ -29,7 +30,7 @@ SCORED = {
 
 @pytest.fixture(params=[1, 4, 10_000], ids=lambda c: f"chunk{c}", autouse=True)
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", request.param * 11)
+    monkeypatch.setattr(on_torch, "LOGITS_AT_ONCE", request.param * 11)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -200,7 +200,7 @@ def test_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, name, stop):
     # Stop by a signal after some steps, then by a kill a step after a checkpoint, then run to the end.
     folder = RunFolder(tmp_path / "broken")
     taken = {"steps": 0, "kill": None}
-    plain = loops.Loop._step
+    plain = loops.Loop.step
 
     def step(self):
         plain(self)
@@ -210,7 +210,7 @@ def test_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, name, stop):
         if taken["steps"] == taken["kill"]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loops.Loop, "_step", step)
+    monkeypatch.setattr(loops.Loop, "step", step)
     with pytest.raises(StoppedError, match="--resume to go on"):
         fit(teacher, models()[1], LAYERS, stream(), recipe, folder)
     assert losses(folder) == want[:stop]

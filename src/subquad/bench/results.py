@@ -199,13 +199,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def device_kind(device: torch.device) -> str:
+    """`device` in one word: ``cpu``, ``h100``."""
+    model = re.search(r"\b[A-Z]+\d+\w*", device_name(device)) if device.type == "cuda" else None
+    return model[0].lower() if model else device.type
+
+
 def result_path(folder: Path, bench: str, device: torch.device) -> Path:
     """Where the result of `bench` on `device` lies: ``mixers.mamba2.cpu.json``, ``mixers.mamba2.h100.json``."""
-    kind = device.type
-    if kind == "cuda":
-        model = re.search(r"\b[A-Z]+\d+\w*", device_name(device))
-        kind = model[0].lower() if model else kind
-    return folder / f"{bench}.{kind}.json"
+    kind = device_kind(device)
+    return folder / f"{bench.removesuffix(f'.{kind}')}.{kind}.json"
 
 
 def _commit() -> str:

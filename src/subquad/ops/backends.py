@@ -23,6 +23,8 @@ from subquad.core.errors import ConfigError, UnsupportedError, nearest
 # Tried in this order on a device; every device ends at PyTorch's own. What is not here runs only by name.
 PREFERRED = {"cuda": ("triton",)}
 
+HERE = Path(__file__).resolve().parent
+
 _families: list[Backends] = []
 _forced: str | None = None
 _said: set[str] = set()
@@ -41,13 +43,14 @@ class Backends:
     def __init__(self, package: str) -> None:
         self.operation = package.rpartition(".")[2]
         self._package = package
-        folder = Path(__file__).resolve().parent / self.operation
-        self.names = sorted(path.stem.removeprefix("on_") for path in folder.glob("on_*.py"))
+        self.names = _names(self.operation)
         # Loaded here and not at the first call, so that a compiler tracing a call meets no import.
         self._loaded: dict[str, Any] = {}
         self.load("torch")
         if "triton" in self.names and _triton_runs():
             self.load("triton")
+        if _forced in self.names:
+            self.load(str(_forced))
         _families.append(self)
 
     def load(self, name: str) -> None:
@@ -93,7 +96,7 @@ def use(name: str) -> Generator[None]:
         ...     pass
     """
     global _forced
-    known = {n for family in _families for n in family.names}
+    known = set(_names("*"))
     if name not in known:
         raise ConfigError(f"unknown backend {name!r}{nearest(name, known)}")
     try:
@@ -112,6 +115,10 @@ def use(name: str) -> Generator[None]:
 def interpreted() -> bool:
     """Whether Triton kernels are interpreted on the CPU (``TRITON_INTERPRET=1``): for tests, and very slow."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _names(operation: str) -> list[str]:
+    return sorted(path.stem.removeprefix("on_") for path in HERE.glob(f"{operation}/on_*.py"))
 
 
 def _triton_runs() -> bool:

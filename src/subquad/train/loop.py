@@ -167,7 +167,7 @@ class Loop:
             self.save()
         with matmul_precision(self.stage.device), _stop_signals() as stop:
             while self.budget.progress(self.tokens, self.seconds) < 1:
-                self._step()
+                self.step()
                 self.seconds = time.monotonic() - began
                 if self.steps % self.habits.log_steps == 0:
                     self._flush()
@@ -199,7 +199,8 @@ class Loop:
         )
         self._saved = self.steps
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One step of the stage and of the optimiser; nothing here waits for the device."""
         rate = self.rate.factor(self.budget.progress(self.tokens + self.stage.tokens_per_step, self.seconds))
         set_rate(self.optimiser, rate)
         with autocast(self.stage.device):
