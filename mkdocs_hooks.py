@@ -11,8 +11,9 @@ from subquad.core.card import Card
 from subquad.core.registry import FAMILIES, methods
 
 SOURCE = Path(__file__).parent / "src/subquad"
+RESULTS = Path(__file__).parent / "bench/results"
 # The guide is read in this order; what is not named follows by name.
-GUIDE = ("index", "ideas", "convert", "evaluate", "generate", "checkpoints", "measured", "add_a_method")
+GUIDE = ("index", "ideas", "convert", "evaluate", "generate", "checkpoints", "kernels", "measured", "add_a_method")
 TITLES = {
     "mixers": "Mixers",
     "convert": "Conversion",
@@ -28,6 +29,8 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "methods/index.md", content=methods_page()))
     for folder in sorted(p for p in SOURCE.iterdir() if (p / "__init__.py").exists() and p.name != "cli"):
         files.append(File.generated(config, f"api/{folder.name}.md", content=api_page(folder)))
+    for picture in sorted(RESULTS.glob("*.svg")):
+        files.append(File.generated(config, f"results/{picture.name}", abs_src_path=str(picture)))
     config["nav"] = reading_order([file.src_uri for file in files.documentation_pages()])
     return files
 
@@ -44,7 +47,8 @@ def reading_order(pages: list[str]) -> list[Any]:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put a method's card under the title of its page."""
+    """Put a method's card under the title of its page, and have charts where the site keeps them."""
+    markdown = markdown.replace("](../bench/results/", "](results/")
     parts = Path(page.file.src_uri).with_suffix("").parts
     if len(parts) == 3 and parts[0] == "methods" and parts[1] in FAMILIES and parts[2] in methods(parts[1]):
         title, _, body = markdown.partition("\n")

@@ -88,7 +88,7 @@ def test_inputs_rotate_beyond_the_cache():
     bench, seen = proved(reps=1), set()
     x = torch.ones(2**20)
     bench.compare("x", lambda t: seen.add(t.data_ptr()), lambda t: None, baseline_name="b", inputs=(x,))
-    copies = bench._copies((x,))
+    copies = bench.copies((x,))
     assert len(copies) * x.nbytes >= 4 * harness.cache_bytes(torch.device("cpu"))
     assert len(seen) == len(copies) and x.data_ptr() not in seen
 

@@ -18,6 +18,16 @@ def test_dense_starts_where_told():
     assert layout.lengths_b.tolist() == [3, 3]
     assert layout.valid_bt.all()
     assert not layout.padded
+    assert Layout.dense(2, 3, start_b=4).positions_bt.tolist() == [[4, 5, 6]] * 2
+
+
+def test_what_layers_share_is_made_once():
+    made = []
+    layout, other = Layout.dense(1, 2), Layout.dense(1, 2)
+    for where, key in ((layout, "a"), (layout, "a"), (layout, "b"), (other, "a")):
+        assert where.once(key, lambda key=key: made.append(key) or [key]) == [key]
+    assert made == ["a", "b", "a"]
+    assert layout.once("a", list) is layout.once("a", list)
 
 
 def test_ragged_marks_the_padding():

@@ -48,6 +48,23 @@ def test_causal_masked_and_pieces_equal_the_equation() -> None:
     torch.testing.assert_close(lse, masked_scores.logsumexp(-1), **EXACT)
 
 
+@pytest.mark.parametrize("t", [1, 5])
+def test_masked_groups_see_their_own_mask_and_keys(t: int) -> None:
+    """Against a cache longer than the block, each row and query with a mask of its own; gradients too."""
+    q, _, _ = qkv(t)
+    _, k, v = qkv(21, seed=1)
+    allowed = torch.rand(2, t, 21) < 0.5
+    allowed[..., 3] = True
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    weight = torch.randn(2, t, 6, 8, dtype=torch.float64)
+    want = attention.equation(q, k, v, allowed, 0.3)
+    got = attention.masked(q, k.transpose(1, 2), v.transpose(1, 2), allowed, 0.3)
+    torch.testing.assert_close(got, want, **EXACT)
+    pairs = zip(*(torch.autograd.grad((y * weight).sum(), leaves) for y in (got, want)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, **EXACT)
+
+
 @pytest.mark.parametrize("documents", [[1], [5], [6], [7], [40], [4, 1, 9, 26]])
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_band_equals_the_equation(sinks: int, documents: list[int]) -> None:

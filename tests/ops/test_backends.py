@@ -28,7 +28,9 @@ def family(monkeypatch: pytest.MonkeyPatch) -> backends.Backends:
     monkeypatch.setattr(backends, "_families", [made])
     monkeypatch.setattr(backends, "_said", set())
     monkeypatch.setattr(backends, "PREFERRED", {"cpu": ("fast",)})
-    made.names.append("fast")
+    found = backends._names
+    monkeypatch.setattr(backends, "_names", lambda operation: [*found(operation), "fast"])
+    made.names = backends._names("ssd")
     return made
 
 

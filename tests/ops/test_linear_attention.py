@@ -38,6 +38,32 @@ def test_chunked_equals_the_equation_with_gradients(t: int, packed: bool) -> Non
     torch.testing.assert_close(op.absorb(k, v, first, kept, last[:, 0] == 0), state, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("t", [1, 65, 130])
+def test_scan_equals_the_equation_with_gradients(t: int) -> None:
+    torch.manual_seed(t)
+    shapes = ((t, 6, 5), (t, 2, 5), (t, 2, 4), (2, 5, 4))
+    tensors = [torch.randn(2, *shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    want, got = op.equation(*tensors), op.scan(*tensors)
+    weights = [torch.randn_like(x) for x in want]
+    grads = [
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(pair, weights, strict=True)), tensors)
+        for pair in (want, got)
+    ]
+    for a, b in zip((*got, *grads[1]), (*want, *grads[0]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_scan_of_packed_and_padded_rows_is_that_of_each_alone() -> None:
+    torch.manual_seed(0)
+    q, k, v, state = (torch.randn(1, *n, dtype=torch.float64) for n in ((20, 4, 5), (20, 2, 5), (20, 2, 4), (2, 5, 4)))
+    documents, valid = (torch.arange(20) >= 8).long()[None], (torch.arange(20) < 17)[None]
+    y, end = op.scan(q, k, v, state, documents_bt=documents, valid_bt=valid)
+    first, _ = op.equation(q[:, :8], k[:, :8], v[:, :8], state)
+    second, last = op.equation(q[:, 8:17], k[:, 8:17], v[:, 8:17], torch.zeros_like(state))
+    torch.testing.assert_close(y[:, :17], torch.cat((first, second), 1), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(end, last, rtol=1e-11, atol=1e-11)
+
+
 def test_float32_stays_within_twice_the_equations_error() -> None:
     torch.manual_seed(0)
     q, k, v, s = (

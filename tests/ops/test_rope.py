@@ -10,6 +10,7 @@ import torch
 
 from subquad.core.attention import RotarySpec
 from subquad.core.errors import ConfigError, UnsupportedError
+from subquad.core.layout import Layout
 from subquad.ops import rope
 
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -55,13 +56,11 @@ def test_scaled_frequencies_equal_those_of_transformers(name: str) -> None:
 def test_scores_depend_on_distance_only() -> None:
     spec = RotarySpec(10000.0, 16)
     q, k = torch.randn(2, 1, 1, 1, 20, dtype=torch.float64)
-    scores = [
-        (
-            rope.rotate(q, rope.tables(spec, torch.tensor([[at + 7]]), q.dtype))
-            * rope.rotate(k, rope.tables(spec, torch.tensor([[at]]), q.dtype))
-        ).sum()
-        for at in (0, 5, 4000)
-    ]
+
+    def turned(x: torch.Tensor, at: int) -> torch.Tensor:
+        return rope.rotate(x, rope.tables(spec, Layout.dense(1, 1, start_b=at), x.dtype))
+
+    scores = [(turned(q, at + 7) * turned(k, at)).sum() for at in (0, 5, 4000)]
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(scores[2], scores[0], rtol=1e-9, atol=1e-9)
 
@@ -69,9 +68,40 @@ def test_scores_depend_on_distance_only() -> None:
 def test_first_pair_turns_by_one_radian_a_token_and_the_rest_passes_through() -> None:
     x = torch.zeros(1, 1, 1, 6, dtype=torch.float64)
     x[..., 0], x[..., 5] = 1.0, 3.0
-    y = rope.rotate(x, rope.tables(RotarySpec(10000.0, 4), torch.tensor([[2]]), x.dtype))[0, 0, 0]
+    y = rope.rotate(x, rope.tables(RotarySpec(10000.0, 4), Layout.dense(1, 1, start_b=2), x.dtype))[0, 0, 0]
     want = torch.tensor([math.cos(2), 0, math.sin(2), 0, 0, 3], dtype=torch.float64)
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_alike_share_one_row_and_packed_documents_have_their_own() -> None:
+    spec, x = RotarySpec(10000.0, 4), torch.randn(2, 5, 3, 6, dtype=torch.float64)
+    dense = rope.rotate(x, rope.tables(spec, Layout.dense(2, 5, start_b=3), x.dtype))
+    starts = Layout.dense(2, 5, start_b=torch.tensor([3, 7]))
+    assert rope.tables(spec, Layout.dense(2, 5, start_b=3), x.dtype)[0].shape == (1, 5, 1, 2)
+    assert rope.tables(spec, starts, x.dtype)[0].shape == (2, 5, 1, 2)
+    torch.testing.assert_close(rope.rotate(x, rope.tables(spec, starts, x.dtype))[0], dense[0], rtol=0, atol=0)
+    packed = rope.rotate(x, rope.tables(spec, Layout.packed([[2, 3], [5]]), x.dtype))
+    alone = rope.rotate(x[:1, 2:], rope.tables(spec, Layout.dense(1, 3), x.dtype))
+    torch.testing.assert_close(packed[:1, 2:], alone, rtol=0, atol=0)
+
+
+def test_tables_are_made_once_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, real = [], rope.frequencies
+    monkeypatch.setattr(rope, "frequencies", lambda *a, **k: made.append(a) or real(*a, **k))
+    layout = Layout.dense(1, 5)
+    for spec in (RotarySpec(10000.0, 4), RotarySpec(10000.0, 4), RotarySpec(500.0, 4), RotarySpec(10000.0, 4)):
+        rope.tables(spec, layout, torch.bfloat16)
+    rope.tables(RotarySpec(10000.0, 4, SCALINGS["linear"]), layout, torch.float32)
+    assert [spec.theta for spec, *_ in made] == [10000.0, 500.0, 10000.0]
+
+
+def test_bfloat16_is_rounded_once() -> None:
+    x, spec = torch.randn(1, 400, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16(), RotarySpec(10000.0, 8)
+    layout = Layout.dense(1, 400)
+    got = rope.rotate(x, rope.tables(spec, layout, x.dtype))
+    exact = rope.rotate(x.double(), rope.tables(spec, layout, torch.float64))
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - exact).norm() <= 1.01 * (exact.bfloat16().double() - exact).norm()
 
 
 @pytest.mark.parametrize(

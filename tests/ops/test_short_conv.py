@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops import short_conv
+from subquad.ops import backends, launch, short_conv
+
+# Where kernels run: on a GPU, or interpreted.
+RUNS = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or backends.interpreted())
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(not RUNS, reason="no Triton that runs here"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -87,3 +96,92 @@ def test_padding_is_not_read() -> None:
     assert torch.equal(
         short_conv.parallel(spoiled, weight, bias, state)[0, :4], short_conv.parallel(x, weight, bias, state)[0, :4]
     )
+
+
+FORMS = {
+    "plain": {"t": 9, "width": 4},
+    "silu": {"t": 9, "width": 4, "activation": "silu", "strided": True},
+    "documents": {"t": 9, "width": 4, "documents": True, "activation": "silu"},
+    "no bias": {"t": 21, "width": 3, "bias": False, "documents": True, "strided": True},
+    "one tap": {"t": 5, "width": 1, "activation": "silu"},
+    "one token": {"t": 1, "width": 4, "documents": True},
+}
+
+
+def results(
+    form: Callable[..., Any], values: dict[str, Tensor | None], probe: Tensor, **options: Any
+) -> dict[str, Tensor]:
+    """Outputs, and the gradients of all that is given."""
+    leaves = {n: None if x is None else x.clone().requires_grad_() for n, x in values.items()}
+    y = form(**leaves, **options)
+    y = y[0] if isinstance(y, tuple) else y
+    some = {n: x for n, x in leaves.items() if x is not None}
+    made = torch.autograd.grad((y * probe.to(y.dtype)).sum(), list(some.values()), allow_unused=True)
+    return {"y": y.detach()} | {n: g for n, g in zip(some, made, strict=True) if g is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("backend", [TRITON])
+def test_kernels_and_their_gradients(
+    name: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "poison", True)
+    for constant, value in (("ROWS", 4), ("CHANNELS", 16), ("TILES", 2)):
+        monkeypatch.setattr(short_conv.on_triton, constant, value)
+    form = {"bias": True, "documents": False, "activation": "none", "strided": False} | FORMS[name]
+    t, width, d = form["t"], form["width"], 21
+    values: dict[str, Tensor | None] = {
+        "x_btd": torch.randn(2, t, d),
+        "weight_dw": torch.randn(d, width),
+        "bias_d": torch.randn(d) if form["bias"] else None,
+        "state_bdw": torch.randn(2, d, width - 1),
+    }
+    values = {n: None if x is None else x.to(DEVICE, dtype) for n, x in values.items()}
+    documents_bt = torch.tensor([[0, 0, 1, 1, 1, 2, 5, 5, 5] * 3, [1] * 27], device=DEVICE)[:, :t].cummax(1).values
+    options = {"activation": form["activation"], "documents_bt": documents_bt if form["documents"] else None}
+    probe = torch.randn(2, t, d).to(DEVICE, dtype)
+
+    def kernels(x_btd: Tensor, **rest: Any) -> Tensor:
+        if form["strided"]:
+            x_btd = torch.cat((x_btd, torch.full_like(x_btd, torch.nan)), -1)[..., :d]
+        with backends.use(backend):
+            return short_conv.parallel(x_btd, **rest)
+
+    got = results(kernels, values, probe, **options)
+    want = results(short_conv.equation, values, probe, **options, dtype=torch.float64)
+    naive = results(short_conv.equation, values, probe, **options, dtype=dtype)
+    # Triton's interpreter rounds to bfloat16 towards zero, by up to 2^-7.
+    rounding = {torch.float32: 2e-7, torch.bfloat16: 2**-7}[dtype]
+    for part, exact in want.items():
+        if part == "state_bdw" and width == 1:
+            continue
+        error, other = ((x[part].double() - exact).norm() / exact.double().norm() for x in (got, naive))
+        assert got[part].dtype == dtype
+        assert error <= max(2 * other, rounding), part
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+def test_no_tokens_and_no_rows(backend: str) -> None:
+    x, weight, bias, state = (z.float().to(DEVICE) for z in inputs(3, 4))
+    with backends.use(backend):
+        assert short_conv.parallel(x[:, :0], weight, bias, state).shape == (2, 0, 3)
+        assert short_conv.parallel(x[:0], weight, bias, state[:0]).shape == (0, 3, 3)
+
+
+def test_the_form_in_pytorch_has_an_activation_and_one_rounding() -> None:
+    x, weight, bias, state = inputs(9, 4)
+    silu = short_conv.parallel(x, weight, bias, state, activation="silu")
+    torch.testing.assert_close(silu, short_conv.equation(x, weight, bias, state, activation="silu")[0], **EXACT)
+    low = [z.bfloat16() for z in (x, weight, bias, state)]
+    exact = short_conv.equation(*low, dtype=torch.float64)[0]
+    torch.testing.assert_close(short_conv.parallel(*low), exact.bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.skipif(not RUNS, reason="no Triton that runs here")
+def test_compilers_see_what_the_kernels_do(whole: bool) -> None:
+    x, weight, bias, state = (z.float().to(DEVICE).requires_grad_() for z in inputs(2, 2))
+    documents_bt = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
+    optional = (bias, state, documents_bt) if whole else (None, state, None)
+    torch.library.opcheck(short_conv.on_triton._forward, (x, weight, *optional, True))

@@ -14,6 +14,10 @@ what it times is right, and records figures; everything else is the harness's::
         )
         bench.value("state", state.nbytes, "bytes", "lower", baseline="key/value cache", baseline_value=cache.nbytes)
 
-``subquad bench mixers/mamba2`` runs it and writes ``bench/results/mixers.mamba2.<device>.json``; ``--smoke`` runs it at
-the small sizes and writes nothing. `subquad.bench.results` holds the file format, `subquad.bench.tables` the tables.
+``compare`` times what a user waits for, launches included; kernels race without them, by ``bench.race`` and
+``bench.speed``, in the rooms of the family ``ops``, which share `subquad.bench.scans` and `subquad.bench.decoding`.
+
+``subquad bench mixers/mamba2`` runs it and writes ``bench/results/mixers.mamba2.<device>.json``, and charts over length
+beside it where there is something to draw; ``--smoke`` runs it at the small sizes and writes nothing.
+`subquad.bench.results` holds the file format, `subquad.bench.tables` the tables, `subquad.bench.plots` the charts.
 """

@@ -6,7 +6,7 @@ import importlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from subquad.bench.results import Result, Row, dtype_name, environment, make_row
+from subquad.bench.timing import Call, Times, copies_of, race
 from subquad.core.errors import ConfigError, SubquadError, nearest
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
+MEASURES: tuple[str, ...] = ("largest", "norm")
 
 
 class GateError(SubquadError, AssertionError):
@@ -34,8 +36,10 @@ class Bench:
         dtype: the dtype to measure in.
         smoke: tiny sizes, one repetition.
         reps: repetitions of each timed pair.
+        say: told one line about each step.
         rows: the figures so far.
         gates: what has been proved so far.
+        limits: the device's measured bandwidth and peak, once a share of them was worked out.
     """
 
     def __init__(
@@ -46,14 +50,17 @@ class Bench:
         dtype: torch.dtype = torch.float32,
         smoke: bool = False,
         reps: int = 15,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.name = name
         self.device = torch.device(device)
         self.dtype = dtype
         self.smoke = smoke
         self.reps = 1 if smoke else reps
+        self.say = say
         self.rows: list[Row] = []
         self.gates: list[dict[str, Any]] = []
+        self.limits: dict[str, float] = {}
 
     @property
     def factory(self) -> dict[str, Any]:
@@ -65,33 +72,51 @@ class Bench:
         return smoke if self.smoke else full
 
     def gate(
-        self, what: str, got: Tensor, want: Tensor, *, naive: Tensor | None = None, rtol: float | None = None
-    ) -> None:
+        self,
+        what: str,
+        got: Tensor,
+        want: Tensor,
+        *,
+        naive: Tensor | None = None,
+        rtol: float | Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
         """Pass if `got` is `want` up to rounding, else stop the bench before a speed is printed.
 
-        The error is the largest difference over the largest magnitude of `want`. It may be `rtol`, or, given `naive`
-        (the plain computation in the same dtype), twice that one's error, and never less than the dtype's epsilon.
+        The error is measured twice, as the largest difference over the largest magnitude of `want`, which shows a
+        single wrong element, and as the norm of the difference over the norm of `want`, which shows many that are
+        slightly wrong. Each may be `rtol`, or, given `naive` (the plain computation in the same dtype), twice the error
+        of that, and never less than the dtype's epsilon.
 
         Args:
             what: the claim, in words.
             got: what will be timed.
             want: the truth, computed in float64 where `naive` is given.
             naive: the equation in the dtype of `got`.
-            rtol: the relative error allowed.
+            rtol: the relative error allowed, or one for each measure, as this function returned them.
+
+        Returns:
+            The error that each measure allowed.
 
         Raises:
             GateError: it is something else.
         """
         if (naive is None) == (rtol is None):
             raise ConfigError(f"gate {what!r}: expected either naive or rtol, got both or neither; give one")
-        limit = rtol if naive is None else max(2 * _error(naive, want), torch.finfo(got.dtype).eps)
-        assert limit is not None
-        error = _error(got, want)
-        if not error <= limit:
-            raise GateError(
-                f"{self.name}: gate {what!r} is red: expected an error of at most {limit:.2e}, got {error:.2e}"
-            )
-        self.gates.append({"what": what, "error": error, "limit": limit})
+        if naive is not None:
+            least = torch.finfo(got.dtype).eps
+            limits = {measure: max(2 * error, least) for measure, error in _errors(naive, want).items()}
+        else:
+            limits = dict(rtol) if isinstance(rtol, Mapping) else dict.fromkeys(MEASURES, float(rtol or 0.0))
+        errors = _errors(got, want)
+        red = [measure for measure in MEASURES if not errors[measure] <= limits[measure]]
+        # Of both measures the one nearest its limit is kept.
+        shown = red[0] if red else max(MEASURES, key=lambda m: errors[m] / limits[m] if limits[m] else 0.0)
+        error, limit = errors[shown], limits[shown]
+        if red:
+            claim = f"{self.name}: gate {what!r} is red"
+            raise GateError(f"{claim}: expected an error of at most {limit:.2e}, got {error:.2e} ({shown})")
+        self.gates.append({"what": what, "measure": shown, "error": error, "limit": limit})
+        return limits
 
     def value(
         self,
@@ -148,7 +173,7 @@ class Bench:
         """
         if not self.gates:
             raise GateError(f"{self.name}: expected a gate before the speed {id!r}, got none; call bench.gate first")
-        copies = self._copies(inputs)
+        copies = self.copies(inputs)
         inner = [self._calibrate(fn, copies) for fn in (ours, baseline)]
         pairs: list[list[float]] = []
         for rep in range(self.reps):
@@ -162,13 +187,7 @@ class Bench:
         def scale(s: float) -> float:
             return s * 1e3 if tokens is None else tokens / s
 
-        share = None
-        if moved or flops:
-            least = max(
-                moved / bandwidth(self.device, self.smoke) if moved else 0.0,
-                flops / peak(self.device, self.dtype, self.smoke) if flops else 0.0,
-            )
-            share = least / seconds
+        least = self.least(moved, flops)
         self._add(
             id,
             scale(seconds),
@@ -176,20 +195,82 @@ class Bench:
             "lower" if tokens is None else "higher",
             baseline=baseline_name,
             baseline_value=scale(statistics.median(p[1] for p in pairs)),
-            limit_share=share,
+            limit_share=least / seconds if least else None,
             shape=shape,
             reps=[[scale(s) for s in pair] for pair in pairs],
+        )
+
+    def race(self, contenders: Mapping[str, Call], copies: Sequence[tuple[Tensor, ...]]) -> Times:
+        """Time kernels in turns, without what launching them costs; `speed` makes rows of it.
+
+        Args:
+            contenders: called with one of `copies`.
+            copies: what `copies` returns, or arguments of the same size that lie elsewhere in memory.
+
+        Raises:
+            GateError: nothing was proved yet.
+        """
+        if not self.gates:
+            raise GateError(f"{self.name}: expected a gate before a race, got none; call bench.gate first")
+        return race(contenders, copies, self.device, reps=self.reps)
+
+    def speed(
+        self,
+        id: str,
+        times: Times,
+        *,
+        ours: str = "ours",
+        baseline: str = "",
+        baseline_name: str = "",
+        moved: float = 0.0,
+        flops: float = 0.0,
+        shape: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record the milliseconds that `race` found.
+
+        Args:
+            id: what follows the bench's name in the row's id.
+            times: of the race.
+            ours: the contender whose figure it is.
+            baseline: the contender it is compared with, or "".
+            baseline_name: what that one is; by default its name.
+            moved: bytes `ours` must read and write at least.
+            flops: floating-point operations `ours` must do at least.
+            shape: sizes by name.
+        """
+        ms = times.median(ours)
+        least = self.least(moved, flops) * 1e3
+        self._add(
+            id,
+            ms,
+            "ms",
+            "lower",
+            baseline=baseline_name or baseline,
+            baseline_value=times.median(baseline) if baseline else None,
+            limit_share=least / ms if least else None,
+            shape={**(shape or {}), "timed": times.how},
+            reps=times.pairs(ours, baseline),
+        )
+        row = self.rows[-1]
+        against = f", {row.baseline} {row.baseline_value:.4g}" if row.baseline_value else ""
+        self.say(f"{row.id}: {ms:.4g} ms{against}")
+
+    def least(self, moved: float, flops: float) -> float:
+        """Seconds that the device needs at least, by its measured bandwidth or its measured peak; 0 for nothing."""
+        if moved:
+            self.limits["bytes_per_s"] = bandwidth(self.device, self.smoke)
+        if flops:
+            self.limits["flops_per_s"] = peak(self.device, self.dtype, self.smoke)
+        return max(
+            moved / self.limits["bytes_per_s"] if moved else 0.0, flops / self.limits["flops_per_s"] if flops else 0.0
         )
 
     def _add(self, id: str, value: float, unit: str, better: str, **rest: Any) -> None:
         self.rows.append(make_row(f"{self.name}.{id}", value, unit, better, dtype=dtype_name(self.dtype), **rest))
 
-    def _copies(self, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        nbytes = max(sum(x.numel() * x.element_size() for x in inputs), 1)
-        n = 1 if self.smoke or not inputs else math.ceil(4 * cache_bytes(self.device) / nbytes)
-        # Tiny inputs stop at 256 copies: their calls are bound by overhead, not by memory.
-        n = min(max(n, 1), 256)
-        return [tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs) for _ in range(n)]
+    def copies(self, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Copies of `inputs` that together exceed four times the cache; one under ``--smoke``."""
+        return copies_of(inputs, 0 if self.smoke or not inputs else 4 * cache_bytes(self.device))
 
     def _calibrate(self, fn: Callable[..., object], copies: list[tuple[Tensor, ...]]) -> int:
         """Calls a repetition needs to last 20 ms, found after two calls to warm up."""
@@ -211,12 +292,14 @@ def _seconds(fn: Callable[..., object], copies: list[tuple[Tensor, ...]], calls:
     return (time.perf_counter() - start) / calls
 
 
-def _error(got: Tensor, want: Tensor) -> float:
+def _errors(got: Tensor, want: Tensor) -> dict[str, float]:
     if got.shape != want.shape:
-        return math.inf
-    difference = (got.detach().double() - want.detach().double()).abs().max().item()
-    scale = want.detach().double().abs().max().item()
-    return difference / scale if scale else difference
+        return dict.fromkeys(MEASURES, math.inf)
+    want = want.detach().double()
+    difference = got.detach().double() - want
+    errors = (difference.abs().max(), difference.norm())
+    scales = (want.abs().max(), want.norm())
+    return {m: (e / s if s else e).item() for m, e, s in zip(MEASURES, errors, scales, strict=True)}
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -233,7 +316,7 @@ def cache_bytes(device: torch.device) -> int:
 @cache
 def bandwidth(device: torch.device, smoke: bool = False) -> float:
     """Bytes per second that a copy reads and writes on `device`, the best of seven."""
-    n = 2**16 if smoke else max(4 * cache_bytes(device), 2**26)
+    n = 2**16 if smoke else max(16 * cache_bytes(device), 2**26)
     source = torch.ones(n, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * n / _best(device, lambda: target.copy_(source))
@@ -247,7 +330,8 @@ def peak(device: torch.device, dtype: torch.dtype, smoke: bool = False) -> float
     return 2 * n**3 / _best(device, lambda: a @ a)
 
 
-def _best(device: torch.device, fn: Callable[[], object]) -> float:
+def _best(device: torch.device, fn: Call) -> float:
+    fn()
     return min(_seconds(fn, [()], 3, device) for _ in range(7))
 
 
@@ -282,7 +366,12 @@ def find_rooms(names: list[str]) -> list[str]:
 
 
 def run_room(
-    room: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, smoke: bool = False
+    room: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    smoke: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """Run one bench room and return its result.
 
@@ -291,14 +380,16 @@ def run_room(
         device: where to measure.
         dtype: the dtype to measure in.
         smoke: tiny sizes, one repetition.
+        say: told one line about each step, where the room has something to say.
 
     Raises:
         GateError: what was to be timed computes something else than it should.
     """
     device = torch.device(device)
-    bench = Bench(room.replace("/", "."), device=device, dtype=dtype, smoke=smoke)
+    bench = Bench(room.replace("/", "."), device=device, dtype=dtype, smoke=smoke, say=say)
     module = importlib.import_module(f"subquad.bench.{bench.name}")
     torch.manual_seed(0)
     module.run(bench)
     command = f"subquad bench {room} --device {device.type} --dtype {dtype_name(dtype)}" + (" --smoke" if smoke else "")
-    return Result(bench.name, command, environment(device, dtype), bench.rows, bench.gates)
+    env = environment(device, dtype) | ({"limits": bench.limits} if bench.limits else {})
+    return Result(bench.name, command, env, bench.rows, bench.gates)

@@ -22,7 +22,7 @@ from subquad.core.config import config_from_dict
 from subquad.core.errors import ConfigError
 from subquad.train.checkpoint import write_atomically
 
-VERSIONED = ("subquad", "torch", "triton", "transformers")
+VERSIONED = ("subquad", "torch", "triton", "transformers", "flash-linear-attention")
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ class Result:
     Attributes:
         bench: dotted name.
         command: what was typed to get it.
-        env: ``device``, ``dtype``, ``versions``, ``commit`` and ``date``.
+        env: ``device``, ``dtype``, ``versions``, ``commit`` and ``date``; also ``limits``, the bandwidth and peak of
+            the same run, where a row has a share of them.
         rows: the figures.
-        gates: what was proved before anything was timed: ``what``, ``error``, ``limit``.
+        gates: what was proved before anything was timed: ``what``, ``error``, ``limit``, and by which ``measure``.
     """
 
     bench: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,27 +22,33 @@ def run(
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny sizes, once; writes nothing.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path("bench/results"),
     tables: Annotated[
-        bool, typer.Option("--tables", help="Run nothing; rewrite the tables in README.md and docs from the results.")
+        bool,
+        typer.Option(
+            "--tables", help="Run nothing; rewrite the tables in README.md and docs, and the charts, from the results."
+        ),
     ] = False,
     check: Annotated[bool, typer.Option("--check", help="With --tables: fail if one is out of date.")] = False,
 ) -> None:
     """Measure the methods: correctness first, then speed against a baseline in turns, written as JSON."""
     if tables:
+        from subquad.bench.plots import refresh_plots
         from subquad.bench.tables import refresh
 
         if not Path("README.md").is_file():
             raise ConfigError(f"--tables: expected a checkout with README.md, got {Path.cwd()}; run it there")
         pages = [Path("README.md"), *sorted(Path("docs").rglob("*.md"))]
         stale = [page for page in pages if refresh(page, out, write=not check)]
+        stale += [made for path in sorted(out.glob("*.json")) for made in refresh_plots(path, write=not check)]
         for page in stale:
             typer.echo(f"{'out of date' if check else 'rewrote'}: {page}")
         if check and stale:
-            raise ConfigError("tables differ from bench/results; run `subquad bench --tables`")
+            raise ConfigError("tables or charts differ from bench/results; run `subquad bench --tables`")
         return
 
     import torch
 
     from subquad.bench.harness import find_rooms, run_room
+    from subquad.bench.plots import refresh_plots
     from subquad.bench.results import result_path
     from subquad.bench.tables import terminal_table
 
@@ -49,9 +56,12 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     for room in find_rooms(names or []):
-        result = run_room(room, device=where, dtype=kind or torch.float32, smoke=smoke)
+        result = run_room(
+            room, device=where, dtype=kind or torch.float32, smoke=smoke, say=partial(typer.echo, err=True)
+        )
         typer.echo(terminal_table(result))
         if not smoke:
             path = result_path(out, result.bench, where)
             result.save(path)
-            typer.echo(f"wrote {path}")
+            for made in (path, *refresh_plots(path)):
+                typer.echo(f"wrote {made}")

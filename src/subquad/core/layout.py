@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,23 @@ class Layout:
     positions_bt: Tensor
     documents_bt: Tensor | None = None
     padded: bool = True
+    _made: dict[Hashable, Any] = field(default_factory=lambda: {}, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make()`` returned at the first call with `key`: all layers of a model share it.
+
+        Args:
+            key: names what is made, and everything it depends on beside this layout.
+            make: makes it; must not depend on gradients.
+        """
+        if key in self._made:
+            return self._made[key]
+        made = make()
+        # A compiled region keeps nothing: else its first call would run another way than the later ones, and what it
+        # made may lie in memory that it uses again.
+        if not torch.compiler.is_compiling():
+            self._made[key] = made
+        return made
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,9 +68,12 @@ class Layout:
     @staticmethod
     def dense(batch: int, time: int, *, start_b: Tensor | int = 0, device: torch.device | str | None = None) -> Layout:
         """Every column a token; row ``i`` starts at position ``start_b[i]``."""
-        start_bt = start_b[:, None] if isinstance(start_b, Tensor) else torch.full((batch, 1), start_b, device=device)
-        positions_bt = start_bt + torch.arange(time, device=start_bt.device)
-        lengths_b = torch.full((batch,), time, device=start_bt.device)
+        device = start_b.device if isinstance(start_b, Tensor) else device
+        columns_t = torch.arange(time, device=device)
+        # Rows alike are one row in memory, and what is computed from them is computed once.
+        positions_bt = start_b[:, None] + columns_t if isinstance(start_b, Tensor) else columns_t + start_b
+        positions_bt = positions_bt.expand(batch, time)
+        lengths_b = torch.full((batch,), time, device=device)
         return Layout(lengths_b, positions_bt, padded=False)
 
     @staticmethod

@@ -16,7 +16,7 @@ from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State, axes
-from subquad.ops import attention, window
+from subquad.ops import attention, windowed
 from subquad.ops.qkv import QKV
 from subquad.ops.window import WindowState
 
@@ -216,8 +216,7 @@ class Attention(Mixer):
         q_bthk, k_btgk, v_btgk = self.qkv(x_btd, layout)
         k_bgtk, v_bgtk = k_btgk.transpose(1, 2), v_btgk.transpose(1, 2)
         if isinstance(state, WindowState):
-            band = window.band(q_bthk, k_bgtk, v_bgtk, state, layout)
-            y_bthk = band.join(attention.masked(band.q_xchk, band.k_xgnk, band.v_xgnk, band.allowed_xcn, self.scale))
+            y_bthk = self._slide(q_bthk, k_btgk, v_btgk, state, layout)
             update: Update = WindowUpdate(state, k_bgtk, v_bgtk, layout)
         else:
             assert isinstance(state, CacheState)
@@ -227,6 +226,21 @@ class Attention(Mixer):
                 y_bthk = self._read_cache(q_bthk, k_bgtk, v_bgtk, state, layout)
             update = CacheUpdate(state, k_bgtk, v_bgtk, layout)
         return self.o_proj(y_bthk.flatten(2)), update
+
+    def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:
+        """The training form; a window starts with nothing before the block."""
+        if self.config.window is None:
+            return super().forward(x_btd, layout, shared)
+        layout = self.dense_layout(x_btd, layout)
+        q_bthk, k_btgk, v_btgk = self.qkv(x_btd, layout)
+        return self.o_proj(self._slide(q_bthk, k_btgk, v_btgk, None, layout).flatten(2))
+
+    def _slide(
+        self, q_bthk: Tensor, k_btgk: Tensor, v_btgk: Tensor, past: WindowState | None, layout: Layout
+    ) -> Tensor:
+        assert self.config.window is not None
+        size, sinks = self.config.window, self.config.sinks
+        return windowed.attend(q_bthk, k_btgk, v_btgk, None, past, layout, window=size, sinks=sinks, scale=self.scale)
 
     def _read_cache(self, q_bthk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, state: CacheState, layout: Layout) -> Tensor:
         t, capacity = q_bthk.shape[1], state.k_bgnk.shape[2]

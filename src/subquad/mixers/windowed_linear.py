@@ -16,9 +16,9 @@ from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State, axes, precise
-from subquad.ops import attention, kmeans, linear_attention, rope, window
+from subquad.ops import kmeans, linear_attention, rope, window, windowed
 from subquad.ops.qkv import QKV
-from subquad.ops.window import WindowState
+from subquad.ops.window import Far, WindowState
 
 CARD = Card(
     title="LoLCATs: On Low-Rank Linearizing of Large Language Models",
@@ -81,7 +81,9 @@ class WindowedLinearUpdate(Update):
         """Shift the window by the kept tokens and absorb those that leave it."""
         n_b = self.layout.lengths_b if n_b is None else n_b
         old = self.state
-        leaving = _leaving(old, self.v_bgtk, self.f_bgtf, self.layout)
+        leaving = window.leaving(old.window, old.window_f_bgwf, self.v_bgtk, self.f_bgtf, self.layout)
+        # With the normaliser's 1.
+        v_btgv = torch.cat((leaving.v_btgv, torch.ones_like(leaving.v_btgv[..., :1])), dim=-1)
         kept_bt = torch.arange(self.layout.shape[1], device=n_b.device) < n_b[:, None]
         _, continues_b = self.layout.tail(n_b)
         if self.layout.documents_bt is not None:
@@ -90,32 +92,8 @@ class WindowedLinearUpdate(Update):
         return WindowedLinearState(
             old.window.after(self.k_bgtk, self.v_bgtk, self.layout, n_b),
             window.shift(old.window_f_bgwf, self.f_bgtf, n_b),
-            linear_attention.absorb(leaving.f_btgf, leaving.v_btgv, old.linear_bgfv, kept_bt, continues_b),
+            linear_attention.absorb(leaving.f_btgf, v_btgv, old.linear_bgfv, kept_bt, continues_b),
         )
-
-
-@dataclass(frozen=True)
-class _Leaving:
-    """For each column t of a block, the token that leaves the window when t enters it."""
-
-    f_btgf: Tensor
-    v_btgv: Tensor
-    documents_bt: Tensor
-
-
-def _leaving(state: WindowedLinearState, v_bgtk: Tensor, f_bgtf: Tensor, layout: Layout) -> _Leaving:
-    """Features and values (with the normaliser's 1) of what leaves; zero features where nothing does, or a sink."""
-    t = f_bgtf.shape[2]
-    w, s = state.window_f_bgwf.shape[2], state.window.sink_k_bgsk.shape[2]
-    f_btgf = torch.cat((state.window_f_bgwf, f_bgtf), dim=2)[:, :, :t].transpose(1, 2)
-    v_btgk = torch.cat((state.window.window_v_bgwk, v_bgtk), dim=2)[:, :, :t].transpose(1, 2)
-    seen_b = state.window.seen_b
-    past_bw = seen_b[:, None] - w + torch.arange(w, device=seen_b.device)
-    index_bt = torch.cat((past_bw, layout.index_bt(seen_b)), dim=1)[:, :t]
-    documents_bt = layout.positions_bt.new_zeros(layout.shape) if layout.documents_bt is None else layout.documents_bt
-    documents_bt = torch.cat((documents_bt.new_zeros(len(seen_b), w), documents_bt), dim=1)[:, :t]
-    f_btgf = f_btgf * (index_bt >= s)[..., None, None]
-    return _Leaving(f_btgf, torch.cat((v_btgk, torch.ones_like(v_btgk[..., :1])), dim=-1), documents_bt)
 
 
 class WindowedLinear(Mixer):
@@ -207,46 +185,47 @@ class WindowedLinear(Mixer):
         """Attend to window and sinks, add what the linear state holds; see `Mixer.read`."""
         assert isinstance(state, WindowedLinearState)
         layout = self.dense_layout(x_btd, layout)
+        y_btd, k_btgk, v_btgk, f_btgf = self._mix(x_btd, state, layout)
+        k_bgtk, v_bgtk, f_bgtf = (x.transpose(1, 2) for x in (k_btgk, v_btgk, f_btgf))
+        return y_btd, WindowedLinearUpdate(state, k_bgtk, v_bgtk, f_bgtf, layout)
+
+    def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:
+        """The training form: nothing stands before the block, and nothing is kept of it."""
+        return self._mix(x_btd, None, self.dense_layout(x_btd, layout))[0]
+
+    def _mix(
+        self, x_btd: Tensor, state: WindowedLinearState | None, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The output, and the block's keys, values and key features."""
         plain_q_bthk, plain_k_btgk, v_btgk = self.qkv.project(x_btd)
         q_bthk, k_btgk = self.qkv.rotate(plain_q_bthk, plain_k_btgk, layout)
-        k_bgtk, v_bgtk = k_btgk.transpose(1, 2), v_btgk.transpose(1, 2)
-        f_bgtf = self.key_features(plain_k_btgk).transpose(1, 2)
-
-        band = window.band(q_bthk, k_bgtk, v_bgtk, state.window, layout)
-        near, lse = attention.pieces(band.q_xchk, [(band.k_xgnk, band.v_xgnk, band.allowed_xcn)], self.scale)
-        near_bthk, lse_bth = band.join(near), band.join(lse)
-
-        weight_bthf = self.query_weights(plain_q_bthk)
-        top_bth1 = weight_bthf.amax(-1, keepdim=True).detach()
-        leaving = _leaving(state, v_bgtk, f_bgtf, layout)
-        documents = (
-            {}
-            if layout.documents_bt is None
-            else {"q_documents_bt": layout.documents_bt, "k_documents_bt": leaving.documents_bt}
+        weight_bthf, f_btgf = self._weights(plain_q_bthk), self.key_features(plain_k_btgk)
+        carried = () if state is None else (state.window_f_bgwf, state.linear_bgfv)
+        y_bthk = windowed.attend(
+            q_bthk,
+            k_btgk,
+            v_btgk,
+            Far(weight_bthf, f_btgf, *carried, bias_hf=self.q_map_bias),
+            None if state is None else state.window,
+            layout,
+            window=self.config.window,
+            sinks=self.config.sinks,
+            scale=self.scale,
         )
-        far_bthv = linear_attention.chunked(
-            (weight_bthf - top_bth1).exp(), leaving.f_btgf, leaving.v_btgv, state.linear_bgfv, **documents
-        )
-        # A mean on either side and the far one's share, by the logarithms of both masses: no size of score overflows,
-        # and a query with nothing far behind it takes nothing from it.
-        mass_bth1 = far_bthv[..., -1:]
-        some_bth1 = mass_bth1 > 0
-        mass_bth1 = torch.where(some_bth1, mass_bth1, 1)
-        log_mass_bth1 = torch.where(some_bth1, mass_bth1.log() + top_bth1, -torch.inf)
-        share_bth1 = torch.sigmoid(log_mass_bth1 - lse_bth[..., None])
-        y_bthk = near_bthk + share_bth1 * (far_bthv[..., :-1] / mass_bth1 - near_bthk)
-        update = WindowedLinearUpdate(state, k_bgtk, v_bgtk, f_bgtf, layout)
-        return self.o_proj(y_bthk.to(x_btd.dtype).flatten(2)), update
+        return self.o_proj(y_bthk.to(x_btd.dtype).flatten(2)), k_btgk, v_btgk, f_btgf
 
     def key_features(self, k_btgk: Tensor) -> Tensor:
         """``phi_k`` of keys before RoPE, ``[b, t, g, f]``: a soft assignment that sums to one."""
-        temper = self.config.head_dim**-0.5
-        return (torch.einsum("btgk,gkf->btgf", k_btgk * temper, self.k_map_weight) + self.k_map_bias).softmax(-1)
+        weight_gkf = self.k_map_weight * self.config.head_dim**-0.5
+        return (torch.einsum("btgk,gkf->btgf", k_btgk, weight_gkf) + self.k_map_bias).softmax(-1)
 
     def query_weights(self, q_bthk: Tensor) -> Tensor:
         """Logarithm of ``phi(q)`` of queries before RoPE, ``[b, t, h, f]``."""
-        temper = self.config.head_dim**-0.5
-        return torch.einsum("bthk,hkf->bthf", q_bthk * temper, self.q_map_weight) + self.q_map_bias
+        return self._weights(q_bthk) + self.q_map_bias
+
+    def _weights(self, q_bthk: Tensor) -> Tensor:
+        weight_hkf = self.q_map_weight * self.config.head_dim**-0.5
+        return torch.einsum("bthk,hkf->bthf", q_bthk, weight_hkf)
 
     @classmethod
     def from_attention(cls, source: AttentionWeights, stats: AttentionStats | None = None, **options: Any) -> Self:

@@ -38,20 +38,28 @@ def expand_heads(x_btgk: Tensor, n_heads: int) -> Tensor:
 
 def causal(q_bthk: Tensor, k_btgk: Tensor, v_btgv: Tensor, scale: float) -> Tensor:
     """Causal attention of a block to itself, ``[b, t, h, v]``; right padding needs no mask."""
+    h = q_bthk.shape[2]
+    grouped = h != k_btgk.shape[2]
+    if grouped and q_bthk.is_cuda and q_bthk.dtype == torch.float32 and not torch.is_autocast_enabled("cuda"):
+        # In float32 only a kernel that takes no groups is better than all scores at once.
+        k_btgk, v_btgv, grouped = expand_heads(k_btgk, h), expand_heads(v_btgv, h), False
     q_bhtk, k_bgtk, v_bgtv = (x.transpose(1, 2) for x in (q_bthk, k_btgk, v_btgv))
-    grouped = q_bhtk.shape[1] != k_bgtk.shape[1]
     y_bhtv = F.scaled_dot_product_attention(q_bhtk, k_bgtk, v_bgtv, is_causal=True, scale=scale, enable_gqa=grouped)
     return y_bhtv.transpose(1, 2)
 
 
 def masked(q_bthk: Tensor, k_bgnk: Tensor, v_bgnv: Tensor, allowed_btn: Tensor, scale: float) -> Tensor:
-    """Attention under any mask, ``[b, t, h, v]``; keys and values are heads first."""
-    q_bhtk = q_bthk.transpose(1, 2)
-    grouped = q_bhtk.shape[1] != k_bgnk.shape[1]
-    y_bhtv = F.scaled_dot_product_attention(
-        q_bhtk, k_bgnk, v_bgnv, attn_mask=allowed_btn[:, None], scale=scale, enable_gqa=grouped
-    )
-    return y_bhtv.transpose(1, 2)
+    """Attention under any mask, ``[b, t, h, v]``; keys and values are heads first.
+
+    No fast kernel takes both a mask and grouped queries. The queries of a group share their keys, so they stand one
+    after the other in time, each with its own copy of the mask, and neither keys nor values are repeated.
+    """
+    (b, t, h, _), g = q_bthk.shape, k_bgnk.shape[1]
+    r = h // g
+    q_bgxk = q_bthk.transpose(1, 2).unflatten(1, (g, r)).flatten(2, 3)
+    allowed_b1xn = allowed_btn.repeat(1, r, 1)[:, None]
+    y_bgxv = F.scaled_dot_product_attention(q_bgxk, k_bgnk, v_bgnv, attn_mask=allowed_b1xn, scale=scale)
+    return y_bgxv.reshape(b, h, t, -1).transpose(1, 2)
 
 
 def pieces(q_bthk: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]], scale: float) -> tuple[Tensor, Tensor]:

@@ -107,9 +107,14 @@ class ConvQKV(nn.Module):
         mixed_btd = inputs_btd
         if self.conv_weight is not None:
             mixed_btd = short_conv.parallel(
-                inputs_btd, self.conv_weight, self.conv_bias, state_bdw, documents_bt=layout.documents_bt
+                inputs_btd,
+                self.conv_weight,
+                self.conv_bias,
+                state_bdw,
+                documents_bt=layout.documents_bt,
+                activation=self.activation,
             )
-        if self.activation == "silu":
+        elif self.activation == "silu":
             mixed_btd = F.silu(mixed_btd)
         sizes = (self.v_heads * self.value_dim, self.k_heads * self.key_dim, self.q_heads * self.key_dim)
         v_btd, k_btd, q_btd = mixed_btd.split(sizes, dim=-1)
@@ -117,7 +122,7 @@ class ConvQKV(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_bthk, k_bthk = self.q_norm(q_bthk), self.k_norm(k_bthk)
         if self.rotary is not None:
-            tables = rope.tables(self.rotary, layout.positions_bt, x_btd.dtype)
+            tables = rope.tables(self.rotary, layout, x_btd.dtype)
             q_bthk, k_bthk = rope.rotate(q_bthk, tables), rope.rotate(k_bthk, tables)
         return q_bthk, k_bthk, v_btd.unflatten(-1, (-1, self.value_dim)), inputs_btd
 

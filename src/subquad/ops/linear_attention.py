@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.core.state import precise
+from subquad.ops import ssd
 
 CHUNK = 64
 
@@ -49,6 +50,28 @@ def equation(
     return torch.stack(out, 1).to(q_bthf.dtype), state_bgfv
 
 
+def scan(
+    q_bthf: Tensor,
+    k_btgf: Tensor,
+    v_btgv: Tensor,
+    state_bgfv: Tensor,
+    *,
+    valid_bt: Tensor | None = None,
+    documents_bt: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and final state of `equation` where queries and keys stand together: `ssd.scan` that forgets nothing.
+
+    So whatever runs that runs this, in the same precision; `valid_bt` and `documents_bt` mean what they mean there.
+    The heads of a group share keys and values, but each sums a state of its own, of which the first is returned.
+    """
+    h, g = q_bthf.shape[2], k_btgf.shape[2]
+    g_bth = torch.zeros(q_bthf.shape[:3], dtype=precise(k_btgf.dtype), device=q_bthf.device)
+    state_bhfv = state_bgfv.repeat_interleave(h // g, 1)
+    where = {"valid_bt": valid_bt, "documents_bt": documents_bt}
+    y_bthv, end_bhfv = ssd.scan(q_bthf, k_btgf, v_btgv, g_bth, state_bhfv, **where)
+    return y_bthv, end_bhfv[:, :: h // g]
+
+
 def chunked(
     q_bthf: Tensor,
     k_btgf: Tensor,
@@ -58,7 +81,10 @@ def chunked(
     q_documents_bt: Tensor | None = None,
     k_documents_bt: Tensor | None = None,
 ) -> Tensor:
-    """The outputs of `equation` by chunks of 64 tokens, all chunks at once, in at least float32; the same arguments."""
+    """The outputs of `equation` by chunks of 64 tokens, all chunks at once, in at least float32; the same arguments.
+
+    In PyTorch alone, and the only form for keys that lag behind their queries, with documents of their own.
+    """
     _, t, h, _ = q_bthf.shape
     g, wide = k_btgf.shape[2], precise(q_bthf.dtype)
     with torch.autocast(q_bthf.device.type, enabled=False):

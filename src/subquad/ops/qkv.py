@@ -64,7 +64,7 @@ class QKV(nn.Module):
         """Queries and keys at their positions."""
         if self.rotary is None:
             return q_bthk, k_btgk
-        tables = rope.tables(self.rotary, layout.positions_bt, q_bthk.dtype)
+        tables = rope.tables(self.rotary, layout, q_bthk.dtype)
         return rope.rotate(q_bthk, tables), rope.rotate(k_btgk, tables)
 
     @torch.no_grad()

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from subquad.core.attention import RotarySpec
 from subquad.core.errors import ConfigError, UnsupportedError, nearest
+from subquad.core.layout import Layout
 from subquad.core.state import precise
 
 
-def frequencies(spec: RotarySpec, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
+def frequencies(
+    spec: RotarySpec, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> tuple[Tensor, float]:
     """Angular frequency of each rotated pair, in radians a position, and the factor on cosine and sine.
 
     Plain RoPE is ``theta ** (-2 i / dim)`` (arXiv 2104.09864, section 3.2.2). ``linear`` divides every frequency by
@@ -23,6 +26,7 @@ def frequencies(spec: RotarySpec, *, dtype: torch.dtype = torch.float32) -> tupl
     Args:
         spec: what to compute.
         dtype: arithmetic of the frequencies; float32 reproduces the published checkpoints.
+        device: where to compute them, by default the CPU.
 
     Returns:
         ``[dim / 2]`` frequencies and the factor.
@@ -33,7 +37,7 @@ def frequencies(spec: RotarySpec, *, dtype: torch.dtype = torch.float32) -> tupl
     """
     if spec.dim % 2:
         raise ConfigError(f"rotary dim={spec.dim} must be even; give the number of rotated channels of a head")
-    plain = 1.0 / spec.theta ** (torch.arange(0, spec.dim, 2, dtype=torch.int64).to(dtype) / spec.dim)
+    plain = 1.0 / spec.theta ** (torch.arange(0, spec.dim, 2, dtype=torch.int64, device=device).to(dtype) / spec.dim)
     kind = spec.scaling.get("rope_type", "default")
 
     def parameter(name: str, default: float | None = None) -> float:
@@ -67,7 +71,7 @@ def frequencies(spec: RotarySpec, *, dtype: torch.dtype = torch.float32) -> tupl
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, spec.dim - 1)
         width = high - low if high != low else 0.001
-        slow_share = ((torch.arange(spec.dim // 2, dtype=dtype) - low) / width).clamp(0, 1)
+        slow_share = ((torch.arange(spec.dim // 2, dtype=dtype, device=device) - low) / width).clamp(0, 1)
 
         def scale_of(weight: float) -> float:
             return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -84,22 +88,35 @@ def frequencies(spec: RotarySpec, *, dtype: torch.dtype = torch.float32) -> tupl
     raise ConfigError(f"unknown rope_type {kind!r}{nearest(kind, ('default', 'linear', 'llama3', 'yarn'))}")
 
 
-def tables(spec: RotarySpec, positions_bt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[b, t, 1, dim / 2]`` at integer positions, computed in at least float32 and cast to `dtype`."""
+def tables(spec: RotarySpec, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[b, t, 1, dim / 2]`` at a layout's positions, in at least float32; b is 1 where rows are alike.
+
+    Computed at a layout's first call and kept with it: all layers of a model turn by the same angles.
+
+    Args:
+        spec: the embedding.
+        layout: where the tokens stand.
+        dtype: of what is to be rotated.
+    """
     wide = precise(dtype)
-    freq_f, factor = frequencies(spec, dtype=wide)
-    angle_btf = positions_bt[..., None].to(wide) * freq_f.to(positions_bt.device)
-    return (angle_btf.cos() * factor).to(dtype)[:, :, None], (angle_btf.sin() * factor).to(dtype)[:, :, None]
+
+    def make() -> tuple[Tensor, Tensor]:
+        positions_bt = layout.positions_bt if layout.positions_bt.stride(0) else layout.positions_bt[:1]
+        freq_f, factor = frequencies(spec, dtype=wide, device=positions_bt.device)
+        angle_btf = positions_bt[..., None].to(wide) * freq_f
+        return (angle_btf.cos() * factor)[:, :, None], (angle_btf.sin() * factor)[:, :, None]
+
+    return layout.once((spec.theta, spec.dim, tuple(sorted(spec.scaling.items())), wide), make)
 
 
 def rotate(x_bthk: Tensor, tables_: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the first ``dim`` channels of every head, channel i paired with channel ``i + dim / 2``.
 
     Args:
-        x_bthk: queries or keys.
+        x_bthk: queries or keys; the result is rounded to their dtype once.
         tables_: what `tables` returned for their positions.
     """
     cos, sin = tables_
     half = cos.shape[-1]
     a, b, rest = x_bthk[..., :half], x_bthk[..., half : 2 * half], x_bthk[..., 2 * half :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+    return torch.cat(((a * cos - b * sin).to(x_bthk.dtype), (b * cos + a * sin).to(x_bthk.dtype), rest), dim=-1)

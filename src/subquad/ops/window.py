@@ -74,6 +74,20 @@ class WindowState(State):
         seen_b = torch.zeros(batch, dtype=torch.int64, device=factory["device"])
         return WindowState(window_bgwk, window_bgwk.clone(), sink_bgsk, sink_bgsk.clone(), seen_b)
 
+    @staticmethod
+    def before(k_btgk: Tensor, v_btgv: Tensor, window: int, sinks: int) -> WindowState:
+        """A state before the first token, for keys and values like these."""
+        b, _, g, k = k_btgk.shape
+        v = v_btgv.shape[3]
+        seen_b = torch.zeros(b, dtype=torch.int64, device=k_btgk.device)
+        return WindowState(
+            k_btgk.new_zeros(b, g, window, k),
+            v_btgv.new_zeros(b, g, window, v),
+            k_btgk.new_zeros(b, g, sinks, k),
+            v_btgv.new_zeros(b, g, sinks, v),
+            seen_b,
+        )
+
     def after(self, k_bgtk: Tensor, v_bgtk: Tensor, layout: Layout, n_b: Tensor) -> WindowState:
         """The state after the first `n_b` tokens of a block."""
         kept_bt, continues_b = layout.tail(n_b)
@@ -86,6 +100,60 @@ class WindowState(State):
             fill_sinks(self.sink_v_bgsk, v_bgtk, seen_b, start_b),
             seen_b + kept_b,
         )
+
+
+@dataclass(frozen=True)
+class Far:
+    """How queries weigh the tokens that have left the window.
+
+    Attributes:
+        weight_bthf: logarithm of the weight of each query for each feature.
+        f_btgf: features of the block's keys, none below 0.
+        window_f_bgwf: features of the window before the block, None when nothing stands before it.
+        state_bgfv: ``sum f_j v_j^T`` over the tokens before that window, sinks left out, and as its last channel
+            ``sum f_j``; None when nothing stands before the block.
+        bias_hf: added to `weight_bthf`, which may then be less precise; None is zero.
+    """
+
+    weight_bthf: Tensor
+    f_btgf: Tensor
+    window_f_bgwf: Tensor | None = None
+    state_bgfv: Tensor | None = None
+    bias_hf: Tensor | None = None
+
+    def weights(self) -> Tensor:
+        """Log weights with their bias."""
+        return self.weight_bthf if self.bias_hf is None else self.weight_bthf + self.bias_hf
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """For each column t of a block, the token that leaves the window when t enters it."""
+
+    f_btgf: Tensor
+    v_btgv: Tensor
+    documents_bt: Tensor
+
+
+def leaving(state: WindowState, window_f_bgwf: Tensor, v_bgtv: Tensor, f_bgtf: Tensor, layout: Layout) -> Leaving:
+    """Features and values of what leaves the window; zero features where nothing does, or a sink.
+
+    Args:
+        state: what stands before the block.
+        window_f_bgwf: features of its window.
+        v_bgtv, f_bgtf: values and features of the block.
+        layout: the block's.
+    """
+    t = f_bgtf.shape[2]
+    w, s = window_f_bgwf.shape[2], state.sink_k_bgsk.shape[2]
+    f_btgf = torch.cat((window_f_bgwf, f_bgtf), dim=2)[:, :, :t].transpose(1, 2)
+    v_btgv = torch.cat((state.window_v_bgwk, v_bgtv), dim=2)[:, :, :t].transpose(1, 2)
+    seen_b = state.seen_b
+    past_bw = seen_b[:, None] - w + torch.arange(w, device=seen_b.device)
+    index_bt = torch.cat((past_bw, layout.index_bt(seen_b)), dim=1)[:, :t]
+    documents_bt = layout.positions_bt.new_zeros(layout.shape) if layout.documents_bt is None else layout.documents_bt
+    documents_bt = torch.cat((documents_bt.new_zeros(len(seen_b), w), documents_bt), dim=1)[:, :t]
+    return Leaving(f_btgf * (index_bt >= s)[..., None, None], v_btgv, documents_bt)
 
 
 def band(q_bthk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, state: WindowState, layout: Layout) -> Band:

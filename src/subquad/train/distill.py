@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from subquad.core.attention import RotarySpec
 from subquad.core.layout import Layout
 from subquad.data import TokenStream
 from subquad.models.stack import Stack
+from subquad.ops import rope
 from subquad.train.loop import Stage
 from subquad.train.losses import token_cross_entropy, token_kl
 
@@ -54,6 +56,8 @@ class Distill(Stage):
         blocks = (*teacher.blocks, *student.blocks)
         self._compiled = {id(block): torch.compile(block) for block in blocks} if compile_blocks else {}
         self._recompute = recompute
+        rotaries = (getattr(m, "rotary", None) for model in (teacher, student) for m in model.modules())
+        self._rotaries = [spec for spec in rotaries if isinstance(spec, RotarySpec)]
         student.requires_grad_(True)
         self.new = [p for i in layers for p in student.blocks[i].mixer.parameters()]
         new = {id(p) for p in self.new}
@@ -62,8 +66,15 @@ class Distill(Stage):
 
     def step(self) -> dict[str, Tensor]:
         """One batch."""
-        tokens_bt = next(self.stream).to(self.device, non_blocking=True)
+        tokens_bt = next(self.stream)
+        if self.device.type == "cuda":
+            # A copy from pinned memory waits for nothing, so that this step is queued while the last one runs.
+            tokens_bt = tokens_bt.pin_memory()
+        tokens_bt = tokens_bt.to(self.device, non_blocking=True)
         layout = Layout.dense(*tokens_bt.shape, device=self.device)
+        # Before the blocks, so that no compiled one has a first layer's way of its own.
+        for spec in self._rotaries:
+            rope.tables(spec, layout, self.student.dtype)
         with torch.no_grad():
             target_btd = self.teacher.hidden(tokens_bt, layout, self._run)
         hidden_btd = self.student.hidden(tokens_bt, layout, self._run)

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.core.layout import Layout
 from subquad.core.state import precise
-from subquad.train.precision import operand
-
-LOGITS_AT_ONCE = 2**25
-
-ChunkLoss = Callable[[Tensor, Tensor, slice], Tensor]
-"""Loss summed over a chunk, of its hidden states ``[c, d]``, the head's weight ``[v, d]`` and its place among all."""
+from subquad.ops import linear_loss
 
 
 def scored_bt(layout: Layout) -> Tensor:
@@ -26,40 +17,6 @@ def scored_bt(layout: Layout) -> Tensor:
     if layout.documents_bt is not None:
         next_bt = next_bt & (layout.documents_bt[:, :-1] == layout.documents_bt[:, 1:])
     return F.pad(next_bt, (0, 1))
-
-
-class _Chunked(torch.autograd.Function):
-    """Sum of a loss over chunks whose gradients are made on the way, so that no chunk's logits outlive it."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, loss: ChunkLoss) -> Tensor:
-        needs = [bool(n) for n in ctx.needs_input_grad[:2]]
-        wide = precise(hidden_nd.dtype)
-        total = torch.zeros((), dtype=wide, device=hidden_nd.device)
-        grads = [
-            torch.zeros_like(x, dtype=wide) if n else None for x, n in zip((hidden_nd, weight_vd), needs, strict=True)
-        ]
-        w_vd = operand(weight_vd.detach()).requires_grad_(needs[1])
-        step = max(1, LOGITS_AT_ONCE // len(weight_vd))
-        for start in range(0, len(hidden_nd), step):
-            part = slice(start, min(start + step, len(hidden_nd)))
-            h_cd = hidden_nd[part].detach().requires_grad_(needs[0])
-            with torch.enable_grad():
-                chunk = loss(h_cd, w_vd, part)
-            total += chunk.detach()
-            inputs = [x for x, n in zip((h_cd, w_vd), needs, strict=True) if n]
-            made = iter(torch.autograd.grad(chunk, inputs) if inputs else ())
-            if grads[0] is not None:
-                grads[0][part] = next(made)
-            if grads[1] is not None:
-                grads[1] += next(made)
-        ctx.grads = [None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden_nd, weight_vd), strict=True)]
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (grad,) = grad_outputs
-        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.grads), None
 
 
 def token_kl(
@@ -78,15 +35,8 @@ def token_kl(
         layout: where the tokens stand.
     """
     scored_n = scored_bt(layout).flatten()
-    teacher_nd, teacher_vd = teacher_btd.detach().flatten(0, 1), operand(teacher_head_vd.detach())
-
-    def loss(h_cd: Tensor, w_vd: Tensor, part: slice) -> Tensor:
-        with torch.no_grad():
-            target_cv = _log_softmax(F.linear(teacher_nd[part], teacher_vd))
-        kl_c = F.kl_div(_log_softmax(F.linear(h_cd, w_vd)), target_cv, reduction="none", log_target=True).sum(-1)
-        return (kl_c * scored_n[part]).sum()
-
-    return _Chunked.apply(student_btd.flatten(0, 1), student_head_vd, loss) / scored_n.sum()
+    student_nd, teacher_nd = student_btd.flatten(0, 1), teacher_btd.flatten(0, 1)
+    return linear_loss.kl(student_nd, student_head_vd, teacher_nd, teacher_head_vd, scored_n) / scored_n.sum()
 
 
 def token_cross_entropy(hidden_btd: Tensor, head_vd: Tensor, tokens_bt: Tensor, layout: Layout) -> Tensor:
@@ -100,12 +50,7 @@ def token_cross_entropy(hidden_btd: Tensor, head_vd: Tensor, tokens_bt: Tensor, 
     """
     scored_n = scored_bt(layout).flatten()
     labels_n = tokens_bt.roll(-1, dims=1).flatten()
-
-    def loss(h_cd: Tensor, w_vd: Tensor, part: slice) -> Tensor:
-        nll_c = -_log_softmax(F.linear(h_cd, w_vd)).gather(1, labels_n[part, None])[:, 0]
-        return (nll_c * scored_n[part]).sum()
-
-    return _Chunked.apply(hidden_btd.flatten(0, 1), head_vd, loss) / scored_n.sum()
+    return linear_loss.cross_entropy(hidden_btd.flatten(0, 1), head_vd, labels_n, scored_n) / scored_n.sum()
 
 
 def relative_error(y_btd: Tensor, target_btd: Tensor, layout: Layout) -> Tensor:
@@ -122,7 +67,3 @@ def relative_error(y_btd: Tensor, target_btd: Tensor, layout: Layout) -> Tensor:
     if layout.padded:
         error_bt, norm_bt = error_bt * layout.valid_bt, norm_bt * layout.valid_bt
     return error_bt.sum() / norm_bt.sum()
-
-
-def _log_softmax(logits_cv: Tensor) -> Tensor:
-    return logits_cv.to(precise(logits_cv.dtype)).log_softmax(-1)

@@ -6,17 +6,11 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
     """Matrix products in bfloat16 over float32 weights on a GPU; plain float32 on a CPU, where bfloat16 is slower."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
-
-
-def operand(weight: Tensor) -> Tensor:
-    """`weight` in the type that autocast would give a matrix product, cast once instead of at every use."""
-    return weight.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else weight
 
 
 @contextmanager

@@ -1,0 +1,81 @@
+"""Charts over length, made from a result file and written beside it."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from pathlib import Path
+
+from subquad.bench.results import Result, Row, load_result
+from subquad.evals.figures import Chart, Point, short, svg
+
+OVER_LENGTH = re.compile(r"(?P<what>\w+)\.t(?P<t>\d+)")
+TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
+# As in the reports; a picture has no page to take its colours from.
+STYLE = """<style>
+:root { --text: #1b1f24; --muted: #59636e; --line: #d5dae0; font-family: system-ui, sans-serif;
+  --series-0: #59636e; --series-1: #1f6feb; --series-2: #c2410c; --series-3: #15803d; --series-4: #8b3fd1; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6eaef; --muted: #a3adb8; --line: #38414b;
+  --series-0: #a3adb8; --series-1: #58a6ff; --series-2: #fb923c; --series-3: #4ade80; --series-4: #c792f5; } }
+</style>"""
+
+
+def plots(result: Result) -> dict[str, Chart]:
+    """A chart for each of `TITLES` that was measured at several lengths: ours, every baseline, and the limit.
+
+    A baseline may stand in a row of its own, ``fwd_<baseline>.t<T>``.
+    """
+    found: dict[str, dict[str, list[Point]]] = {}
+    for row in result.rows:
+        match = OVER_LENGTH.fullmatch(row.id.removeprefix(f"{result.bench}."))
+        if match is None or row.unit != "ms":
+            continue
+        what, t = match["what"].partition("_")[0], float(match["t"])
+        if what in TITLES:
+            for name, ms in _points(row):
+                points = found.setdefault(what, {}).setdefault(name, [])
+                if all(x != t for x, _ in points):
+                    points.append((t, ms))
+    charts: dict[str, Chart] = {}
+    for what, series in found.items():
+        lengths = sorted({x for points in series.values() for x, _ in points})
+        if len(lengths) > 1:
+            # A baseline at one length only is in the table.
+            series = {name: sorted(points) for name, points in series.items() if len(points) > 1}
+            title = f"{TITLES[what]} of {result.bench} on {result.env['device']}, {result.env['dtype']}"
+            ticks = [(t, short(t)) for t in lengths]
+            charts[what] = Chart(title, "tokens", "ms", series, log_x=True, log_y=True, ticks=ticks)
+    return charts
+
+
+def refresh_plots(path: Path, *, write: bool = True) -> list[Path]:
+    """Draw the charts of the result file `path` as ``<name>.<what>.svg`` beside it.
+
+    Args:
+        path: a result file.
+        write: draw those that are missing or show other figures; otherwise only name them.
+
+    Returns:
+        The pictures that were missing or showed other figures.
+    """
+    stale: list[Path] = []
+    for what, chart in plots(load_result(path)).items():
+        target = path.with_suffix(f".{what}.svg")
+        # A picture says its figures in words, for those who can't see it.
+        if target.exists() and escape(chart.description(), quote=True) in target.read_text(encoding="utf-8"):
+            continue
+        stale.append(target)
+        if write:
+            head, tag, rest = svg(chart, what).partition(">")
+            target.write_text(f"{head}{tag}\n{STYLE}{rest}", encoding="utf-8")
+    return stale
+
+
+def _points(row: Row) -> list[tuple[str, float]]:
+    points: list[tuple[str, float]] = []
+    if row.limit_share is not None:
+        points.append(("limit", row.value * row.limit_share))
+    points.append(("subquad", row.value))
+    if row.baseline_value is not None:
+        points.append((row.baseline, row.baseline_value))
+    return points

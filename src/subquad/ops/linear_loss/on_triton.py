@@ -1,0 +1,67 @@
+"""Losses of a chunk's logits by Triton kernels, one program a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from subquad.ops import launch
+from subquad.ops.linear_loss import kernels
+
+# Of the matrix products' dtype, once for the student and once for the teacher.
+LOGITS_AT_ONCE = 2**28
+
+BLOCK, WARPS = 4096, 8
+
+
+def refusal(*tensors: Tensor) -> str | None:
+    """Why the kernels can't run, or None when they can."""
+    return launch.refusal(*tensors, widths=())
+
+
+def kl_(logits_cv: Tensor, target_cv: Tensor, scored_c: Tensor) -> Tensor:
+    """`subquad.ops.linear_loss.on_torch.kl_`."""
+    return _kl_(logits_cv, target_cv, scored_c)
+
+
+def cross_entropy_(logits_cv: Tensor, labels_c: Tensor, scored_c: Tensor) -> Tensor:
+    """`subquad.ops.linear_loss.on_torch.cross_entropy_`."""
+    return _cross_entropy_(logits_cv, labels_c, scored_c)
+
+
+@torch.library.custom_op("subquad::linear_loss_kl_", mutates_args=("logits_cv",))
+def _kl_(logits_cv: Tensor, target_cv: Tensor, scored_c: Tensor) -> Tensor:
+    c, v = logits_cv.shape
+    loss_c = launch.scratch(c, like=logits_cv, dtype=torch.float32)
+    if loss_c.numel():
+        kernels.kl_rows[(c,)](
+            logits_cv, target_cv, scored_c, loss_c, logits_cv.stride(0), target_cv.stride(0), v, **_shape(v)
+        )
+    return loss_c
+
+
+@torch.library.custom_op("subquad::linear_loss_cross_entropy_", mutates_args=("logits_cv",))
+def _cross_entropy_(logits_cv: Tensor, labels_c: Tensor, scored_c: Tensor) -> Tensor:
+    c, v = logits_cv.shape
+    loss_c = launch.scratch(c, like=logits_cv, dtype=torch.float32)
+    if loss_c.numel():
+        kernels.cross_entropy_rows[(c,)](logits_cv, labels_c, scored_c, loss_c, logits_cv.stride(0), v, **_shape(v))
+    return loss_c
+
+
+@_kl_.register_fake
+def _(logits_cv: Tensor, target_cv: Tensor, scored_c: Tensor) -> Tensor:
+    return logits_cv.new_empty(len(logits_cv), dtype=torch.float32)
+
+
+@_cross_entropy_.register_fake
+def _(logits_cv: Tensor, labels_c: Tensor, scored_c: Tensor) -> Tensor:
+    return logits_cv.new_empty(len(logits_cv), dtype=torch.float32)
+
+
+def _shape(v: int) -> dict[str, Any]:
+    """Block and warps for rows of `v` logits."""
+    return {"BLOCK": min(BLOCK, triton.next_power_of_2(v)), "num_warps": WARPS}

@@ -1,0 +1,312 @@
+"""SSD in Triton: a segmented scan forward, gradients by chunks; bfloat16 on tensor cores, states in float32.
+
+A sequence is cut into segments, as many as fill the device. One launch walks them all from zero and writes the state
+before each chunk, one joins what the segments add into the states that they meet, and one takes each chunk alone: its
+state and its tokens give its outputs. Backward walks forward for the states and in reverse for their gradients, and one
+launch then takes each chunk alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from subquad.ops import chunks, launch
+from subquad.ops.ssd import kernels as jitted
+
+# Triton's compiler gives what it is handed other types than Python's checkers see.
+kernels: Any = jitted
+
+# What a run without a GPU, under the interpreter, plans for.
+PROCESSORS = 132
+
+
+class Tile(NamedTuple):
+    """How one kernel is cut: tokens a chunk, columns of the values a program, warps, stages of its pipeline."""
+
+    chunk: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The kernels' tiles for one pair of head dims and one dtype."""
+
+    states: Tile
+    outputs: Tile
+    gradients: Tile
+
+
+def tiles(k: int, v: int, dtype: torch.dtype) -> Tiles:
+    """The table of tiles."""
+    width = _power(max(k, v))
+    if dtype == torch.float32:
+        # Exact products take no tensor core; small blocks keep them in registers.
+        tile = Tile(16, min(width, 32), 8, 1)
+        return Tiles(tile, tile, tile)
+    columns = min(width, 64)
+    if width > 128:
+        return Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, columns, 4, 1))
+    return Tiles(Tile(64, columns, 4, 3), Tile(64, columns, 4, 1), Tile(64, columns, 4, 1))
+
+
+def segment(time: int, heads: int, k: int, v: int, dtype: torch.dtype) -> int:
+    """Tokens a segment, a multiple of 128: `heads`, batch times heads, walk every segment at once.
+
+    Three programs a processor hide each other's waits. A segment of less than 256 tokens isn't worth its state.
+    """
+    programs = heads * -(-v // tiles(k, v, dtype).states.columns)
+    segments = max(1, min(3 * _processors() // programs, time // 256))
+    return max(1, -(-time // (128 * segments))) * 128
+
+
+def refusal(*tensors: Tensor) -> str | None:
+    """Why the kernels can't run the operation's arguments, or None."""
+    return launch.refusal(*tensors, widths=(tensors[1].shape[-1], tensors[2].shape[-1]))
+
+
+def scan(
+    q_bthk: Tensor,
+    k_bthk: Tensor,
+    v_bthv: Tensor,
+    g_bth: Tensor,
+    state_bhkv: Tensor,
+    *,
+    valid_bt: Tensor | None = None,
+    documents_bt: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`subquad.ops.ssd.scan` by Triton kernels."""
+    launch.axes(
+        q_bthk=q_bthk, k_bthk=k_bthk, v_bthv=v_bthv, g_bth=g_bth, state_bhkv=state_bhkv,
+        valid_bt=valid_bt, documents_bt=documents_bt,
+    )  # fmt: skip
+    launch.heads(g_bth.shape[2], q_bthk=q_bthk, k_bthk=k_bthk, v_bthv=v_bthv)
+    if g_bth.numel() == 0:
+        return v_bthv.new_empty(*g_bth.shape, v_bthv.shape[-1]), state_bhkv.float()
+    blank = chunks.blank(valid_bt, q_bthk, k_bthk, v_bthv, g_bth)
+    q, k, v = _operands(*blank[:3])
+    y_bthv, end_bhkv = _scan(q, k, v, blank[3].float(), *_rest(q, v, g_bth, state_bhkv, valid_bt, documents_bt))
+    return y_bthv.to(v_bthv.dtype), end_bhkv
+
+
+def final_state(
+    k_bthk: Tensor,
+    v_bthv: Tensor,
+    g_bth: Tensor,
+    state_bhkv: Tensor,
+    *,
+    valid_bt: Tensor | None = None,
+    documents_bt: Tensor | None = None,
+) -> Tensor:
+    """`subquad.ops.ssd.final_state` by Triton kernels; where gradients are asked for, by `scan`."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (k_bthk, v_bthv, g_bth, state_bhkv)):
+        unread = k_bthk.detach()
+        arguments = unread, k_bthk, v_bthv, g_bth, state_bhkv
+        return scan(*arguments, valid_bt=valid_bt, documents_bt=documents_bt)[1]
+    launch.axes(
+        k_bthk=k_bthk, v_bthv=v_bthv, g_bth=g_bth, state_bhkv=state_bhkv, valid_bt=valid_bt, documents_bt=documents_bt
+    )
+    launch.heads(g_bth.shape[2], k_bthk=k_bthk, v_bthv=v_bthv)
+    if g_bth.numel() == 0:
+        return state_bhkv.float()
+    k, v, g = chunks.blank(valid_bt, k_bthk, v_bthv, g_bth)
+    k, v = _operands(k, v)
+    return _final_state(k, v, g.float(), *_rest(k, v, g_bth, state_bhkv, valid_bt, documents_bt))
+
+
+def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`launch.operands`, but float16 as float32: a state that sums up a long sequence overflows float16."""
+    tensors = launch.operands(*tensors)
+    return tuple(x.float() for x in tensors) if tensors[0].dtype == torch.float16 else tensors
+
+
+def _rest(
+    k: Tensor, v: Tensor, g_bth: Tensor, state_bhkv: Tensor, valid_bt: Tensor | None, documents_bt: Tensor | None
+) -> tuple[Tensor, Tensor | None, int]:
+    """What the custom operations take behind the decays: state, documents, tokens a segment."""
+    documents_bt = chunks.settle(documents_bt, valid_bt)
+    if documents_bt is not None:
+        documents_bt = documents_bt.to(torch.int32).contiguous()
+    b, t, h = g_bth.shape
+    return state_bhkv.float().contiguous(), documents_bt, segment(t, b * h, k.shape[-1], v.shape[-1], k.dtype)
+
+
+@torch.library.custom_op("subquad::ssd_scan", mutates_args=())
+def _scan(
+    q_bthk: Tensor, k_bthk: Tensor, v_bthv: Tensor, g_bth: Tensor, state_bhkv: Tensor,
+    documents_bt: Tensor | None, length: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Outputs and final state, by segments of `length` tokens."""
+    (b, t, h), k, v = g_bth.shape, k_bthk.shape[-1], v_bthv.shape[-1]
+    tile = tiles(k, v, q_bthk.dtype)
+    met, end = _walk(k_bthk, v_bthv, g_bth, state_bhkv, documents_bt, length, tile.states, between=tile.outputs.chunk)
+    y = launch.scratch(b, t, h, v, like=v_bthv, dtype=v_bthv.dtype)
+    programs = b * h * -(-t // tile.outputs.chunk) * -(-v // tile.outputs.columns)
+    kernels.outputs[(programs,)](
+        q_bthk, k_bthk, v_bthv, g_bth, _documents(documents_bt, g_bth), *met, y,
+        t, h, b * h, length // tile.outputs.chunk, *_shared(h, q_bthk, k_bthk, v_bthv),
+        *_strides(q_bthk, k_bthk, v_bthv), *g_bth.stride(),
+        **_blocks(k, v, tile.outputs, q_bthk.dtype), BV=tile.outputs.columns, DOCUMENTS=documents_bt is not None,
+    )  # fmt: skip
+    return y, end
+
+
+@_scan.register_fake
+def _(
+    q_bthk: Tensor, k_bthk: Tensor, v_bthv: Tensor, g_bth: Tensor, state_bhkv: Tensor,
+    documents_bt: Tensor | None, length: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return v_bthv.new_empty(*g_bth.shape, v_bthv.shape[-1]), torch.empty_like(state_bhkv)
+
+
+@torch.library.custom_op("subquad::ssd_final_state", mutates_args=())
+def _final_state(
+    k_bthk: Tensor, v_bthv: Tensor, g_bth: Tensor, state_bhkv: Tensor, documents_bt: Tensor | None, length: int
+) -> Tensor:
+    tile = tiles(k_bthk.shape[-1], v_bthv.shape[-1], k_bthk.dtype).states
+    return _walk(k_bthk, v_bthv, g_bth, state_bhkv, documents_bt, length, tile)[1]
+
+
+@_final_state.register_fake
+def _(
+    k_bthk: Tensor, v_bthv: Tensor, g_bth: Tensor, state_bhkv: Tensor, documents_bt: Tensor | None, length: int
+) -> Tensor:
+    return torch.empty_like(state_bhkv)
+
+
+@torch.library.custom_op("subquad::ssd_scan_backward", mutates_args=())
+def _scan_backward(
+    dy_bthv: Tensor, dend_bhkv: Tensor, q_bthk: Tensor, k_bthk: Tensor, v_bthv: Tensor, g_bth: Tensor,
+    state_bhkv: Tensor, documents_bt: Tensor | None, length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, g and the first state."""
+    (b, t, h), k, v = g_bth.shape, k_bthk.shape[-1], v_bthv.shape[-1]
+    tile = tiles(k, v, q_bthk.dtype)
+    chunk, columns = tile.gradients.chunk, tile.gradients.columns
+    blocks = -(-max(k, v) // columns)
+    groups = k_bthk.shape[2]
+    if groups != v_bthv.shape[2] or blocks > 1:
+        # The gradients that one program has go to different heads, or are not all: they are added up afterwards.
+        groups = h
+    met, _ = _walk(k_bthk, v_bthv, g_bth, state_bhkv, documents_bt, length, tile.states, between=chunk)
+    dmet, dstate = _walk(
+        q_bthk, dy_bthv, g_bth, dend_bhkv, documents_bt, length, tile.states, between=chunk, reverse=True
+    )
+    made: list[Tensor] = []
+    for x, heads in ((q_bthk, h), (k_bthk, groups), (v_bthv, groups)):
+        # What is still to be added up over heads is not rounded before.
+        kind = x.dtype if heads == x.shape[2] else torch.float32
+        made.append(launch.scratch(b, t, heads, x.shape[-1], like=x, dtype=kind))
+    dg = launch.scratch(blocks, b, t, h, like=g_bth, dtype=torch.float32)
+    kernels.gradients[(b * groups * -(-t // chunk) * blocks,)](
+        q_bthk, k_bthk, v_bthv, g_bth, dy_bthv, _documents(documents_bt, g_bth), *met, *dmet, *made, dg,
+        t, h, b * h, length // chunk, groups, *_shared(h, q_bthk, k_bthk, v_bthv),
+        *_strides(q_bthk, k_bthk, v_bthv, dy_bthv), *g_bth.stride(),
+        **_blocks(k, v, tile.gradients, q_bthk.dtype), BV=_power(v), COLUMNS=columns, BLOCKS=blocks,
+        GROUPED=groups < h, DOCUMENTS=documents_bt is not None,
+    )  # fmt: skip
+    dq, dk, dv = (_gather(d, x) for d, x in zip(made, (q_bthk, k_bthk, v_bthv), strict=True))
+    return dq, dk, dv, dg[0] if blocks == 1 else dg.sum(0), dstate
+
+
+@_scan_backward.register_fake
+def _(
+    dy_bthv: Tensor, dend_bhkv: Tensor, q_bthk: Tensor, k_bthk: Tensor, v_bthv: Tensor, g_bth: Tensor,
+    state_bhkv: Tensor, documents_bt: Tensor | None, length: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv, dg = (x.new_empty(x.shape) for x in (q_bthk, k_bthk, v_bthv, g_bth))
+    return dq, dk, dv, dg, torch.empty_like(dend_bhkv)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.length = inputs[-1]
+
+
+def _backward(ctx: Any, dy: Tensor | None, dend: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, state, documents = ctx.saved_tensors
+    read = torch.zeros(*g.shape, v.shape[-1], dtype=v.dtype, device=v.device) if dy is None else dy
+    read = read if read.stride(-1) == 1 else read.contiguous()
+    kept = torch.zeros_like(state) if dend is None else dend.contiguous()
+    return *_scan_backward(read, kept, q, k, v, g, state, documents, ctx.length), None, None
+
+
+_scan.register_autograd(_backward, setup_context=_remember)
+
+
+class Met(NamedTuple):
+    """What `kernels.states` leaves of a walk: the states before chunks are `between` + `passed` times `entering`."""
+
+    between: Tensor
+    passed: Tensor
+    entering: Tensor
+
+
+def _walk(
+    x: Tensor, u: Tensor, g: Tensor, first: Tensor, documents: Tensor | None, length: int, tile: Tile, *,
+    between: int = 0, reverse: bool = False,
+) -> tuple[Met, Tensor]:  # fmt: skip
+    """Walk all segments from the state `first`; the states before chunks of `between` tokens, and the last state."""
+    (b, t, h), k, v = g.shape, x.shape[-1], u.shape[-1]
+    slots = -(-t // length)
+    chunk = between or tile.chunk
+    total = -(-t // chunk)
+    added = launch.scratch(slots, b, h, k, v, like=g, dtype=torch.float32)
+    decay = launch.scratch(slots, b, h, like=g, dtype=torch.float32)
+    states = launch.scratch(b, h, total if between else 0, k, v, like=g, dtype=x.dtype)
+    passed = launch.scratch(b, h, total if between else 0, like=g, dtype=torch.float32)
+    kernels.states[(b * h * slots * -(-v // tile.columns),)](
+        x, u, g, _documents(documents, g), states, passed, added, decay,
+        t, h, b * h, length // chunk, slots, *_shared(h, x, u), *_strides(x, u), *g.stride(),
+        **_blocks(k, v, tile._replace(chunk=chunk), x.dtype), BV=tile.columns, DOCUMENTS=documents is not None,
+        REVERSE=reverse, BETWEEN=between > 0,
+    )  # fmt: skip
+    entering = launch.scratch(slots, b, h, k, v, like=g, dtype=x.dtype)
+    last = torch.empty_like(first)
+    block = min(1024, _power(k * v))
+    kernels.combine[(b * h * -(-k * v // block),)](
+        added, decay, first, entering, last, b * h, slots, SIZE=k * v, BLOCK=block, num_warps=4
+    )
+    return Met(states, passed, entering), last
+
+
+def _blocks(k: int, v: int, tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "K": k, "V": v, "BK": _power(k), "C": tile.chunk, "PRECISION": launch.precision(dtype),
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+
+
+def _gather(gradient: Tensor, x: Tensor) -> Tensor:
+    """Add up a gradient over the heads that share one of `x`."""
+    if gradient.shape == x.shape:
+        return gradient
+    return gradient.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
+
+
+def _documents(documents: Tensor | None, g: Tensor) -> Tensor:
+    return g if documents is None else documents
+
+
+def _shared(h: int, *tensors: Tensor) -> list[int]:
+    return [h // x.shape[2] for x in tensors]
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [step for x in tensors for step in x.stride()[:3]]
+
+
+def _power(n: int) -> int:
+    """The next power of two, at least the 16 that a tensor core takes."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+@torch.compiler.assume_constant_result
+def _processors() -> int:
+    if not torch.cuda.is_available():
+        return PROCESSORS
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

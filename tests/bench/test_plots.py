@@ -1,0 +1,70 @@
+"""Charts hold the figures of their result file, and the committed ones are up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+from subquad.bench.plots import plots, refresh_plots
+from subquad.bench.results import Result, environment, make_row
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench/results"
+
+
+def result(lengths: tuple[int, ...]) -> Result:
+    rows = [make_row("ops.some.step.b64", 0.1, "ms", "lower", baseline="copy", baseline_value=0.09)]
+    for t in lengths:
+        rows += [
+            make_row(
+                f"ops.some.fwd.t{t}", t / 100, "ms", "lower", baseline="fla", baseline_value=t / 50, limit_share=0.5
+            ),
+            make_row(f"ops.some.fwd_sdpa.t{t}", t / 100, "ms", "lower", baseline="SDPA", baseline_value=t / 10),
+        ]
+    rows.append(make_row("ops.some.fwd_torch.t100", 1.0, "ms", "lower", baseline="PyTorch", baseline_value=7.0))
+    return Result("ops.some", "subquad bench ops/some", environment(torch.device("cpu"), torch.float32), rows)
+
+
+def test_ours_every_baseline_and_the_limit_over_length() -> None:
+    (chart,) = plots(result((100, 400))).values()
+    assert chart.series == {
+        "limit": [(100, 0.5), (400, 2)],
+        "subquad": [(100, 1), (400, 4)],
+        "fla": [(100, 2), (400, 8)],
+        "SDPA": [(100, 10), (400, 40)],
+    }
+    assert chart.log_x and chart.log_y and [name for _, name in chart.ticks] == ["100", "400"]
+
+
+def saved(made: Result, folder: Path) -> Path:
+    path = folder / "ops.some.cpu.json"
+    made.save(path)
+    return path
+
+
+def test_one_length_is_no_chart(tmp_path: Path) -> None:
+    assert plots(result((100,))) == {} and refresh_plots(saved(result((100,)), tmp_path)) == []
+
+
+def test_a_picture_stands_alone(tmp_path: Path) -> None:
+    (path,) = refresh_plots(saved(result((100, 400)), tmp_path))
+    assert path == tmp_path / "ops.some.cpu.fwd.svg"
+    text = path.read_text()
+    assert ElementTree.fromstring(text).tag.endswith("svg")
+    used = {part.split(")")[0] for part in text.split("var(")[1:]}
+    assert used and all(f"{name}:" in text for name in used)
+
+
+def test_a_picture_is_drawn_again_when_the_figures_change(tmp_path: Path) -> None:
+    (path,) = refresh_plots(saved(result((100, 400)), tmp_path))
+    before = path.read_text()
+    assert refresh_plots(tmp_path / "ops.some.cpu.json") == []
+    saved(result((100, 800)), tmp_path)
+    assert refresh_plots(tmp_path / "ops.some.cpu.json", write=False) == [path] and path.read_text() == before
+    assert refresh_plots(tmp_path / "ops.some.cpu.json") == [path] and path.read_text() != before
+
+
+def test_committed_pictures_show_the_committed_figures() -> None:
+    stale = [made.name for path in sorted(RESULTS.glob("*.json")) for made in refresh_plots(path, write=False)]
+    assert stale == [], "run `subquad bench --tables`"

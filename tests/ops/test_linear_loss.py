@@ -1,0 +1,186 @@
+"""Losses of a linear head: both implementations against the definition, gradients included."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad.core.errors import UnsupportedError
+from subquad.ops import backends, launch, linear_loss
+
+# Where kernels run: on a GPU, or interpreted.
+RUNS = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or backends.interpreted())
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(not RUNS, reason="no Triton that runs here"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Behind the end of a row stands minus infinity, whose differences the interpreter's numpy warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+N = 9
+LOSSES = ("kl", "cross_entropy")
+SCORED = torch.tensor([1, 1, 0, 1, 1, 1, 0, 1, 1], dtype=torch.bool, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "poison", True)
+
+
+def arguments(loss: str, v: int, dtype: torch.dtype = torch.float64, spread: float = 1.0) -> dict[str, Tensor]:
+    """Hidden states of width 16 (the teacher's 24) whose logits have a standard deviation of `spread`."""
+    rng = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=rng)
+
+    made = {"hidden_nd": rand(N, 16), "head_vd": spread * rand(v, 16) / 4}
+    if loss == "kl":
+        made |= {"target_nd": rand(N, 24), "target_head_vd": spread * rand(v, 24) / 24**0.5}
+    return {name: x.to(DEVICE, dtype) for name, x in made.items()}
+
+
+def options(loss: str, v: int) -> dict[str, Tensor]:
+    labels_n = torch.randint(v, (N,), generator=torch.Generator().manual_seed(1))
+    return {"scored_n": SCORED} | ({"labels_n": labels_n.to(DEVICE)} if loss == "cross_entropy" else {})
+
+
+def results(function: Callable[..., Tensor], values: dict[str, Tensor], **rest: Any) -> list[Tensor]:
+    """The loss, and its gradients with respect to hidden states and head."""
+    x, w = (values[name].clone().requires_grad_() for name in ("hidden_nd", "head_vd"))
+    total = function(**(values | {"hidden_nd": x, "head_vd": w}), **rest)
+    return [total.detach(), *torch.autograd.grad(3 * total, (x, w))]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("tokens", [1, 4, 1000])
+def test_chunks_equal_the_definition(loss: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_loss.on_torch, "LOGITS_AT_ONCE", tokens * 37)
+    values, rest = arguments(loss, 37), options(loss, 37)
+    got = results(getattr(linear_loss, loss), values, **rest)
+    want = results(getattr(linear_loss.equation, loss), values, **rest)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+@pytest.mark.parametrize(("v", "block"), [(37, 4096), (64, 16), (100, 32)])
+@pytest.mark.parametrize("backend", [TRITON])
+def test_kernels_in_float32(
+    loss: str, v: int, block: int, spread: float, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the error of the definition in float32, or a few roundings of the largest logit, which is 4 spreads."""
+    from subquad.ops.linear_loss import on_triton
+
+    monkeypatch.setattr(on_triton, "BLOCK", block)
+    monkeypatch.setattr(on_triton, "LOGITS_AT_ONCE", 4 * v)
+    single, rest = arguments(loss, v, torch.float32, spread), options(loss, v)
+    exact = {name: x.double() for name, x in single.items()}
+    with backends.use(backend):
+        got = results(getattr(linear_loss, loss), single, **rest)
+    equation = getattr(linear_loss.equation, loss)
+    naive = results(equation, single, **rest, dtype=torch.float32)
+    want = results(equation, exact, **rest)
+    for a, b, c in zip(got, naive, want, strict=True):
+        assert a.dtype == torch.float32
+        assert error(a, c) <= max(2 * error(b, c), 4 * spread * 2**-24)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+def test_bfloat16_is_better_than_the_naive_form(loss: str, backend: str) -> None:
+    values, rest = arguments(loss, 300, torch.bfloat16), options(loss, 300)
+    with backends.use(backend):
+        got = results(getattr(linear_loss, loss), values, **rest)
+    equation = getattr(linear_loss.equation, loss)
+    naive = results(equation, values, **rest, dtype=torch.bfloat16)
+    want = results(equation, {name: x.double() for name, x in values.items()}, **rest)
+    assert got[0].dtype == torch.float32
+    for a, b, c in zip(got, naive, want, strict=True):
+        # Triton's interpreter rounds to bfloat16 towards zero, by up to 2^-7 and half of that in the mean.
+        truncated = 2**-8 if backend == "triton" and DEVICE == "cpu" else 0
+        assert error(a, c) <= max(2 * error(b, c), 2**-9) + truncated
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autocast_is_that_of_a_matrix_product(loss: str, backend: str) -> None:
+    values, rest = arguments(loss, 50, torch.float32), options(loss, 50)
+    rounded = {name: x.bfloat16() for name, x in values.items()}
+    with backends.use(backend), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = results(getattr(linear_loss, loss), values, **rest)
+    with backends.use(backend):
+        want = results(getattr(linear_loss, loss), rounded, **rest)
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=0)
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.bfloat16(), b, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(backend: str) -> None:
+    """To the second order of the rounding of both normalisers; to the first it would be 1e-7 a token."""
+    values = arguments("kl", 200, torch.float32, spread=10.0)
+    x, w = values["hidden_nd"], values["head_vd"]
+    with backends.use(backend):
+        total, of_x, of_w = results(
+            linear_loss.kl, {"hidden_nd": x, "head_vd": w, "target_nd": x, "target_head_vd": w}, scored_n=SCORED
+        )
+    assert total.abs() <= 1e-12
+    assert of_x.abs().max() == of_w.abs().max() == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_is_not_scored_is_not_read(loss: str, backend: str) -> None:
+    values, rest = arguments(loss, 40, torch.float32), options(loss, 40)
+    kept = SCORED.nonzero()[:, 0]
+    few = {name: x[kept] if name.endswith("nd") and "head" not in name else x for name, x in values.items()}
+    alone = {name: x[kept] for name, x in rest.items()}
+    with backends.use(backend):
+        total, of_x, of_w = results(getattr(linear_loss, loss), values, **rest)
+        want, of_few, of_head = results(getattr(linear_loss, loss), few, **alone)
+    torch.testing.assert_close(total, want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(of_x[kept], of_few, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(of_w, of_head, rtol=1e-5, atol=1e-6)
+    assert of_x[~SCORED].abs().max() == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+@pytest.mark.parametrize("name", ["hidden_nd", "target_nd"])
+def test_nan_is_never_a_number(name: str, backend: str) -> None:
+    values = arguments("kl", 40, torch.float32)
+    values[name][3, 2] = torch.nan
+    with backends.use(backend):
+        total, of_x, _ = results(linear_loss.kl, values, scored_n=SCORED)
+    assert total.isnan()
+    assert of_x[3].isnan().all()
+    assert of_x[4].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+def test_no_tokens_and_frozen_weights(backend: str) -> None:
+    values = arguments("kl", 40, torch.float32)
+    with backends.use(backend):
+        assert not linear_loss.kl(**values, scored_n=SCORED).requires_grad
+        x = values["hidden_nd"].requires_grad_()
+        linear_loss.kl(**values, scored_n=SCORED).backward()
+        assert x.grad is not None
+        assert values["head_vd"].grad is None
+        none = values | {"hidden_nd": x[:0], "target_nd": values["target_nd"][:0]}
+        assert linear_loss.kl(**none, scored_n=SCORED[:0]) == 0
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+def test_the_kernels_refuse_float64(backend: str) -> None:
+    with backends.use(backend), pytest.raises(UnsupportedError, match="linear_loss on triton: .*float64"):
+        linear_loss.kl(**arguments("kl", 40), scored_n=SCORED)
