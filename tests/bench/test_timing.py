@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +25,73 @@ def test_contenders_take_turns_and_see_every_copy() -> None:
     warm, measured = [("a", 1.0), ("b", 1.0)], one["a"] + one["b"]
     assert calls == warm + measured + one["a"] + one["b"] + one["b"] + one["a"] + one["a"] + one["b"]
     assert times.how == "calls" and {name: len(reps) for name, reps in times.reps.items()} == {"a": 3, "b": 3}
+
+
+class Recorder:
+    """Stands for CUDA: a graph runs what was called inside `graph` again, an event has the time of its recording."""
+
+    recording: Recorder | None = None
+
+    def __init__(self, **_: object) -> None:
+        self.calls: list[Callable[[], object]] = []
+        self.at = 0.0
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Recorder) -> float:
+        return (end.at - self.at) * 1e3
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    @contextmanager
+    def graph(recorder: Recorder) -> Generator[None]:
+        Recorder.recording = recorder
+        try:
+            yield
+        finally:
+            Recorder.recording = None
+
+    for name, fake in {"CUDAGraph": Recorder, "Event": Recorder, "graph": graph}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("synchronize", "Stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: nullcontext())
+    return torch.device("cuda")
+
+
+def sleeper(seconds: float, counts: list[int], *, recordable: bool = True) -> Callable[..., None]:
+    def work(*_: object) -> None:
+        if Recorder.recording is not None:
+            if not recordable:
+                raise RuntimeError("not while a stream records\nmore")
+            Recorder.recording.calls.append(work)
+            return
+        counts[0] += 1
+        time.sleep(seconds)
+
+    return work
+
+
+def test_graphs_are_replayed_and_a_call_is_what_is_told(cuda: torch.device) -> None:
+    counts = [0]
+    times = race({"a": sleeper(0.002, counts), "b": sleeper(0.0, [0])}, [(torch.ones(1),)] * 3, cuda, reps=2)
+    # Three to warm up, three to see how long they take, then the first replay, the one that is measured, and the two.
+    assert times.how == "graph" and counts[0] == 3 + 3 + 4 * 3
+    assert 2 <= times.median("a") < 20
+
+
+def test_when_one_is_not_recorded_none_is(cuda: torch.device) -> None:
+    contenders = {"a": sleeper(0.0, [0]), "b": sleeper(0.0, [0], recordable=False)}
+    times = race(contenders, [(torch.ones(1),)], cuda, reps=2)
+    assert times.how == "calls, since a graph was not recorded: not while a stream records"
 
 
 def test_slow_contenders_have_fewer_repetitions_but_five() -> None:

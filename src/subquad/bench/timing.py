@@ -127,7 +127,7 @@ class _Graph(_Calls):
 
     def __init__(self, fn: Call, copies: Sequence[tuple[Tensor, ...]], device: torch.device) -> None:
         super().__init__(fn, copies, device)
-        once = max(self.measure() * len(copies), 1e-3)
+        once = max(_Calls(fn, copies, device).measure() * len(copies), 1e-3)
         rounds = min(max(math.ceil(1.0 / once), 1), 20)
         self.calls = rounds * len(copies)
         self._graph = torch.cuda.CUDAGraph()

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from subquad.core.attention import AttentionStats, AttentionWeights

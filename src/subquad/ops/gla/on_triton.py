@@ -24,12 +24,14 @@ class Tiling(NamedTuple):
         k, v: channels of a block.
         warps: of a program.
         stages: of the pipeline.
+        registers: of a thread at most, so that more programs share a processor; None leaves it to ptxas.
     """
 
     k: int
     v: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def tiling(kernel: str, k: int, v: int, dtype: torch.dtype) -> Tiling:
@@ -37,16 +39,16 @@ def tiling(kernel: str, k: int, v: int, dtype: torch.dtype) -> Tiling:
     k, v = _block(k), _block(v)
     if dtype == torch.float32:
         return Tiling(min(k, 32), min(v, 32), 8, 1 if kernel != "states" else 3)
-    widest_k, widest_v, warps, stages = TABLE[kernel]
-    return Tiling(min(k, widest_k), min(v, widest_v), warps, stages)
+    widest = TABLE[kernel]
+    return widest._replace(k=min(k, widest.k), v=min(v, widest.v))
 
 
 TABLE = {
-    "products": (64, 128, 4, 1),
-    "states": (16, 128, 4, 4),
-    "weights": (64, 0, 4, 1),
-    "outputs": (64, 128, 4, 2),
-    "gradients": (64, 64, 4, 1),
+    "products": Tiling(64, 128, 4, 1),
+    "states": Tiling(16, 128, 4, 4),
+    "weights": Tiling(64, 0, 4, 1),
+    "outputs": Tiling(64, 128, 4, 2),
+    "gradients": Tiling(64, 64, 8, 1),
 }
 
 
@@ -125,7 +127,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 def _options(dtype: torch.dtype, documents_bt: Tensor | None, tiles: Tiling) -> dict[str, Any]:
     precision = launch.precision(dtype)
-    return {
+    return ({} if tiles.registers is None else {"maxnreg": tiles.registers}) | {
         "DOCUMENTS": documents_bt is not None,
         "PRECISION": precision,
         # Sums of log decays are exponents: TF32's eleven bits are too few for them.
@@ -137,7 +139,9 @@ def _options(dtype: torch.dtype, documents_bt: Tensor | None, tiles: Tiling) -> 
 
 def _masks(like: Tensor) -> Tensor:
     """What the kernels sum up with, ``[levels, c, c]``."""
-    made = launch.scratch(LEVELS + 2, CHUNK, CHUNK, like=like, dtype=like.dtype)
+    # float16 holds log decays of the kernels' range to 11 bits, bfloat16 to 8.
+    dtype = torch.float32 if like.dtype == torch.float32 else torch.float16
+    made = launch.scratch(LEVELS + 2, CHUNK, CHUNK, like=like, dtype=dtype)
     kernels.masks[(LEVELS + 2,)](made, C=CHUNK, LEVELS=LEVELS)
     return made
 

@@ -45,11 +45,11 @@ def tiles(k: int, v: int, dtype: torch.dtype) -> Tiles:
     width = _power(max(k, v))
     if dtype == torch.float32:
         # Exact products take no tensor core; small blocks keep them in registers.
-        tile = Tile(16, min(width, 32), 8, 1)
+        tile = Tile(32 if width <= 64 else 16, min(width, 32), 8, 1)
         return Tiles(tile, tile, tile)
     columns = min(width, 64)
     if width > 128:
-        return Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, columns, 4, 1))
+        return Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(64, 32, 8, 1))
     return Tiles(Tile(64, columns, 4, 3), Tile(64, columns, 4, 1), Tile(64, columns, 4, 1))
 
 

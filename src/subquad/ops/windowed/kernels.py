@@ -68,6 +68,15 @@ def log_weights(weight, bias, ff, live, F: tl.constexpr, BF: tl.constexpr, BIAS:
 
 
 @triton.jit
+def band(gap, W: tl.constexpr, BC: tl.constexpr):
+    """Where the first tile is near; of later ones every key is, that the window still reaches."""
+    near = gap >= 0
+    if W < BC:
+        near = near & (gap < W)
+    return near
+
+
+@triton.jit
 def scores(q_ik, k_nk, near, scale, PRECISION: tl.constexpr):
     """Scaled products, minus infinity where they do not count."""
     return tl.where(near, dot(q_ik, tl.trans(k_nk), PRECISION) * scale, float("-inf"))
@@ -206,7 +215,7 @@ def forward(
     there = (token >= 0) & (token < N) & (token + base >= 0)
     k_nk = load(k + i[:, None] * k_t, there, kk, K, BK)
     v_nv = load(v + i[:, None] * v_t, there, vv, V, BV)
-    score = scores(q_ik, k_nk, (gap >= 0) & (gap < W) & there[None, :], scale, PRECISION)
+    score = scores(q_ik, k_nk, band(gap, W, BC) & there[None, :], scale, PRECISION)
     if FAR:
         old = there & (token + base >= S)
         far_in = tl.zeros((BC, BC), tl.float32)
@@ -232,7 +241,7 @@ def forward(
         there = (token >= 0) & (token < N) & (token + base >= 0)
         k_nk = load(k + d * BC * k_t + i[:, None] * k_t, there, kk, K, BK)
         v_nv = load(v + d * BC * v_t + i[:, None] * v_t, there, vv, V, BV)
-        score = scores(q_ik, k_nk, (gap >= 0) & (gap < W) & there[None, :], scale, PRECISION)
+        score = scores(q_ik, k_nk, (gap < W) & there[None, :], scale, PRECISION)
         best, mass, acc = _join(score, v_nv, best, mass, acc, PRECISION)
     for x in tl.static_range(0, S, BS):
         slot = x + tl.arange(0, BS)

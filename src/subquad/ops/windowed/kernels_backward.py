@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from subquad.ops.windowed.kernels import VARYING, dot, load, log_weights, matrix, scores, store
+from subquad.ops.windowed.kernels import VARYING, band, dot, load, log_weights, matrix, scores, store
 
 
 @triton.jit(do_not_specialize=VARYING)
 def queries(
-    q, k, v, weight, bias, f, sink_k, sink_v, seen, state, norm, y, dy, rows, delta, dq, dweight, dsink_k, dsink_v,
+    q, k, v, weight, bias, f, sink_k, sink_v, seen, state, norm, y, dy, rows, delta, dq, dweight, dbias, dsink_k, dsink_v,
     T, N, H, R, NC, P, origin, SN, ROWS, scale,
     q_b, q_t, q_h, k_b, k_t, k_g, v_b, v_t, v_g, w_b, w_t, w_h, f_b, f_t, f_g, sk_b, sk_n, sk_g, sv_b, sv_n, sv_g,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
@@ -46,7 +46,7 @@ def queries(
     there = (token >= 0) & (token < N) & (token + base >= 0)
     k_nk = load(k + i[:, None] * k_t, there, kk, K, BK)
     v_nv = load(v + i[:, None] * v_t, there, vv, V, BV)
-    score = scores(q_ik, k_nk, (gap >= 0) & (gap < W) & there[None, :] & live[:, None], scale, PRECISION)
+    score = scores(q_ik, k_nk, band(gap, W, BC) & there[None, :] & live[:, None], scale, PRECISION)
     dp = dot(dy_iv, tl.trans(v_nv), PRECISION) - delta_i[:, None]
     dq_ik = dot((tl.exp(score - lse[:, None]) * dp).to(k_nk.dtype), k_nk, PRECISION)
     if FAR:
@@ -68,13 +68,15 @@ def queries(
             dphi = dot(dfar, f_nf, PRECISION) + dot(dy_iv, tl.trans(s_fv), PRECISION) - delta_i[:, None] * z_f
             dw_if = dphi * tl.exp(w_if - top[:, None]) * factor[:, None]
             store(dweight, dw_if, live, ff, F, BF)
+            if BIAS:
+                tl.store(dbias + ((b * H + h) * NC + c) * F + ff, tl.sum(dw_if, 0), mask=ff < F)
     for d in range(1, (BC + W - 2) // BC + 1):
         token = at + d * BC + i
         gap = i[None, :] + d * BC - i[:, None]
         there = (token >= 0) & (token < N) & (token + base >= 0)
         k_nk = load(k + d * BC * k_t + i[:, None] * k_t, there, kk, K, BK)
         v_nv = load(v + d * BC * v_t + i[:, None] * v_t, there, vv, V, BV)
-        score = scores(q_ik, k_nk, (gap >= 0) & (gap < W) & there[None, :] & live[:, None], scale, PRECISION)
+        score = scores(q_ik, k_nk, (gap < W) & there[None, :] & live[:, None], scale, PRECISION)
         dp = dot(dy_iv, tl.trans(v_nv), PRECISION) - delta_i[:, None]
         dq_ik += dot((tl.exp(score - lse[:, None]) * dp).to(k_nk.dtype), k_nk, PRECISION)
     for x in tl.static_range(0, S, BS):
@@ -169,7 +171,7 @@ def keys(
     gap = i[:, None] - i[None, :]
     start = (j - 1) * BC
     live = (start + i >= 0) & (start + i < T)
-    near = (gap >= 0) & (gap < W) & there[:, None] & live[None, :]
+    near = band(gap, W, BC) & there[:, None] & live[None, :]
     left = (gap < 0) & old[:, None] & live[None, :]
     for r in range(0, R):
         h = g * R + r
@@ -203,7 +205,7 @@ def keys(
             delta_i = tl.load(delta + row, mask=live, other=0.0)
             q_ik = load(q + h * q_h + start.to(tl.int64) * q_t, live, kk, K, BK)
             dy_iv = load(dy + (start.to(tl.int64) * H + h) * V, live, vv, V, BV)
-            near = (gap >= 0) & (gap < W) & there[:, None] & live[None, :]
+            near = (gap < W) & there[:, None] & live[None, :]
             p = tl.exp(scores(k_nk, q_ik, near, scale, PRECISION) - lse[None, :])
             dp = dot(v_nv, tl.trans(dy_iv), PRECISION) - delta_i[None, :]
             dk_nk += dot((p * dp).to(q_ik.dtype), q_ik, PRECISION)
