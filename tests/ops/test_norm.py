@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,8 @@ def test_gated_norms_equal_transformers(dtype: torch.dtype) -> None:
     qwen = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
     x, gate = torch.randn(2, 2, 3, 8).to(dtype)
     weight = torch.randn(8).to(dtype)
+    if "group_size" not in inspect.signature(bamba.BambaRMSNormGated).parameters:
+        pytest.skip("transformers before 5.23 norms all groups together")
     theirs = bamba.BambaRMSNormGated(8, group_size=4, eps=1e-5).to(dtype)
     theirs.weight.data.copy_(weight)
     got = norm.gated_rms(x, gate, weight, 1e-5, 2, gate_first=True)
