@@ -161,9 +161,14 @@ def test_unknown_room_names_the_nearest():
         find_rooms([rooms()[0] + "x"])
 
 
-@pytest.mark.parametrize("room", rooms())
-def test_every_room_runs_at_its_small_sizes(room):
-    run_room(room, smoke=True).check(room)
+ROOMS = [(room, "cpu", torch.float32) for room in rooms()]
+if torch.cuda.is_available():
+    ROOMS += [(room, "cuda", torch.bfloat16) for room in find_rooms(["ops"])]
+
+
+@pytest.mark.parametrize(("room", "device", "dtype"), ROOMS, ids=str)
+def test_every_room_runs_at_its_small_sizes(room, device, dtype):
+    run_room(room, device=device, dtype=dtype, smoke=True).check(room)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench/results").glob("*.json")), ids=lambda p: p.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.core.layout import Layout
 from subquad.mixers.attention import Attention
 from subquad.mixers.windowed_linear import WindowedLinear
+from subquad.ops import backends
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -135,3 +138,32 @@ def test_text_too_short_to_have_anything_far_is_refused() -> None:
     stats = AttentionStats(torch.ones(4), torch.ones(4), torch.randn(2, 11, 32, dtype=torch.float64))
     with pytest.raises(ConfigError, match=r"more than window \+ sinks \+ 1 = 11 tokens, got 11"):
         WindowedLinear.from_attention(teacher().weights(), stats, window=8, sinks=2)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or backends.interpreted()),
+    reason="needs Triton, on a GPU or interpreted",
+)
+def test_kernels_read_in_pieces_what_pytorch_reads_whole() -> None:
+    """Training form, prompt with padding, single steps and a block, one after the other."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mixer = WindowedLinear.from_attention(teacher().weights(), window=5, sinks=2, features=6).float().to(device)
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(2, 30, 32, device=device)
+    with backends.use("torch"):
+        want = mixer(x)
+    with backends.use("triton"):
+        torch.testing.assert_close(mixer(x), want, rtol=1e-5, atol=1e-5)
+        state, at_b = mixer.init_state(2), torch.zeros(2, dtype=torch.int64, device=device)
+        for most in (14, 1, 1, 3, 9):
+            n_b = torch.tensor([most, most - 1 if most > 3 else most], device=device)
+            columns_bt = (at_b[:, None] + torch.arange(most, device=device)).clamp(max=29)
+            block = x.gather(1, columns_bt[..., None].expand(-1, -1, 32))
+            y, update = mixer.read(block, state, Layout.ragged(n_b, most, start_b=at_b))
+            state = update.commit()
+            for row, n in enumerate(n_b.tolist()):
+                at = int(at_b[row])
+                torch.testing.assert_close(y[row, :n], want[row, at : at + n], rtol=1e-5, atol=1e-5)
+            at_b = at_b + n_b

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.core.errors import UnsupportedError
 from subquad.ops import backends, launch, short_conv
 
 # Where kernels run: on a GPU, or interpreted.
@@ -127,8 +128,10 @@ def test_kernels_and_their_gradients(
     name: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "poison", True)
-    for constant, value in (("ROWS", 4), ("CHANNELS", 16), ("TILES", 2)):
-        monkeypatch.setattr(short_conv.on_triton, constant, value)
+    from subquad.ops.short_conv import on_triton
+
+    monkeypatch.setattr(on_triton, "FORWARD", on_triton.Tile(4, 16, 2))
+    monkeypatch.setattr(on_triton, "BACKWARD", on_triton.Tile(4, 16, 2))
     form = {"bias": True, "documents": False, "activation": "none", "strided": False} | FORMS[name]
     t, width, d = form["t"], form["width"], 21
     values: dict[str, Tensor | None] = {
@@ -161,6 +164,13 @@ def test_kernels_and_their_gradients(
         assert error <= max(2 * other, rounding), part
 
 
+@pytest.mark.parametrize("backend", [TRITON])
+def test_more_taps_than_the_kernels_hold_are_refused(backend: str) -> None:
+    x, weight, bias, state = (z.float().to(DEVICE) for z in inputs(3, 5))
+    with backends.use(backend), pytest.raises(UnsupportedError, match="up to 4 taps, got 5"):
+        short_conv.parallel(x, weight, bias, state)
+
+
 @pytest.mark.parametrize("backend", ["torch", TRITON])
 def test_no_tokens_and_no_rows(backend: str) -> None:
     x, weight, bias, state = (z.float().to(DEVICE) for z in inputs(3, 4))
@@ -183,5 +193,6 @@ def test_the_form_in_pytorch_has_an_activation_and_one_rounding() -> None:
 def test_compilers_see_what_the_kernels_do(whole: bool) -> None:
     x, weight, bias, state = (z.float().to(DEVICE).requires_grad_() for z in inputs(2, 2))
     documents_bt = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
+    state = state.detach().mT.contiguous().requires_grad_()
     optional = (bias, state, documents_bt) if whole else (None, state, None)
     torch.library.opcheck(short_conv.on_triton._forward, (x, weight, *optional, True))

@@ -16,6 +16,7 @@ from subquad.models.stack import Stack
 from subquad.ops import rope
 from subquad.train.loop import Stage
 from subquad.train.losses import token_cross_entropy, token_kl
+from subquad.train.precision import frozen
 
 
 class Distill(Stage):
@@ -52,8 +53,9 @@ class Distill(Stage):
         assert not mine & theirs, "the student would train its teacher"
         self.teacher, self.student, self.stream, self.labels = teacher.eval(), student, stream, labels
         self.device, self.tokens_per_step = student.device, stream.batch * stream.time
+        self._target = frozen(teacher) if self.device.type == "cuda" else teacher
         # Compiled beside the models, not in them: who uses them afterwards gets them as they were.
-        blocks = (*teacher.blocks, *student.blocks)
+        blocks = (*self._target.blocks, *student.blocks)
         self._compiled = {id(block): torch.compile(block) for block in blocks} if compile_blocks else {}
         self._recompute = recompute
         rotaries = (getattr(m, "rotary", None) for model in (teacher, student) for m in model.modules())
@@ -72,14 +74,14 @@ class Distill(Stage):
             tokens_bt = tokens_bt.pin_memory()
         tokens_bt = tokens_bt.to(self.device, non_blocking=True)
         layout = Layout.dense(*tokens_bt.shape, device=self.device)
-        # Before the blocks, so that no compiled one has a first layer's way of its own.
+        # Before the blocks, for a compiled one finds tables but keeps none.
         for spec in self._rotaries:
             rope.tables(spec, layout, self.student.dtype)
         with torch.no_grad():
-            target_btd = self.teacher.hidden(tokens_bt, layout, self._run)
+            target_btd = self._target.hidden(tokens_bt, layout, self._run)
         hidden_btd = self.student.hidden(tokens_bt, layout, self._run)
         head_vd = self.student.lm_head.weight
-        kl = token_kl(hidden_btd, head_vd, target_btd, self.teacher.lm_head.weight, layout)
+        kl = token_kl(hidden_btd, head_vd, target_btd, self._target.lm_head.weight, layout)
         loss, figures = kl, {"kl": kl.detach()}
         if self.labels:
             cross = token_cross_entropy(hidden_btd, head_vd, tokens_bt, layout)

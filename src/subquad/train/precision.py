@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from typing import TypeVar
 
 import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
     """Matrix products in bfloat16 over float32 weights on a GPU; plain float32 on a CPU, where bfloat16 is slower."""
     return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def frozen(model: M, dtype: torch.dtype = torch.bfloat16) -> M:
+    """`model` with the weights of its linear layers in `dtype`, without gradients; all else is shared with it.
+
+    Under autocast to `dtype` both compute the same numbers, but this one casts no weight in every step.
+    """
+    copy = deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    for module in copy.modules():
+        if isinstance(module, nn.Linear):
+            for name, x in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(x.detach().to(dtype), requires_grad=False))
+    return copy
 
 
 @contextmanager

@@ -47,6 +47,15 @@ def advance_(
 
     Raises:
         ConfigError: shapes that do not fit each other or the pool.
+
+    Example:
+        >>> import torch
+        >>> from subquad.ops.decode import Block, Rule, Weights, advance_, init_pool
+        >>> pool = init_pool(2, block=3, heads=1, key_dim=4, value_dim=4)
+        >>> seen_b, n_b = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        >>> block = Block(*torch.randn(3, 2, 3, 1, 4), torch.zeros(2, 3, 1, 1))
+        >>> advance_(block, pool, Rule(delta=False), Weights(), seen_b, n_b).shape
+        torch.Size([2, 3, 1, 4])
     """
     _check(block, pool, rule, weights, seen_b, n_b, rows_b)
     tensors = block.q_bthk, block.k_bthk, block.v_bthv, block.g_bthk, pool.keys_bnhk, pool.recurrent_bhkv
@@ -91,6 +100,12 @@ def _check(
     if weights.conv_dw is not None:
         channels = sum(x.shape[2] * x.shape[3] for x in (block.q_bthk, block.k_bthk, block.v_bthv))
         width, room = weights.conv_dw.shape[1], pool.inputs_brd.shape[1]
+        dtypes = {x.dtype for x in (block.q_bthk, block.k_bthk, block.v_bthv, pool.inputs_brd)}
+        if len(dtypes) > 1:
+            raise ConfigError(
+                f"block: expected q, k and v of the pool's {pool.inputs_brd.dtype}, got {block.q_bthk.dtype}, "
+                f"{block.k_bthk.dtype} and {block.v_bthv.dtype}; make the pool with their dtype"
+            )
         if weights.conv_dw.shape[0] != channels or pool.inputs_brd.shape[2] != channels:
             raise ConfigError(
                 f"conv_dw: expected the {channels} channels of v, k and q, got {weights.conv_dw.shape[0]} and "

@@ -52,11 +52,12 @@ def _convolved(
         for j in tl.static_range(W - 1):
             source = t + (j - (W - 1))
             slot = (first + source + R) % R
-            mask = at < tl.where((source < 0) & (source >= -held), width, 0)
-            before = tl.load(ring_ptr + slot * D + at, mask=mask, other=0.0).to(tl.float32)
-            if ROWS > 1:
-                mask = at < tl.where((source >= 0) & (source < time), width, 0)
-                before += tl.load(x_ptr + source * stride_t + at, mask=mask, other=0.0).to(tl.float32)
+            if ROWS == 1:
+                ptrs = ring_ptr + slot * D + at
+            else:
+                ptrs = tl.where(source < 0, ring_ptr + slot * D, x_ptr + source * stride_t) + at
+            mask = at < tl.where((source >= -held) & (source < time), width, 0)
+            before = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
             y += before * _across(tl.load(weight_ptr + channels * W + j, mask=known, other=0.0).to(tl.float32), ROWS)
         if BIAS:
             y += _across(tl.load(bias_ptr + channels, mask=known, other=0.0).to(tl.float32), ROWS)
@@ -258,7 +259,8 @@ def advance_kernel(
                 read = tl.where(here, tl.sum(q * seen_k, 1)[None, :], read)
                 if DELTA:
                     found = tl.where(here, tl.sum(k * seen_k, 1)[None, :], found)
-                between = tl.where(j_ >= j, between + tl.sum(tl.where(j_ == j, g, 0.0), 0)[None, :], between)
+                g_j = _clamped(tl.load(g_ptr + j * g_stride_t + kc, mask=in_k, other=0.0).to(tl.float32))
+                between = tl.where(j_ >= j, between + g_j[None, :], between)
         else:
             y = _product(state_t, tl.trans(q), PRECISION) * from_start[None, :]
             # From token j to token i: decays behind j, up to i.
@@ -267,6 +269,9 @@ def advance_kernel(
             if DELTA:
                 u -= _product(state_t, tl.trans(k), PRECISION) * from_start[None, :]
                 found = pair * _product(k, tl.trans(k), PRECISION)
+        if not DELTA:
+            # As laid out as a product: a token's values within one warp.
+            u = tl.where(live[None, :], v, y)
         if SKIP:
             y += skip * v
         if BETA:

@@ -29,13 +29,13 @@ _PRECISION = {torch.float32: "tf32x3", torch.bfloat16: "bf16"}
 override: Tiling | None = None
 
 
-def tiling(k: int, v: int) -> Tiling:
-    """The table: as many value channels as keep a program's part of the state in registers."""
+def tiling(k: int, v: int, time: int, *, key_decay: bool) -> Tiling:
+    """The table: 4,096 numbers of a state a program for one token, twice that for several, whose keys it makes once."""
     if override is not None:
         return override
-    wide_k, wide_v = _tile(k), _tile(v)
-    value = min(wide_v, max(16, 8192 // wide_k))
-    return Tiling(value, 4 if wide_k * value >= 2048 else 2)
+    if time <= 1:
+        return Tiling(min(_tile(v), max(16, 4096 // _tile(k))), 2)
+    return Tiling(min(_tile(v), max(16, 8192 // _tile(k))), 4, None if key_decay else 128)
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -69,7 +69,7 @@ def _advance(
     if b == 0:
         return y
     vector, width = g.shape[3] > 1, 1 if conv is None else conv.shape[1]
-    slots, tile = keys.shape[1], tiling(k_dim, v_dim)
+    slots, tile = keys.shape[1], tiling(k_dim, v_dim, time, key_decay=vector)
     value = min(tile.value, _tile(v_dim))
     grid = (b * h * triton.cdiv(v_dim, value),)
     # An absent tensor's place is taken by one that no branch reads.

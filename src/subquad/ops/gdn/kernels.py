@@ -24,11 +24,13 @@ INTERPRETED = tl.constexpr(backends.interpreted())
 # exp of this is 0 in float32; more decay means the same, and could only spoil sums.
 FORGOTTEN = tl.constexpr(-100.0)
 
-# Rows of `factors`, float32 [b, h, n, 4, C]: the decays of a chunk, the share replaced, and sums of log decays.
+# Rows of `factors`, float32 [b, h, n, 5, C]: decays of a chunk, the share replaced, sums of log decays; where all is
+# float32 (WIDE) also what that cuts off the sums, since their differences cancel.
 START = tl.constexpr(0)
 END = tl.constexpr(1)
 BETA = tl.constexpr(2)
 SUM = tl.constexpr(3)
+REST = tl.constexpr(4)
 
 
 @triton.jit
@@ -115,11 +117,14 @@ def inverse(n, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def pairs(sums, ids, C: tl.constexpr):
+def pairs(sums, rest, ids, C: tl.constexpr, WIDE: tl.constexpr):
     """Decay from token j to token i of a chunk, 0 where j > i or their documents differ."""
     i = tl.arange(0, C)
     seen = (i[:, None] >= i[None, :]) & (ids[:, None] == ids[None, :])
-    return tl.exp(tl.where(seen, sums[:, None] - sums[None, :], float("-inf")))
+    between = sums[:, None] - sums[None, :]
+    if WIDE:
+        between += rest[:, None] - rest[None, :]
+    return tl.exp(tl.where(seen, between, float("-inf")))
 
 
 @triton.jit
@@ -148,31 +153,37 @@ def prepare(
     i = tl.arange(0, C)
     g = tl.load(g_ptr + b * g_b + h * g_h + (t0 + i) * g_t, mask=i < left, other=0.0).to(tl.float32)
     beta = tl.load(beta_ptr + b * beta_b + h * beta_h + (t0 + i) * beta_t, mask=i < left, other=0.0).to(tl.float32)
+    k_ptr += b * k_b + (h // (H // HK)) * k_h + t0 * k_t
+    q_ptr += b * q_b + (h // (H // HQ)) * q_h + t0 * q_t
+    kk = tl.zeros((C, C), tl.float32)
+    qk = tl.zeros((C, C), tl.float32)
+    for first in range(0, K, BK):
+        k = tokens(k_ptr, k_t, left, first, K, C, BK)
+        if READ:
+            q = tokens(q_ptr, q_t, left, first, K, C, BK)
+            qk = product(q, tl.trans(k), PRECISION, acc=qk)
+        kk = product(k, tl.trans(k), PRECISION, acc=kk)
     # A comparison is false for NaN, which stays.
-    sums = tl.cumsum(tl.where(g < FORGOTTEN, FORGOTTEN, g), axis=0)
-    start, end = tl.exp(sums), tl.exp(last(sums, C) - sums)
+    WIDE: tl.constexpr = a_ptr.dtype.element_ty == tl.float32
+    exact = tl.where(g < FORGOTTEN, FORGOTTEN, g)
+    exact = tl.cumsum(exact.to(tl.float64) if WIDE else exact, axis=0)
+    sums = exact.to(tl.float32)
+    rest = (exact - sums).to(tl.float32)
+    start, end = tl.exp(sums), tl.exp((last(exact, C) - exact).to(tl.float32))
     ids = documents_of(documents_ptr, b, chunk, T, C, DOCUMENTS)
     if DOCUMENTS:
         before = tl.load(documents_ptr + b * T + t0 - 1, mask=chunk > 0, other=0)
         behind = tl.load(documents_ptr + b * T + tl.minimum(chunk * C + C, T) - 1)
         start = tl.where(ids == before, start, 0.0)
         end = tl.where(ids == behind, end, 0.0)
-    factors_ptr += at * 4 * C + i
+    factors_ptr += at * 5 * C + i
     tl.store(factors_ptr + START * C, start)
     tl.store(factors_ptr + END * C, end)
     tl.store(factors_ptr + BETA * C, beta)
     tl.store(factors_ptr + SUM * C, sums)
-    k_ptr += b * k_b + (h // (H // HK)) * k_h + t0 * k_t
-    q_ptr += b * q_b + (h // (H // HQ)) * q_h + t0 * q_t
-    kk = tl.zeros((C, C), tl.float32)
-    qk = tl.zeros((C, C), tl.float32)
-    for first in tl.static_range(0, K, BK):
-        k = tokens(k_ptr, k_t, left, first, K, C, BK)
-        kk = product(k, tl.trans(k), PRECISION, acc=kk)
-        if READ:
-            q = tokens(q_ptr, q_t, left, first, K, C, BK)
-            qk = product(q, tl.trans(k), PRECISION, acc=qk)
-    pair = pairs(sums, ids, C)
+    if WIDE:
+        tl.store(factors_ptr + REST * C, rest)
+    pair = pairs(sums, rest, ids, C, WIDE)
     square_at = at * C * C + i[:, None] * C + i[None, :]
     if READ:
         tl.store(p_ptr + square_at, (pair * qk).to(p_ptr.dtype.element_ty))
@@ -228,8 +239,8 @@ def maps(
         k = tokens(k_ptr + t0 * k_t, k_t, T - chunk * C, 0, K, C, K2)
         v = tokens(v_ptr + t0 * v_t, v_t, tl.where(image, 0, T - chunk * C), first, V, C, BV)
         a = square(a_ptr + at * C * C, C)
-        u = written(state, k, tl.trans(v), a, factors_ptr + at * 4 * C, C, PRECISION)
-        state = advanced(state, u, k, factors_ptr + at * 4 * C, C, PRECISION)
+        u = written(state, k, tl.trans(v), a, factors_ptr + at * 5 * C, C, PRECISION)
+        state = advanced(state, u, k, factors_ptr + at * 5 * C, C, PRECISION)
     if image:
         inside = (row < K)[:, None] & (column < K)[None, :]
         at = (bh * (segments - 2) + segment - 1) * K * K + row[:, None] * K + column[None, :]
@@ -295,11 +306,11 @@ def sweep(
         k = tokens(k_ptr + t0 * k_t, k_t, left, 0, K, C, K2)
         v = tokens(v_ptr + t0 * v_t, v_t, left, first, V, C, BV)
         a = square(a_ptr + at * C * C, C)
-        u = written(state, k, tl.trans(v), a, factors_ptr + at * 4 * C, C, PRECISION)
+        u = written(state, k, tl.trans(v), a, factors_ptr + at * 5 * C, C, PRECISION)
         if READ:
             q = tokens(q_ptr + t0 * q_t, q_t, left, 0, K, C, K2)
             p = square(p_ptr + at * C * C, C)
-            start = factor(factors_ptr + at * 4 * C, START, C)
+            start = factor(factors_ptr + at * 5 * C, START, C)
             y = product(state.to(q.dtype), tl.trans(q), PRECISION) * start[None, :]
             y = product(u.to(p.dtype), tl.trans(p), PRECISION, acc=y)
             y_at = y_ptr + ((b * T + t0 + i) * H + h)[:, None] * V + row[None, :]
@@ -309,6 +320,6 @@ def sweep(
             tl.store(states_at, state.to(states_ptr.dtype.element_ty), mask=inside)
             u_at = u_ptr + at * V * C + row[:, None] * C + i[None, :]
             tl.store(u_at, u.to(u_ptr.dtype.element_ty), mask=(row < V)[:, None])
-        state = advanced(state, u, k, factors_ptr + at * 4 * C, C, PRECISION)
+        state = advanced(state, u, k, factors_ptr + at * 5 * C, C, PRECISION)
     if not KEEP and segment == segments - 1:
         tl.store(final_ptr + bh * K * V + column[None, :] * V + row[:, None], state, mask=inside)

@@ -15,7 +15,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from subquad.ops.gdn.kernels import BETA, END, START, SUM, documents_of, factor, last, pairs, product, square, tokens
+from subquad.ops.gdn.kernels import (
+    BETA,
+    END,
+    REST,
+    START,
+    SUM,
+    documents_of,
+    factor,
+    last,
+    pairs,
+    product,
+    square,
+    tokens,
+)
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "segments", "span", "skipped", "H", "HQ", "HK", "HV"])
@@ -54,8 +67,8 @@ def reverse(
         k = tokens(k_ptr + t0 * k_t, k_t, left, 0, K, C, K2)
         dy = tl.trans(tokens(dy_ptr + t0 * dy_t, dy_t, left, first, V, C, BV))
         a, p = square(a_ptr + at * C * C, C), square(p_ptr + at * C * C, C)
-        start, end = factor(factors_ptr + at * 4 * C, START, C), factor(factors_ptr + at * 4 * C, END, C)
-        beta = factor(factors_ptr + at * 4 * C, BETA, C)
+        start, end = factor(factors_ptr + at * 5 * C, START, C), factor(factors_ptr + at * 5 * C, END, C)
+        beta = factor(factors_ptr + at * 5 * C, BETA, C)
         across = last(start, C)
         if KEEP:
             dstates_at = dstates_ptr + at * V * K + row[:, None] * K + column[None, :]
@@ -124,25 +137,31 @@ def gradients(
     d_ptr += at * V * C
     states_ptr += at * V * K
     dstates_ptr += at * V * K
-    factors_ptr += at * 4 * C
+    factors_ptr += at * 5 * C
     token = (b * T + t0 + i) * H + h
-    dtype = q_ptr.dtype.element_ty
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
     start, end = factor(factors_ptr, START, C), factor(factors_ptr, END, C)
     beta, sums = factor(factors_ptr, BETA, C), factor(factors_ptr, SUM, C)
 
+    # Where all channels of a value fit at once, they stay for the states below.
+    WHOLE: tl.constexpr = BV >= V
     dqk = tl.zeros((C, C), tl.float32)
     dkk = tl.zeros((C, C), tl.float32)
     dbeta = tl.zeros((C,), tl.float32)
+    if WHOLE:
+        dy = tokens(dy_ptr, dy_t, left, 0, V, C, BV)
+        u, d = turned(u_ptr, 0, V, BV, C), turned(d_ptr, 0, V, BV, C)
     for first in range(0, V, BV):
-        dy = tokens(dy_ptr, dy_t, left, first, V, C, BV)
-        v = tokens(v_ptr, v_t, left, first, V, C, BV)
-        u, d = turned(u_ptr, first, V, BV, C), tl.trans(turned(d_ptr, first, V, BV, C))
+        if not WHOLE:
+            dy = tokens(dy_ptr, dy_t, left, first, V, C, BV)
+            u, d = turned(u_ptr, first, V, BV, C), turned(d_ptr, first, V, BV, C)
         dqk = product(dy, u, PRECISION, acc=dqk)
-        dkk = product(d, u, PRECISION, acc=dkk)
-        d = d.to(tl.float32)
-        dbeta += tl.sum(d * v.to(tl.float32), axis=1)
+        dkk = product(tl.trans(d), u, PRECISION, acc=dkk)
+        v = tokens(v_ptr, v_t, left, first, V, C, BV)
+        own = tl.trans(d).to(tl.float32)
+        dbeta += tl.sum(own * v.to(tl.float32), axis=1)
         channel = first + tl.arange(0, BV)
-        dv = (beta[:, None] * d).to(dv_ptr.dtype.element_ty)
+        dv = (beta[:, None] * own).to(dv_ptr.dtype.element_ty)
         tl.store(dv_ptr + token[:, None] * V + channel[None, :], dv, mask=(i < left)[:, None] & (channel < V)[None, :])
     kk = tl.zeros((C, C), tl.float32)
     qk = tl.zeros((C, C), tl.float32)
@@ -151,7 +170,10 @@ def gradients(
         q = tokens(q_ptr, q_t, left, first, K, C, BK)
         kk = product(k, tl.trans(k), PRECISION, acc=kk)
         qk = product(q, tl.trans(k), PRECISION, acc=qk)
-    pair = pairs(sums, documents_of(documents_ptr, b, chunk, T, C, DOCUMENTS), C)
+    WIDE: tl.constexpr = dtype == tl.float32
+    rest = factor(factors_ptr, REST, C) if WIDE else sums
+    ids = documents_of(documents_ptr, b, chunk, T, C, DOCUMENTS)
+    pair = pairs(sums, rest, ids, C, WIDE)
     dqk *= pair
     dkk = tl.where(i[:, None] > i[None, :], -dkk * pair, 0.0)
     dbeta += tl.sum(dkk * kk, axis=1)
@@ -160,7 +182,7 @@ def gradients(
     between = tl.where(i[:, None] > i[None, :], dqk * qk + dkk * kk, 0.0)
     after = tl.sum(between, axis=1) - tl.sum(tl.trans(between), axis=1)
     before = tl.zeros((C,), tl.float32)
-    crossed = tl.zeros((C,), tl.float32)
+    crossed = 0.0
     dkq = tl.trans(dqk).to(dtype)
     dqk = dqk.to(dtype)
     dkk = (dkk + tl.trans(dkk)).to(dtype)
@@ -172,11 +194,12 @@ def gradients(
         for second in range(0, V, BV):
             state = part(states_ptr, second, first, V, K, BV, BK)
             dstate = part(dstates_ptr, second, first, V, K, BV, BK)
-            dy = tokens(dy_ptr, dy_t, left, second, V, C, BV)
-            u, d = tl.trans(turned(u_ptr, second, V, BV, C)), tl.trans(turned(d_ptr, second, V, BV, C))
+            if not WHOLE:
+                dy = tokens(dy_ptr, dy_t, left, second, V, C, BV)
+                u, d = turned(u_ptr, second, V, BV, C), turned(d_ptr, second, V, BV, C)
             dq = product(dy, state, PRECISION, acc=dq)
-            replaced = product(d, state, PRECISION, acc=replaced)
-            kept = product(u, dstate, PRECISION, acc=kept)
+            replaced = product(tl.trans(d), state, PRECISION, acc=replaced)
+            kept = product(tl.trans(u), dstate, PRECISION, acc=kept)
             crossed += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1), axis=0)
         k = tokens(k_ptr, k_t, left, first, K, C, BK)
         q = tokens(q_ptr, q_t, left, first, K, C, BK)
@@ -191,9 +214,9 @@ def gradients(
         dq = product(dqk, k, PRECISION, acc=dq)
         dk = product(dkq, q, PRECISION, acc=kept - beta[:, None] * replaced)
         dk = product(dkk, k, PRECISION, acc=dk)
-        channel = first + tl.arange(0, BK)
-        to = token[:, None] * K + channel[None, :]
-        inside = (i < left)[:, None] & (channel < K)[None, :]
+        column = first + tl.arange(0, BK)
+        to = token[:, None] * K + column[None, :]
+        inside = (i < left)[:, None] & (column < K)[None, :]
         tl.store(dq_ptr + to, dq.to(dq_ptr.dtype.element_ty), mask=inside)
         tl.store(dk_ptr + to, dk.to(dk_ptr.dtype.element_ty), mask=inside)
     dg = tl.cumsum(after, axis=0, reverse=True) + tl.cumsum(before, axis=0) - before + last(start, C) * crossed

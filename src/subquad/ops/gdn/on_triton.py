@@ -26,12 +26,13 @@ RESIDENT = 2
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut: channels of values and of keys at once, warps and pipeline stages."""
+    """How a kernel is cut: channels of values and of keys at once, warps, stages, registers a thread may have."""
 
     v: int
     k: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def tiles(kernel: str, k: int, v: int, dtype: torch.dtype) -> Tiles:
@@ -50,10 +51,14 @@ def tiles(kernel: str, k: int, v: int, dtype: torch.dtype) -> Tiles:
         # Products in full float32 run off the tensor cores, out of registers: few of them, among many warps.
         return Tiles(min(v, 32 if kernel == "gradients" else 16), min(k, 32) if kernel != "sweep" else k, 8, 1)
     if kernel == "prepare":
-        return Tiles(v, min(k, 64), 4, 1)
+        return Tiles(v, min(k, 128), 4, 1, 128)
     if kernel == "gradients":
-        return Tiles(min(v, 64), min(k, 64), 8 if k > 64 else 4, 1)
-    return Tiles(min(v, 64), k, 4 if k <= 128 else 8, 2 if k <= 128 else 1)
+        return Tiles(128, 32, 8, 1) if v > 128 else Tiles(v, 64, 4, 2) if k == 64 else Tiles(v, min(k, 32), 4, 3)
+    if k > 128:
+        return Tiles(min(v, 64), k, 8, 1)
+    if kernel == "reverse":
+        return Tiles(min(v, 128), k, 8, 2) if k * v >= 128 * 128 else Tiles(min(v, 64), k, 4, 2)
+    return Tiles(min(v, 64), k, 4, 2, 168 if k <= 64 else None)
 
 
 def segments(b: int, h: int, n: int, k: int, v: int, device: torch.device) -> int:
@@ -150,8 +155,8 @@ class _Plan:
         self.maps = self.b, self.h, cast(int, torch.sym_max(self.segments - 2, 0)), self.k, self.k
         self.like, self.dtype = k, k.dtype
         self.precision = launch.precision(k.dtype)
-        # What is computed in float32 alone may be rounded to TF32's pairs, but not where float32 is all there is.
-        self.solve = "tf32x3" if k.dtype != torch.float32 else self.precision
+        # Rounding to TF32 inside disappears behind the rounding of results to 16 bits.
+        self.solve = "tf32" if k.dtype != torch.float32 else self.precision
 
     def tiles(self, kernel: str) -> Tiles:
         return tiles(kernel, self.k2, self.v2, self.dtype)
@@ -166,7 +171,8 @@ class _Plan:
         chosen = self.tiles(kernel)
         known = {"K": self.k, "V": self.v, "K2": self.k2, "BV": chosen.v, "BK": chosen.k}
         named = {name: known[name] for name in widths}
-        return {**named, "PRECISION": self.precision, "num_warps": chosen.warps, "num_stages": chosen.stages}
+        cut = {"num_warps": chosen.warps, "num_stages": chosen.stages, "maxnreg": chosen.registers}
+        return {**named, **cut, "PRECISION": self.precision}
 
 
 class _Chunks(NamedTuple):
@@ -185,7 +191,7 @@ def _prepare(plan: _Plan, q: Tensor | None, k: Tensor, g: Tensor, beta: Tensor, 
     b, n, h = plan.b, plan.n, plan.h
     a = plan.scratch(b, h, n, C, C)
     p = plan.scratch(*((0,) if q is None else (b, h, n, C, C)))
-    made = _Chunks(a, p, plan.scratch(b, h, n, 4, C, wide=True))
+    made = _Chunks(a, p, plan.scratch(b, h, n, 5, C, wide=True))
     read = k if q is None else q
     _kernels.prepare[(n, b * h)](
         read, k, g, beta, documents, *made,
@@ -293,7 +299,7 @@ def _(
     b, n, h = plan.b, plan.n, plan.h
     y, final = plan.scratch(b, plan.t, h, plan.v), plan.scratch(b, h, plan.k, plan.v, wide=True)
     squares = (plan.scratch(b, h, n, C, C) for _ in range(2))
-    wide = (plan.scratch(*shape, wide=True) for shape in ((b, h, n, 4, C), plan.starts, plan.maps))
+    wide = (plan.scratch(*shape, wide=True) for shape in ((b, h, n, 5, C), plan.starts, plan.maps))
     return y, final, *squares, *wide
 
 

@@ -84,8 +84,13 @@ def mask(x, level, C: tl.constexpr):
 
 @triton.jit
 def summed(chosen, x, PRECISION: tl.constexpr):
-    """``chosen @ x`` for a mask and log decays x, rounded to the mask's dtype."""
-    return product(chosen, x.to(chosen.dtype), None, PRECISION)
+    """``chosen @ x`` for a mask and float32 x, exact to about 16 bits where the mask's dtype has 8."""
+    high = x.to(chosen.dtype)
+    total = None
+    if chosen.dtype.primitive_bitwidth < 32:
+        low = (x - high.to(tl.float32)).to(chosen.dtype)
+        total = product(chosen, low, None, PRECISION)
+    return product(chosen, high, total, PRECISION)
 
 
 @triton.jit
@@ -178,6 +183,7 @@ def weights(
     q += b64 * sqb + h // (H // HQ) * sqh
     k += b64 * skb + h // (H // HK) * skh
     g += b64 * sgb + h * sgh
+    apart = own[:, None] ^ own[None, :]
     a_cc = tl.zeros([C, C], tl.float32)
     same_c = tl.zeros([C], tl.float32)
     for first in range(0, K, BK):
@@ -187,14 +193,13 @@ def weights(
         k_ck = tile(k, skt, n, T, key, K, C)
         same_c += tl.sum(q_ck.to(tl.float32) * k_ck.to(tl.float32), 1)
         for level in range(LEVELS):
-            part = own >> level
-            asks = (part & 1) == 1
+            asks = ((own >> level) & 1) == 1
             p_ck = tl.where(asks[:, None], q_ck, k_ck) * tl.exp(summed(mask(chosen, level, C), g_ck, SUMS))
             p_ck = p_ck.to(out.dtype.element_ty)
             made = product(p_ck, tl.trans(p_ck), None, PRECISION)
-            a_cc += tl.where((part[:, None] ^ part[None, :]) == 1, made, 0.0)
+            a_cc += tl.where((apart >> level) == 1, made, 0.0)
     a_cc = tl.where(own[:, None] > own[None, :], a_cc, 0.0)
-    a_cc = tl.where(own[:, None] == own[None, :], same_c[:, None], a_cc)
+    a_cc = tl.where(apart == 0, same_c[:, None], a_cc)
     if DOCUMENTS:
         row = documents + b64 * T
         document = tl.load(row + tl.minimum(at, T - 1))
@@ -252,7 +257,8 @@ def gradients(
 ):  # fmt: skip
     """Gradients of q, k and g for a chunk and some key channels.
 
-    A log decay's gradient is the sum over all pairs that it stands between, inside the chunk and across its ends.
+    A log decay's gradient is the sum over all pairs that it stands between, formed pair by pair within levels and
+    across the chunk's ends: no two large sums are subtracted.
     """
     b, h, n, block = place(N, H, (K + BK - 1) // BK)
     own = tl.arange(0, C)
@@ -283,8 +289,9 @@ def gradients(
     q_ck = tile(q + b64 * sqb + h // (H // HQ) * sqh, sqt, n, T, key, K, C)
     k_ck = tile(k + b64 * skb + h // (H // HK) * skh, skt, n, T, key, K, C)
     dtype = q_ck.dtype
-    start_ck = tl.exp(summed(mask(chosen, LEVELS, C), g_ck, SUMS))
-    end_ck = tl.exp(summed(mask(chosen, LEVELS + 1, C), g_ck, SUMS))
+    before_cc, behind_cc = mask(chosen, LEVELS, C), mask(chosen, LEVELS + 1, C)
+    start_ck = tl.exp(summed(before_cc, g_ck, SUMS))
+    end_ck = tl.exp(summed(behind_cc, g_ck, SUMS))
     if DOCUMENTS:
         start_ck = tl.where(border(documents, b, n, T, at, False, C)[:, None], start_ck, 0.0)
         end_ck = tl.where(border(documents, b, n, T, at, True, C)[:, None], end_ck, 0.0)
@@ -293,31 +300,25 @@ def gradients(
     dq_ck *= start_ck
     dk_ck *= end_ck
     through_k *= tl.load(across + row * K + key, mask=key < K, other=0.0)
-    # A decay stands between the chunk's start and what follows it, and between what precedes it and the chunk's end.
-    passed_ck, ahead_ck = q_ck * dq_ck, (k_ck * dk_ck).to(dtype)
+    dg_ck = tl.zeros([C, BK], tl.float32) + through_k[None, :]
+    # The transposes of the sums above: a decay stands between the chunk's start and what follows it, and so on.
+    dg_ck = product(tl.trans(before_cc), (q_ck * dq_ck).to(dtype), dg_ck, PRECISION)
+    dg_ck = product(tl.trans(behind_cc), (k_ck * dk_ck).to(dtype), dg_ck, PRECISION)
     dq_ck += same_c[:, None] * k_ck
     dk_ck += same_c[:, None] * q_ck
+    apart = own[:, None] ^ own[None, :]
     da_cc = da_cc.to(dtype)
     da_cc = tl.where(own[:, None] > own[None, :], da_cc, tl.trans(da_cc))
     for level in range(LEVELS):
-        part = own >> level
-        asks = (part & 1) == 1
-        factor = tl.exp(summed(mask(chosen, level, C), g_ck, SUMS))
+        asks = ((own >> level) & 1) == 1
+        counted = mask(chosen, level, C)
+        factor = tl.exp(summed(counted, g_ck, SUMS))
         p_ck = (tl.where(asks[:, None], q_ck, k_ck) * factor).to(dtype)
-        pairs_cc = tl.where((part[:, None] ^ part[None, :]) == 1, da_cc, 0.0).to(dtype)
+        pairs_cc = tl.where((apart >> level) == 1, da_cc, 0.0).to(dtype)
         dp_ck = product(pairs_cc, p_ck, None, PRECISION)
         dq_ck += tl.where(asks[:, None], dp_ck * factor, 0.0)
         dk_ck += tl.where(asks[:, None], 0.0, dp_ck * factor)
-        passed_ck += tl.where(asks[:, None], dp_ck, -dp_ck) * p_ck
-    # And between the two of a pair: counted at the query, taken back at the key. Both are the same product of rounded
-    # numbers, so that what lies behind a pair cancels to float32's rounding; two parts of the sum keep that.
-    behind_cc = (own[:, None] <= own[None, :]).to(tl.float32).to(dtype)
-    high_ck = passed_ck.to(dtype)
-    dg_ck = product(behind_cc, high_ck, None, PRECISION)
-    if dtype.primitive_bitwidth < 32:
-        dg_ck = product(behind_cc, (passed_ck - high_ck.to(tl.float32)).to(dtype), dg_ck, PRECISION)
-    before_cc = (own[:, None] > own[None, :]).to(tl.float32).to(dtype)
-    dg_ck = product(before_cc, ahead_ck, dg_ck, PRECISION) + through_k[None, :]
+        dg_ck = product(tl.trans(counted), (dp_ck * p_ck).to(dtype), dg_ck, PRECISION)
     first = ((b64 * T + n * C) * H + h) * K
     to = own[:, None] * H * K + key[None, :]
     inside = (at < T)[:, None] & (key < K)[None, :]

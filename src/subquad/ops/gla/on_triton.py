@@ -38,9 +38,10 @@ def tiling(kernel: str, k: int, v: int, dtype: torch.dtype) -> Tiling:
     """The blocks of `kernel` for head dims `k` and `v`, from sweeps on one H200."""
     k, v = _block(k), _block(v)
     if dtype == torch.float32:
-        return Tiling(min(k, 32), min(v, 32), 8, 1 if kernel != "states" else 3)
-    widest = TABLE[kernel]
-    return widest._replace(k=min(k, widest.k), v=min(v, widest.v))
+        widest = 32 if launch.precision(dtype) == "ieee" else 64
+        return Tiling(min(k, widest), min(v, widest), 8, 1 if kernel != "states" else 3)
+    tiles = TABLE[kernel]
+    return tiles._replace(k=min(k, tiles.k), v=min(v, tiles.v))
 
 
 TABLE = {
@@ -48,7 +49,7 @@ TABLE = {
     "states": Tiling(16, 128, 4, 4),
     "weights": Tiling(64, 0, 4, 1),
     "outputs": Tiling(64, 128, 4, 2),
-    "gradients": Tiling(64, 64, 8, 1),
+    "gradients": Tiling(64, 64, 4, 1),
 }
 
 
@@ -114,11 +115,12 @@ def _whole(x: Tensor) -> Tensor:
 
 
 def _block(n: int) -> int:
-    """The next power of two, at least what a tensor core needs, and not 32.
+    """The next power of two, at least 64.
 
-    Of products 32 columns wide, as Triton 3.6 writes them for Hopper, its ptxas (12.8) loses operands' addresses.
+    Of narrower products, as Triton 3.6 writes them for Hopper, its ptxas (12.8) loses operands' addresses: garbage, or
+    an illegal access.
     """
-    return 16 if n <= 16 else max(64, 1 << (n - 1).bit_length())
+    return max(64, 1 << (n - 1).bit_length())
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -139,9 +141,7 @@ def _options(dtype: torch.dtype, documents_bt: Tensor | None, tiles: Tiling) -> 
 
 def _masks(like: Tensor) -> Tensor:
     """What the kernels sum up with, ``[levels, c, c]``."""
-    # float16 holds log decays of the kernels' range to 11 bits, bfloat16 to 8.
-    dtype = torch.float32 if like.dtype == torch.float32 else torch.float16
-    made = launch.scratch(LEVELS + 2, CHUNK, CHUNK, like=like, dtype=dtype)
+    made = launch.scratch(LEVELS + 2, CHUNK, CHUNK, like=like, dtype=like.dtype)
     kernels.masks[(LEVELS + 2,)](made, C=CHUNK, LEVELS=LEVELS)
     return made
 

@@ -1,7 +1,7 @@
 """Triton kernels of SSD: the states between chunks, outputs and gradients of chunks.
 
-Tokens are cut into chunks of C. A segment is a run of chunks that one program walks with the state in registers; it
-starts from zero, so the state before a chunk is what the walk wrote there and, decayed by `passed`, the state that its
+Tokens are cut into chunks of C. A segment is a run of chunks that one program walks with the state in registers. Where
+the walk starts from zero, the state before a chunk is what it wrote there and, decayed by `passed`, the state that its
 segment met.
 
 Sizes: T tokens, H heads, BH batch times heads, ``chunks`` a segment, ``slots`` segments; RQ, RK and RV are how many
@@ -63,14 +63,22 @@ def _met(between, passed, entering, number, met, row, column,
 
 
 @triton.jit
-def _decays(g, documents, first, T, g_t, C: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Of one chunk: cumulative log decay, factors from the start, to the end and across, and each token's document."""
+def _decays(g, documents, first, T, g_t, C: tl.constexpr, EXACT: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Of one chunk: cumulative log decay in two parts, factors from the start, to the end and across, and documents.
+
+    EXACT sums in float64, since differences of long sums cancel; the second part is what float32 loses of the first.
+    """
     t = first + tl.arange(0, C)
     log = tl.load(g + t.to(tl.int64) * g_t, mask=t < T, other=0.0).to(tl.float32)
     # Not a maximum, which drops NaN. exp of the bound is 0 as far as float32 sums can tell.
-    log = tl.where(log < -100.0, -100.0, log) * 1.4426950408889634
+    log = tl.where(log < -100.0, -100.0, log)
+    if EXACT:
+        log = log.to(tl.float64)
+    log *= 1.4426950408889634
     sums, whole = tl.cumsum(log, 0), tl.sum(log, 0)
-    start, end, across = tl.exp2(sums), tl.exp2(whole - sums), tl.exp2(whole)
+    end, across = tl.exp2((whole - sums).to(tl.float32)), tl.exp2(whole.to(tl.float32))
+    high = sums.to(tl.float32)
+    low, start = (sums - high).to(tl.float32), tl.exp2(high)
     document = t
     if DOCUMENTS:
         document = tl.load(documents + tl.minimum(t, T - 1))
@@ -79,7 +87,7 @@ def _decays(g, documents, first, T, g_t, C: tl.constexpr, DOCUMENTS: tl.constexp
         start = tl.where(document == before, start, 0.0)
         end = tl.where(document == last, end, 0.0)
         across = tl.where(last == before, across, 0.0)
-    return sums, start, end, across, document
+    return high, low, start, end, across, document
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -108,6 +116,7 @@ def states(
     u += b * u_b + (h // RU).to(tl.int64) * u_h
     g += b * g_b + h * g_h
     documents += b * T
+    exact: tl.constexpr = x.dtype.element_ty == tl.float32
     total = tl.cdiv(T, C)
     begin = slot * chunks
     if REVERSE:
@@ -127,7 +136,7 @@ def states(
                 tl.store(passed + bh * total + n, factor)
         x_ck = _load(x, n * C, T, x_t, 0, K, C, BK)
         u_cv = _load(u, n * C, T, u_t, column, V, C, BV)
-        _, start, end, across, _ = _decays(g, documents, n * C, T, g_t, C, DOCUMENTS)
+        _, _, start, end, across, _ = _decays(g, documents, n * C, T, g_t, C, exact, DOCUMENTS)
         if REVERSE:
             end = start
         left_cv = (u_cv * end[:, None]).to(u_cv.dtype)
@@ -155,34 +164,52 @@ def combine(added, decay, first, entering, last, BH, slots, SIZE: tl.constexpr, 
 
 @triton.jit(do_not_specialize=_SIZES)
 def outputs(
-    q, k, v, g, documents, between, passed, entering, y, T, H, BH, chunks, RQ, RK, RV,
+    q, k, v, g, documents, entering, y, last, T, H, BH, chunks, slots, RQ, RK, RV,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of one chunk, some columns of them."""
+    """Walk one segment from the state it meets and write its outputs; the last segment writes the state after it."""
     blocks: tl.constexpr = (V + BV - 1) // BV
-    total = tl.cdiv(T, C)
-    column = tl.program_id(0) % blocks * BV
-    n = tl.program_id(0) // blocks % total
-    bh = tl.program_id(0) // blocks // total
-    first = n * C
+    program = tl.program_id(0)
+    column = program % blocks * BV
+    slot = program // blocks % slots
+    bh = program // blocks // slots
     b, h = (bh // H).to(tl.int64), bh % H
-    # All that is read is asked for before anything is computed.
-    q_ck = _load(q + b * q_b + (h // RQ).to(tl.int64) * q_h, first, T, q_t, 0, K, C, BK)
-    k_ck = _load(k + b * k_b + (h // RK).to(tl.int64) * k_h, first, T, k_t, 0, K, C, BK)
-    v_cv = _load(v + b * v_b + (h // RV).to(tl.int64) * v_h, first, T, v_t, column, V, C, BV)
-    state = _met(between, passed, entering, bh * total + n, n // chunks * BH + bh, 0, column, K, V, BK, BV)
-    sums, start, _, _, document = _decays(g + b * g_b + h * g_h, documents + b * T, first, T, g_t, C, DOCUMENTS)
+    q += b * q_b + (h // RQ).to(tl.int64) * q_h
+    k += b * k_b + (h // RK).to(tl.int64) * k_h
+    v += b * v_b + (h // RV).to(tl.int64) * v_h
+    y += (b * T * H + h) * V
+    g += b * g_b + h * g_h
+    documents += b * T
+    at, here = _state(entering, slot * BH + bh, 0, column, K, V, BK, BV)
+    state = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    exact: tl.constexpr = q.dtype.element_ty == tl.float32
     c = tl.arange(0, C)
-    seen = c[:, None] >= c[None, :]
-    if DOCUMENTS:
-        seen = seen & (document[:, None] == document[None, :])
-    scores = _dot(q_ck, tl.trans(k_ck), None, PRECISION)
-    y_cv = _dot(q_ck, state, None, PRECISION) * start[:, None]
-    scores *= tl.exp2(tl.where(seen, sums[:, None] - sums[None, :], float("-inf")))
-    y_cv += _dot(scores.to(v_cv.dtype), v_cv, None, PRECISION)
-    _store(y + (b * T * H + h) * V, first, T, H * V, column, y_cv, V, C, BV)
+    begin = slot * chunks
+    for i in range(0, tl.minimum(chunks, tl.cdiv(T, C) - begin)):
+        n = begin + i
+        q_ck = _load(q, n * C, T, q_t, 0, K, C, BK)
+        k_ck = _load(k, n * C, T, k_t, 0, K, C, BK)
+        v_cv = _load(v, n * C, T, v_t, column, V, C, BV)
+        sums, low, start, end, across, document = _decays(g, documents, n * C, T, g_t, C, exact, DOCUMENTS)
+        # The state first, so that registers hold little beside it when the scores come.
+        y_cv = _dot(q_ck, state.to(q_ck.dtype), None, PRECISION) * start[:, None]
+        left_cv = (v_cv * end[:, None]).to(v_cv.dtype)
+        state = _dot(tl.trans(k_ck), left_cv, state * across, PRECISION)
+        seen = c[:, None] >= c[None, :]
+        if DOCUMENTS:
+            seen = seen & (document[:, None] == document[None, :])
+        scores = _dot(q_ck, tl.trans(k_ck), None, PRECISION)
+        apart = sums[:, None] - sums[None, :]
+        if exact:
+            apart += low[:, None] - low[None, :]
+        scores *= tl.exp2(tl.where(seen, apart, float("-inf")))
+        y_cv += _dot(scores.to(v_cv.dtype), v_cv, None, PRECISION)
+        _store(y, n * C, T, H * V, column, y_cv, V, C, BV)
+    if slot == slots - 1:
+        to, inside = _state(last, bh, 0, column, K, V, BK, BV)
+        tl.store(to, state, mask=inside)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -202,13 +229,14 @@ def gradients(
     total = tl.cdiv(T, C)
     block = tl.program_id(0) % BLOCKS
     column = block * COLUMNS
-    n = tl.program_id(0) // BLOCKS % total
-    bg = tl.program_id(0) // BLOCKS // total
+    programs = BH // H * groups
+    bg, n = tl.program_id(0) // BLOCKS % programs, tl.program_id(0) // BLOCKS // programs
     first = n * C
     b, group = (bg // groups).to(tl.int64), bg % groups
     # Segments of the gradients' walk are counted from the end.
     segments = (total + chunks - 1) // chunks
     documents += b * T
+    exact: tl.constexpr = q.dtype.element_ty == tl.float32
     c = tl.arange(0, C)
     dk_cx = tl.zeros((C, COLUMNS), tl.float32)
     dv_cx = tl.zeros((C, COLUMNS), tl.float32)
@@ -229,12 +257,16 @@ def gradients(
             q_cx, k_cx, dy_cx, dstate_kx = q_ck, k_ck, dy_cv, dstate_xv
         else:
             dstate_kx = _met(dbetween, dpassed, dentering, number, dmet, 0, column, K, V, BK, COLUMNS)
-        sums, start, end, across, document = _decays(g + b * g_b + h * g_h, documents, first, T, g_t, C, DOCUMENTS)
+        g_h_ = g + b * g_b + h * g_h
+        sums, low, start, end, across, document = _decays(g_h_, documents, first, T, g_t, C, exact, DOCUMENTS)
         through = across * tl.sum(tl.sum(state_xv.to(tl.float32) * dstate_xv.to(tl.float32), 1), 0)
         seen = c[:, None] <= c[None, :]
         if DOCUMENTS:
             seen = seen & (document[:, None] == document[None, :])
-        pair = tl.exp2(tl.where(seen, sums[None, :] - sums[:, None], float("-inf")))
+        apart = sums[None, :] - sums[:, None]
+        if exact:
+            apart += low[None, :] - low[:, None]
+        pair = tl.exp2(tl.where(seen, apart, float("-inf")))
         # Products are added up apart where one could be the other's sums: a chain of products is laid out for as many
         # rows as there are warps.
         scores = _dot(k_ck, tl.trans(q_ck), None, PRECISION) * pair

@@ -1,9 +1,11 @@
 """SSD in Triton: a segmented scan forward, gradients by chunks; bfloat16 on tensor cores, states in float32.
 
-A sequence is cut into segments, as many as fill the device. One launch walks them all from zero and writes the state
-before each chunk, one joins what the segments add into the states that they meet, and one takes each chunk alone: its
-state and its tokens give its outputs. Backward walks forward for the states and in reverse for their gradients, and one
-launch then takes each chunk alone.
+A sequence is cut into segments, as many as fill the device. One launch finds what each adds to the state, one joins
+this into the states that segments meet, and one walks the segments again and writes the outputs; the states between
+chunks never leave the registers. With one segment the last launch is the only one.
+
+Backward walks forward for the states and in reverse for their gradients, writes both before every chunk, and then takes
+each chunk alone.
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ PROCESSORS = 132
 
 
 class Tile(NamedTuple):
-    """How one kernel is cut: tokens a chunk, columns of the values a program, warps, stages of its pipeline."""
+    """How one kernel is cut: tokens a chunk, columns of the values a program, warps, stages of its pipeline.
+
+    `registers` is the most that a thread takes, so that more programs share a processor; None leaves it to ptxas.
+    """
 
     chunk: int
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Tiles(NamedTuple):
@@ -41,25 +47,28 @@ class Tiles(NamedTuple):
 
 
 def tiles(k: int, v: int, dtype: torch.dtype) -> Tiles:
-    """The table of tiles."""
-    width = _power(max(k, v))
+    """The table of tiles.
+
+    No product on tensor cores is 32 columns wide: some versions of ptxas lose its operands' addresses on Hopper.
+    """
     if dtype == torch.float32:
         # Exact products take no tensor core; small blocks keep them in registers.
-        tile = Tile(32 if width <= 64 else 16, min(width, 32), 8, 1)
+        tile = Tile(32 if max(k, v) <= 64 else 16, min(_power(max(k, v)), 32), 8, 1)
         return Tiles(tile, tile, tile)
-    columns = min(width, 64)
-    if width > 128:
-        return Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(64, 32, 8, 1))
-    return Tiles(Tile(64, columns, 4, 3), Tile(64, columns, 4, 1), Tile(64, columns, 4, 1))
+    if max(k, v) > 128:
+        return Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1))
+    if max(k, v) > 64:
+        return Tiles(Tile(64, 128, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 1))
+    return Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 1))
 
 
 def segment(time: int, heads: int, k: int, v: int, dtype: torch.dtype) -> int:
     """Tokens a segment, a multiple of 128: `heads`, batch times heads, walk every segment at once.
 
-    Three programs a processor hide each other's waits. A segment of less than 256 tokens isn't worth its state.
+    Two programs a processor hide each other's waits. A segment of less than 256 tokens isn't worth its state.
     """
-    programs = heads * -(-v // tiles(k, v, dtype).states.columns)
-    segments = max(1, min(3 * _processors() // programs, time // 256))
+    programs = heads * -(-v // tiles(k, v, dtype).outputs.columns)
+    segments = max(1, min(2 * _processors() // programs, time // 256))
     return max(1, -(-time // (128 * segments))) * 128
 
 
@@ -141,17 +150,19 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs and final state, by segments of `length` tokens."""
     (b, t, h), k, v = g_bth.shape, k_bthk.shape[-1], v_bthv.shape[-1]
-    tile = tiles(k, v, q_bthk.dtype)
-    met, end = _walk(k_bthk, v_bthv, g_bth, state_bhkv, documents_bt, length, tile.states, between=tile.outputs.chunk)
+    tile, slots = tiles(k, v, q_bthk.dtype), -(-t // length)
     y = launch.scratch(b, t, h, v, like=v_bthv, dtype=v_bthv.dtype)
-    programs = b * h * -(-t // tile.outputs.chunk) * -(-v // tile.outputs.columns)
-    kernels.outputs[(programs,)](
-        q_bthk, k_bthk, v_bthv, g_bth, _documents(documents_bt, g_bth), *met, y,
-        t, h, b * h, length // tile.outputs.chunk, *_shared(h, q_bthk, k_bthk, v_bthv),
+    entering, last = state_bhkv, torch.empty_like(state_bhkv)
+    if slots > 1:
+        walk, _ = _walk(k_bthk, v_bthv, g_bth, state_bhkv, documents_bt, length, tile.states, whole=False)
+        entering = walk.entering
+    kernels.outputs[(b * h * slots * -(-v // tile.outputs.columns),)](
+        q_bthk, k_bthk, v_bthv, g_bth, _documents(documents_bt, g_bth), entering, y, last,
+        t, h, b * h, length // tile.outputs.chunk, slots, *_shared(h, q_bthk, k_bthk, v_bthv),
         *_strides(q_bthk, k_bthk, v_bthv), *g_bth.stride(),
         **_blocks(k, v, tile.outputs, q_bthk.dtype), BV=tile.outputs.columns, DOCUMENTS=documents_bt is not None,
     )  # fmt: skip
-    return y, end
+    return y, last
 
 
 @_scan.register_fake
@@ -248,11 +259,15 @@ class Met(NamedTuple):
 
 def _walk(
     x: Tensor, u: Tensor, g: Tensor, first: Tensor, documents: Tensor | None, length: int, tile: Tile, *,
-    between: int = 0, reverse: bool = False,
+    between: int = 0, reverse: bool = False, whole: bool = True,
 ) -> tuple[Met, Tensor]:  # fmt: skip
-    """Walk all segments from the state `first`; the states before chunks of `between` tokens, and the last state."""
+    """Walk the segments from the state `first`: what they and chunks of `between` tokens meet, and the last state.
+
+    Without `whole` the last segment is left out, and the last state is the one it meets.
+    """
     (b, t, h), k, v = g.shape, x.shape[-1], u.shape[-1]
-    slots = -(-t // length)
+    entering = launch.scratch(-(-t // length), b, h, k, v, like=g, dtype=x.dtype if between else torch.float32)
+    slots, last = (len(entering), torch.empty_like(first)) if whole else (len(entering) - 1, entering[-1])
     chunk = between or tile.chunk
     total = -(-t // chunk)
     added = launch.scratch(slots, b, h, k, v, like=g, dtype=torch.float32)
@@ -265,8 +280,6 @@ def _walk(
         **_blocks(k, v, tile._replace(chunk=chunk), x.dtype), BV=tile.columns, DOCUMENTS=documents is not None,
         REVERSE=reverse, BETWEEN=between > 0,
     )  # fmt: skip
-    entering = launch.scratch(slots, b, h, k, v, like=g, dtype=x.dtype)
-    last = torch.empty_like(first)
     block = min(1024, _power(k * v))
     kernels.combine[(b * h * -(-k * v // block),)](
         added, decay, first, entering, last, b * h, slots, SIZE=k * v, BLOCK=block, num_warps=4
@@ -275,7 +288,7 @@ def _walk(
 
 
 def _blocks(k: int, v: int, tile: Tile, dtype: torch.dtype) -> dict[str, Any]:
-    return {
+    return ({} if tile.registers is None else {"maxnreg": tile.registers}) | {
         "K": k, "V": v, "BK": _power(k), "C": tile.chunk, "PRECISION": launch.precision(dtype),
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip

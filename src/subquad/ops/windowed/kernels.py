@@ -179,62 +179,51 @@ def forward(
         base += tl.load(seen + b).to(tl.int32)
     k += b * k_b + g * k_g + at.to(tl.int64) * k_t
     v += b * v_b + g * v_g + at.to(tl.int64) * v_t
+    # The first tile holds keys that some queries of the chunk see exactly and others no more.
+    gap = i[None, :] - i[:, None]
+    there = (at + i >= 0) & (at + i < N) & (at + i + base >= 0)
+    # Loads stand as far ahead of their use as they can: little else hides their latency here.
     q_ik = load(q + b * q_b + h * q_h + start * q_t + i[:, None] * q_t, live, kk, K, BK)
-
-    top = tl.full((BC,), float("-inf"), tl.float32)
-    mass = tl.zeros((BC,), tl.float32)
-    acc = tl.zeros((BC, BV), tl.float32)
-    best = tl.full((BC,), float("-inf"), tl.float32)
-    some = mass > 0
+    k_nk = load(k + i[:, None] * k_t, there, kk, K, BK)
+    v_nv = load(v + i[:, None] * v_t, there, vv, V, BV)
     if FAR:
         weight += b * w_b + h * w_h + start * w_t + i[:, None] * w_t
         bias += h * F
         f += b * f_b + g * f_g + at.to(tl.int64) * f_t + i[:, None] * f_t
         cell = (b * (H // R) + g) * NC + c
+        top = tl.full((BC,), float("-inf"), tl.float32)
         for x in tl.static_range(0, F, BF):
             ff = x + tl.arange(0, BF)
-            w_if = log_weights(weight, bias, ff, live, F, BF, BIAS)
-            top = tl.maximum(top, tl.max(w_if, 1))
+            top = tl.maximum(top, tl.max(log_weights(weight, bias, ff, live, F, BF, BIAS), 1))
         top = tl.where(live, top, 0.0)
-        for x in tl.static_range(0, F, BF):
-            ff = x + tl.arange(0, BF)
-            w_if = log_weights(weight, bias, ff, live, F, BF, BIAS)
-            exact_if = tl.exp(w_if - top[:, None])
-            z_f = tl.load(norm + cell * F + ff, mask=ff < F, other=0.0)
-            s_fv = matrix(state + cell * F * V, ff, vv, F, V, BF, BV)
-            mass += tl.sum(exact_if * z_f, 1)
-            acc += dot(exact_if.to(s_fv.dtype), s_fv, PRECISION)
-        # Not ``mass > 0``: NaN has to stay.
-        some = ~(mass <= 0)
-        acc = tl.where(some[:, None], acc, 0.0)
-        best = tl.where(some, top, float("-inf"))
-
-    # The first tile: keys that some queries of the chunk see exactly and others no more.
-    gap = i[None, :] - i[:, None]
-    token = at + i
-    there = (token >= 0) & (token < N) & (token + base >= 0)
-    k_nk = load(k + i[:, None] * k_t, there, kk, K, BK)
-    v_nv = load(v + i[:, None] * v_t, there, vv, V, BV)
-    score = scores(q_ik, k_nk, band(gap, W, BC) & there[None, :], scale, PRECISION)
-    if FAR:
-        old = there & (token + base >= S)
+        old = there & (at + i + base >= S)
+        mass = tl.zeros((BC,), tl.float32)
+        acc = tl.zeros((BC, BV), tl.float32)
         far_in = tl.zeros((BC, BC), tl.float32)
         for x in tl.static_range(0, F, BF):
             ff = x + tl.arange(0, BF)
-            w_if = log_weights(weight, bias, ff, live, F, BF, BIAS)
+            phi_if = tl.exp(log_weights(weight, bias, ff, live, F, BF, BIAS) - top[:, None])
             f_nf = load(f, old, ff, F, BF).to(q_ik.dtype)
-            far_in += dot(tl.exp(w_if - top[:, None]).to(q_ik.dtype), tl.trans(f_nf), PRECISION)
+            z_f = tl.load(norm + cell * F + ff, mask=ff < F, other=0.0)
+            s_fv = matrix(state + cell * F * V, ff, vv, F, V, BF, BV)
+            mass += tl.sum(phi_if * z_f, 1)
+            acc += dot(phi_if.to(q_ik.dtype), s_fv, PRECISION)
+            far_in += dot(phi_if.to(q_ik.dtype), tl.trans(f_nf), PRECISION)
         far_in = tl.where((gap < 0) & old[None, :], far_in, 0.0)
-        some = some | ~(tl.sum(far_in, 1) <= 0)
-        peak = tl.maximum(tl.max(score, 1), tl.where(some, top, float("-inf")))
-        share = tl.where(some, tl.exp(top - _steady(peak)), 0.0)
-        p = tl.exp(score - _steady(peak)[:, None]) + far_in * share[:, None]
-        fade = tl.exp(best - _steady(peak))
-        mass = mass * fade + tl.sum(p, 1)
-        acc = acc * fade[:, None] + dot(p.to(v_nv.dtype), v_nv, PRECISION)
-        best = peak
+        # The state, and what leaves the window inside the chunk; not ``> 0``, since NaN has to stay.
+        some = ~(mass + tl.sum(far_in, 1) <= 0)
+        score = scores(q_ik, k_nk, band(gap, W, BC) & there[None, :], scale, PRECISION)
+        best = tl.maximum(tl.max(score, 1), tl.where(some, top, float("-inf")))
+        share = tl.where(some, tl.exp(top - _steady(best)), 0.0)
+        p = tl.exp(score - _steady(best)[:, None]) + far_in * share[:, None]
+        mass = mass * share + tl.sum(p, 1)
+        acc = acc * share[:, None] + dot(p.to(v_nv.dtype), v_nv, PRECISION)
     else:
-        best, mass, acc = _join(score, v_nv, best, mass, acc, PRECISION)
+        score = scores(q_ik, k_nk, band(gap, W, BC) & there[None, :], scale, PRECISION)
+        best = tl.max(score, 1)
+        p = tl.exp(score - _steady(best)[:, None])
+        mass = tl.sum(p, 1)
+        acc = dot(p.to(v_nv.dtype), v_nv, PRECISION)
     for d in range(1, (BC + W - 2) // BC + 1):
         token = at + d * BC + i
         gap = i[None, :] + d * BC - i[:, None]

@@ -8,7 +8,8 @@ from subquad.ops.windowed.kernels import VARYING, band, dot, load, log_weights, 
 
 @triton.jit(do_not_specialize=VARYING)
 def queries(
-    q, k, v, weight, bias, f, sink_k, sink_v, seen, state, norm, y, dy, rows, delta, dq, dweight, dbias, dsink_k, dsink_v,
+    q, k, v, weight, bias, f, sink_k, sink_v, seen, state, norm, y, dy, rows, delta,
+    dq, dweight, dbias, dsink_k, dsink_v,
     T, N, H, R, NC, P, origin, SN, ROWS, scale,
     q_b, q_t, q_h, k_b, k_t, k_g, v_b, v_t, v_g, w_b, w_t, w_h, f_b, f_t, f_g, sk_b, sk_n, sk_g, sv_b, sv_n, sv_g,
     K: tl.constexpr, V: tl.constexpr, F: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
@@ -33,22 +34,20 @@ def queries(
         base += tl.load(seen + b).to(tl.int32)
     k += b * k_b + g * k_g + at.to(tl.int64) * k_t
     v += b * v_b + g * v_g + at.to(tl.int64) * v_t
-    q_ik = load(q + b * q_b + h * q_h + start * q_t + i[:, None] * q_t, live, kk, K, BK)
+    gap = i[None, :] - i[:, None]
+    there = (at + i >= 0) & (at + i < N) & (at + i + base >= 0)
     y += ((b * T + start) * H + h) * V + i[:, None] * (H * V)
     dy += ((b * T + start) * H + h) * V + i[:, None] * (H * V)
-    dy_iv = load(dy, live, vv, V, BV)
-    delta_i = tl.sum(dy_iv.to(tl.float32) * load(y, live, vv, V, BV).to(tl.float32), 1)
     row = (b * H + h) * T + t
-    tl.store(delta + row, delta_i, mask=live)
-    lse = tl.load(rows + row, mask=live, other=0.0)
-    gap = i[None, :] - i[:, None]
-    token = at + i
-    there = (token >= 0) & (token < N) & (token + base >= 0)
-    k_nk = load(k + i[:, None] * k_t, there, kk, K, BK)
+    y_iv = load(y, live, vv, V, BV)
+    dy_iv = load(dy, live, vv, V, BV)
     v_nv = load(v + i[:, None] * v_t, there, vv, V, BV)
-    score = scores(q_ik, k_nk, band(gap, W, BC) & there[None, :] & live[:, None], scale, PRECISION)
+    q_ik = load(q + b * q_b + h * q_h + start * q_t + i[:, None] * q_t, live, kk, K, BK)
+    k_nk = load(k + i[:, None] * k_t, there, kk, K, BK)
+    lse = tl.load(rows + row, mask=live, other=0.0)
+    delta_i = tl.sum(dy_iv.to(tl.float32) * y_iv.to(tl.float32), 1)
+    tl.store(delta + row, delta_i, mask=live)
     dp = dot(dy_iv, tl.trans(v_nv), PRECISION) - delta_i[:, None]
-    dq_ik = dot((tl.exp(score - lse[:, None]) * dp).to(k_nk.dtype), k_nk, PRECISION)
     if FAR:
         factor = tl.load(rows + ROWS + row, mask=live, other=0.0)
         top = tl.load(rows + 2 * ROWS + row, mask=live, other=0.0)
@@ -57,7 +56,7 @@ def queries(
         f += b * f_b + g * f_g + at.to(tl.int64) * f_t + i[:, None] * f_t
         dweight += ((b * T + start) * H + h) * F + i[:, None] * (H * F)
         cell = (b * (H // R) + g) * NC + c
-        old = there & (token + base >= S)
+        old = there & (at + i + base >= S)
         dfar = tl.where((gap < 0) & old[None, :], dp, 0.0).to(v_nv.dtype)
         for x in tl.static_range(0, F, BF):
             ff = x + tl.arange(0, BF)
@@ -70,6 +69,8 @@ def queries(
             store(dweight, dw_if, live, ff, F, BF)
             if BIAS:
                 tl.store(dbias + ((b * H + h) * NC + c) * F + ff, tl.sum(dw_if, 0), mask=ff < F)
+    score = scores(q_ik, k_nk, band(gap, W, BC) & there[None, :] & live[:, None], scale, PRECISION)
+    dq_ik = dot((tl.exp(score - lse[:, None]) * dp).to(k_nk.dtype), k_nk, PRECISION)
     for d in range(1, (BC + W - 2) // BC + 1):
         token = at + d * BC + i
         gap = i[None, :] + d * BC - i[:, None]

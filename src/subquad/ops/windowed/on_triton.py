@@ -13,16 +13,19 @@ from subquad.ops import window as windows
 from subquad.ops.window import Far, WindowState
 from subquad.ops.windowed import kernels, kernels_backward
 
+# Of queries, keys, values, log weights, their bias, features, sinks' keys and values, state and normaliser.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
 
 class Blocks(NamedTuple):
-    """Sizes of the kernels' tiles: tokens of a chunk, features at a time; warps and pipeline stages of each kernel."""
+    """Tokens of a chunk, features at a time; of each kernel warps, pipeline stages and most registers (0: any)."""
 
     chunk: int
     features: int
-    forward: tuple[int, int] = (4, 2)
-    queries: tuple[int, int] = (4, 2)
-    own: tuple[int, int] = (4, 2)
-    keys: tuple[int, int] = (4, 2)
+    forward: tuple[int, int, int] = (4, 2, 0)
+    queries: tuple[int, int, int] = (4, 2, 0)
+    own: tuple[int, int, int] = (4, 2, 168)
+    keys: tuple[int, int, int] = (4, 2, 0)
 
 
 # Scripts that look for better sizes set this.
@@ -35,10 +38,10 @@ def blocks(time: int, widths: tuple[int, ...], dtype: torch.dtype) -> Blocks:
         return override
     widest, short = max(_power(w) for w in widths), time <= 16
     if dtype == torch.float32:
-        return Blocks(16 if short or widest > 64 else 32, 32, *(((8, 1),) * 4))
+        return Blocks(16 if short or widest > 64 else 32, 32, *(((8, 1, 0),) * 4))
     if widest <= 64:
         return Blocks(16 if short else 64, 64)
-    return Blocks(16 if short else 64 if widest == 128 else 32, 64, *(((8, 1),) * 4))
+    return Blocks(16 if short else 64 if widest == 128 else 32, 64, *(((8, 1, 0),) * 4))
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -106,8 +109,16 @@ def _last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _power(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
+def _power(n: int, least: int = 16) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _width(n: int, dtype: torch.dtype) -> int:
+    """Columns of a tile.
+
+    No bfloat16 tile is 16 or 32 wide: some versions of ptxas lose the addresses of such operands on Hopper.
+    """
+    return _power(max(n, 1), 16 if dtype == torch.float32 else 64)
 
 
 class _Plan(NamedTuple):
@@ -146,9 +157,9 @@ def _plan(
         "PRECISION": launch.precision(q.dtype),
     }
     widths: dict[str, Any] = {
-        "BK": _power(k.shape[3]),
-        "BV": _power(v.shape[3]),
-        "BF": min(_power(max(wide, 1)), size.features),
+        "BK": _width(k.shape[3], q.dtype),
+        "BV": _width(v.shape[3], q.dtype),
+        "BF": min(_width(wide, q.dtype), size.features),
     }
     n_sinks = sinks if seen is not None else min(sinks, n)
     chunks, tiles = -(-t // c), -(-(t + window_ - 1) // c) + 1
@@ -156,8 +167,9 @@ def _plan(
     return _Plan(size, chunks, tiles, past, past - window_ + 1, n_sinks, heads, sizes | flags, widths)
 
 
-def _how(choice: tuple[int, int]) -> dict[str, Any]:
-    return {"num_warps": choice[0], "num_stages": choice[1]}
+def _how(choice: tuple[int, int, int] = (4, 2, 0)) -> dict[str, Any]:
+    warps, stages, registers = choice
+    return {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
 
 
 def _strides(*tensors: Tensor | None) -> list[Any]:
@@ -165,7 +177,7 @@ def _strides(*tensors: Tensor | None) -> list[Any]:
 
 
 def _sink_block(sinks: int) -> dict[str, Any]:
-    return {"BS": min(_power(sinks), 64)}
+    return {"BS": 16 if sinks <= 16 else 64}
 
 
 def _sink_strides(sink_k: Tensor | None, sink_v: Tensor | None, k: Tensor, v: Tensor) -> list[Any]:
@@ -204,7 +216,7 @@ def _forward(
         grid = (b * g * plan.chunks, -(-f.shape[3] // bf), -(-v.shape[3] // bv))
         kernels.sums[grid](
             v, f, _any(seen, q), added_s, added_z, n, g, plan.chunks, plan.past, plan.origin,
-            *_strides(v, f), BF=bf, BV=bv, **_how((4, 2)), **at,
+            *_strides(v, f), BF=bf, BV=bv, **_how(), **at,
         )  # fmt: skip
         _cumulate(added_s, state, entry)
         _cumulate(added_z, norm, norms)
@@ -245,27 +257,13 @@ def _cumulate(
     size |= {"REVERSE": reverse, "FIRST": first is not None, "TOTAL": total is not None}
     kernels.cumulate[(b * g, -(-wide // size["BL"]))](
         x, _any(first, x), out, _any(total, x), n, n, wide,
-        **size, **_how((4, 2)),
+        **size, **_how(),
     )  # fmt: skip
 
 
 @_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    f: Tensor | None,
-    sink_k: Tensor | None,
-    sink_v: Tensor | None,
-    state: Tensor | None,
-    norm: Tensor | None,
-    seen: Tensor | None,
-    window: int,
-    sinks: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, _, bias, f, _, _, _, _, seen, window, sinks, _ = inputs
     return _outputs(q, k, v, f, _plan(q, k, v, bias, f, seen, window, sinks))
 
 
@@ -289,7 +287,7 @@ def _backward(
     sinks: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the tensors in their order, but for `seen`; empty where there is none."""
+    """Gradients, empty where their tensor is not there."""
     plan = _plan(q, k, v, bias, f, seen, window, sinks)
     dq, dk, dv, dweight, dbias, df, dsink_k, dsink_v, dstate, dnorm = made = _gradients(
         q, k, v, weight, bias, f, sink_k, seen, plan
@@ -301,9 +299,10 @@ def _backward(
     part_k, part_v = (
         launch.scratch(b, g, plan.r, c, plan.n_sinks, x.shape[3], like=q, dtype=torch.float32) for x in (k, v)
     )
+    part_b = launch.scratch(b, h, c, plan.sizes["F"], like=q, dtype=torch.float32)
     kernels_backward.queries[(b * h * c,)](
         q, k, v, _any(weight, q), _any(bias, q), _any(f, q), _any(sink_k, k), _any(sink_v, v), _any(seen, q),
-        entry, norms, y, dy, rows, delta, dq, dweight, part_k, part_v,
+        entry, norms, y, dy, rows, delta, dq, dweight, part_b, part_k, part_v,
         t, n, h, plan.r, c, plan.past, plan.origin, plan.n_sinks, count, scale,
         *_strides(q, k, v, weight, f), *_sink_strides(sink_k, sink_v, k, v),
         **_sink_block(sinks), **_how(plan.blocks.queries), **plan.sizes, **plan.widths,
@@ -318,10 +317,9 @@ def _backward(
             **{x: plan.sizes[x] for x in ("V", "F", "BIAS", "BC", "PRECISION")}, BV=plan.widths["BV"], BF=wide,
             **_how(plan.blocks.own),
         )  # fmt: skip
-        carried = seen is not None
-        _cumulate(own_s, None, later_s, reverse=True, total=dstate if carried else None)
-        _cumulate(own_z, None, later_z, reverse=True, total=dnorm if carried else None)
-    widths = plan.widths | {"BF": _power(max(plan.sizes["F"], 1)), "BX": plan.blocks.features}
+        _cumulate(own_s, None, later_s, reverse=True, total=None if seen is None else dstate)
+        _cumulate(own_z, None, later_z, reverse=True, total=None if seen is None else dnorm)
+    widths = plan.widths | {"BF": _width(plan.sizes["F"], q.dtype), "BX": plan.blocks.features}
     kernels_backward.keys[(b * g * plan.tiles,)](
         q, k, v, _any(weight, q), _any(bias, q), _any(f, q), _any(seen, q), dy, rows, delta, later_s, later_z,
         dk, dv, df,
@@ -329,7 +327,7 @@ def _backward(
         **_how(plan.blocks.keys), **plan.sizes, **widths,
     )  # fmt: skip
     if bias is not None:
-        dbias.copy_(dweight.sum((0, 1), dtype=torch.float32))
+        dbias.copy_(part_b.sum((0, 2)))
     if sinks:
         sums_k, sums_v = (x.sum((2, 3)) for x in (part_k, part_v))
         if seen is None:
@@ -351,7 +349,7 @@ def _gradients(
     sink_k: Tensor | None,
     seen: Tensor | None,
     plan: _Plan,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     def like(x: Tensor | None, *shape: int) -> Tensor:
         return launch.scratch(*shape, like=q, dtype=q.dtype if x is None else x.dtype)
 
@@ -374,25 +372,8 @@ def _gradients(
 
 
 @_backward.register_fake
-def _(
-    dy: Tensor,
-    y: Tensor,
-    rows: Tensor,
-    entry: Tensor,
-    norms: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    f: Tensor | None,
-    sink_k: Tensor | None,
-    sink_v: Tensor | None,
-    seen: Tensor | None,
-    window: int,
-    sinks: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(*inputs: Any) -> Gradients:
+    _, _, _, _, _, q, k, v, weight, bias, f, sink_k, _, seen, window, sinks, _ = inputs
     return _gradients(q, k, v, weight, bias, f, sink_k, seen, _plan(q, k, v, bias, f, seen, window, sinks))
 
 
@@ -410,11 +391,7 @@ def _gradient(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     dq, dk, dv, dweight, dbias, df, dsink_k, dsink_v, dstate, dnorm = _backward(
         dy, y, rows, entry, norms, q, k, v, weight, bias, f, sink_k, sink_v, seen, *ctx.options
     )
-    far = (
-        None if weight is None else dweight,
-        None if bias is None else dbias,
-        None if f is None else df,
-    )
+    far = (None if x is None else dx for x, dx in ((weight, dweight), (bias, dbias), (f, df)))
     store = (None, None) if sink_k is None else (dsink_k, dsink_v)
     state = (dstate, dnorm) if ctx.carried else (None, None)
     return dq, dk, dv, *far, *store, *state, None, None, None, None
