@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 
 from subquad.core.errors import ConfigError, UnsupportedError
-from subquad.ops import backends, launch, ssd
+from subquad.ops import backends, gdn, launch, ssd
 
 
 class Fake:
@@ -96,3 +97,27 @@ def test_float32_products_follow_pytorchs_setting() -> None:
             assert launch.precision(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_documents_are_counted_anew() -> None:
+    """Whatever the numbers, the kernels see 0 for what continues the state, and one more at every change."""
+    documents_bt = torch.tensor([[0, 0, 3, 3, 2**40], [2**32, 2**32, 2**33, 0, 7]])
+    valid_bt = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    got = launch.documents(documents_bt.T.contiguous().T, valid_bt)
+    assert got is not None and got.is_contiguous() and got.dtype == torch.int32
+    assert got.tolist() == [[0, 0, 1, 1, 2], [1, 1, 2, 2, 2]]
+    assert launch.documents(None, valid_bt) is None
+
+
+def test_devices_are_compared_by_name() -> None:
+    x = torch.zeros(2, 5)
+    with pytest.raises(ConfigError, match="valid_bt: expected device cpu as of documents_bt, got meta"):
+        launch.axes(documents_bt=x, valid_bt=x.to("meta"))
+
+
+@pytest.mark.parametrize("op", [ssd, gdn])
+def test_an_empty_block_gives_a_state_of_its_own(op: Any) -> None:
+    q, g, state = torch.zeros(2, 0, 3, 4), torch.zeros(2, 0, 3), torch.randn(2, 3, 4, 4)
+    y, end = op.scan(q, q, q, g, *((g,) if op is gdn else ()), state)
+    assert y.shape == q.shape
+    assert torch.equal(end, state) and end.data_ptr() != state.data_ptr()

@@ -373,3 +373,34 @@ def test_errors_say_what_does_not_fit() -> None:
     refused("conv_dw: expected the 146 channels", weights=replace(weights, conv_dw=torch.zeros(5, 4, device=DEVICE)))
     refused("block: expected q, k and v of the pool's", block=replace(block, q_bthk=block.q_bthk.bfloat16()))
     refused("pool: expected contiguous", pool=replace(pool, values_bnhv=pool.values_bnhv.mT.contiguous().mT))
+    refused(
+        r"beta_bth: expected shape \(2, 3, 2\), got \(2, 3, 1\)", block=replace(block, beta_bth=block.beta_bth[..., :1])
+    )
+    refused(r"skip_h: expected shape \(2,\), got \(1,\)", weights=replace(weights, skip_h=torch.ones(1, device=DEVICE)))
+    refused(r"bias_d: expected shape \(146,\)", weights=replace(weights, bias_d=torch.ones(5, device=DEVICE)))
+    refused("n_b: expected int32 or int64, got torch.float32", n_b=count.float())
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+def test_counters_of_any_stride_and_no_gradient_into_the_pool(backend: str) -> None:
+    layer = LAYERS["ssd"]
+    weights = weights_of(layer, torch.float32)
+    first, second = (block_of(layer, 2, 3, torch.float32) for _ in range(2))
+    second = replace(second, v_bthv=second.v_bthv.requires_grad_())
+    seen, n = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.tensor([1, 3], device=DEVICE)
+    pools = [pool_of(layer, 2, 3, torch.float32, None) for _ in range(2)]
+    outputs = []
+    for pool, apart in zip(pools, (False, True), strict=True):
+        for _, x in pool.tensors():
+            x.zero_()
+        given = [
+            torch.stack((x, x + 7), dim=1)[:, 0] if apart else x for x in (seen, n, torch.tensor([1, 0], device=DEVICE))
+        ]
+        skip = None if weights.skip_h is None else torch.stack((weights.skip_h, -weights.skip_h), 1)[:, 0]
+        mine = replace(weights, skip_h=skip) if apart else weights
+        with backends.use(backend):
+            decode.advance_(first, pool, layer.rule, mine, given[0], seen, given[2])
+            outputs.append(decode.advance_(second, pool, layer.rule, mine, *given))
+        assert not any(x.requires_grad for _, x in pool.tensors()) and not outputs[-1].requires_grad
+    assert torch.equal(*outputs)
+    assert torch.equal(pools[0].recurrent_bhkv, pools[1].recurrent_bhkv)

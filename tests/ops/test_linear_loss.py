@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subquad.core.errors import UnsupportedError
+from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.ops import backends, launch, linear_loss
 
 # Where kernels run: on a GPU, or interpreted.
@@ -184,3 +184,33 @@ def test_no_tokens_and_frozen_weights(backend: str) -> None:
 def test_the_kernels_refuse_float64(backend: str) -> None:
     with backends.use(backend), pytest.raises(UnsupportedError, match="linear_loss on triton: .*float64"):
         linear_loss.kl(**arguments("kl", 40), scored_n=SCORED)
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+def test_labels_and_scores_of_any_stride(backend: str) -> None:
+    values, given = arguments("cross_entropy", 37, torch.float32), options("cross_entropy", 37)
+    want = float(linear_loss.equation.cross_entropy(**values, **given))
+    apart = {name: torch.stack((x, 1 - x.long()), dim=1).to(x.dtype)[:, 0] for name, x in given.items()}
+    with backends.use(backend):
+        assert float(linear_loss.cross_entropy(**values, **apart)) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", [TRITON])
+def test_what_does_not_fit_is_an_error_and_a_label_of_nothing_is_nan(backend: str) -> None:
+    values, given = arguments("cross_entropy", 37, torch.float32), options("cross_entropy", 37)
+    with backends.use(backend):
+        with pytest.raises(ConfigError, match="labels_n: expected n=9 as in hidden_nd, got 3"):
+            linear_loss.cross_entropy(**values, **(given | {"labels_n": given["labels_n"][:3]}))
+        given["labels_n"][0] = 99
+        assert linear_loss.cross_entropy(**values, **given).isnan()
+        teacher = arguments("kl", 37, torch.float32)
+        teacher["target_head_vd"] = teacher["target_head_vd"][:20]
+        with pytest.raises(ConfigError, match="target_head_vc: expected v=37 as in head_v, got 20"):
+            linear_loss.kl(**teacher, scored_n=SCORED)
+
+
+def test_there_is_no_second_derivative_to_be_wrong() -> None:
+    values, given = arguments("cross_entropy", 37), options("cross_entropy", 37)
+    x = values["hidden_nd"].requires_grad_()
+    (gradient,) = torch.autograd.grad(linear_loss.cross_entropy(**values, **given), x, create_graph=True)
+    assert not gradient.requires_grad

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.core.errors import UnsupportedError
+from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.ops import backends, launch, short_conv
 
 # Where kernels run: on a GPU, or interpreted.
@@ -196,3 +196,15 @@ def test_compilers_see_what_the_kernels_do(whole: bool) -> None:
     state = state.detach().mT.contiguous().requires_grad_()
     optional = (bias, state, documents_bt) if whole else (None, state, None)
     torch.library.opcheck(short_conv.on_triton._forward, (x, weight, *optional, True))
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+def test_a_bias_of_any_stride_and_what_does_not_fit(backend: str) -> None:
+    x, weight, bias, state = (y.to(DEVICE, torch.float32) for y in inputs(9, 4))
+    with backends.use(backend):
+        want = short_conv.parallel(x, weight, bias, state)
+        torch.testing.assert_close(short_conv.parallel(x, weight, torch.stack((bias, -bias), 1)[:, 0], state), want)
+        with pytest.raises(ConfigError, match="state_bdw: expected the last 3 inputs for 4 taps, got 2"):
+            short_conv.parallel(x, weight, bias, state[..., 1:])
+        with pytest.raises(ConfigError, match="unknown activation 'gelu'"):
+            short_conv.parallel(x, weight, bias, state, activation="gelu")

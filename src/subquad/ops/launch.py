@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
-from subquad.ops import backends
+from subquad.ops import backends, chunks
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256
@@ -21,15 +29,19 @@ def axes(**tensors: Tensor | None) -> dict[str, int]:
     Heads may be fewer in some tensors than in others (grouped queries): the axis h of q, k and v is not compared.
 
     Raises:
-        ConfigError: a tensor has another number of axes, or two sizes for one axis.
+        ConfigError: a tensor has another number of axes, two sizes for one axis, or another device than the first.
     """
     sizes: dict[str, tuple[int, str]] = {}
+    home: tuple[str, torch.device] | None = None
     for name, x in tensors.items():
         if x is None:
             continue
         letters = name.rpartition("_")[2]
         if x.dim() != len(letters):
             raise ConfigError(f"{name}: expected {len(letters)} axes, {' '.join(letters)}, got shape {tuple(x.shape)}")
+        home = home or (name, x.device)
+        if x.device != home[1]:
+            raise ConfigError(f"{name}: expected device {home[1]} as of {home[0]}, got {x.device}; move one of them")
         for letter, size in zip(letters, x.shape, strict=True):
             if letter == "h" and name[0] in "qkv":
                 continue
@@ -64,7 +76,7 @@ def refusal(*tensors: Tensor, widths: tuple[int, ...]) -> str | None:
 def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors that meet in a matrix product, in one dtype and with a contiguous last axis.
 
-    The dtype is autocast's where it is on, as for any matrix product, else the widest. Others strides are kept, so that
+    The dtype is autocast's where it is on, as for any matrix product, else the widest. Other strides are kept, so that
     views of one projection are not copied.
     """
     device = tensors[0].device.type
@@ -76,6 +88,26 @@ def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
             dtype = torch.promote_types(dtype, x.dtype)
     cast = (x.to(dtype) for x in tensors)
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in cast)
+
+
+def documents(documents_bt: Tensor | None, valid_bt: Tensor | None) -> Tensor | None:
+    """`chunks.settle`, then counted anew from 0, or from 1 where none continues the state: int32 whatever they were."""
+    settled_bt = chunks.settle(documents_bt, valid_bt)
+    if settled_bt is None:
+        return None
+    before_bt = F.pad(settled_bt[:, :-1], (1, 0))
+    return (settled_bt != before_bt).cumsum(1, dtype=torch.int32).contiguous()
+
+
+def guarded(function: Callable[P, R]) -> Callable[P, R]:
+    """Run `function` with the device of its first argument as the current one, on which Triton launches."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(args[0]):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError, nearest
@@ -59,7 +60,8 @@ def advance_(
     """
     _check(block, pool, rule, weights, seen_b, n_b, rows_b)
     tensors = block.q_bthk, block.k_bthk, block.v_bthv, block.g_bthk, pool.keys_bnhk, pool.recurrent_bhkv
-    return _backends.choose(*tensors).advance_(block, pool, rule, weights, seen_b, n_b, rows_b)
+    with torch.no_grad():
+        return _backends.choose(*tensors).advance_(block, pool, rule, weights, seen_b, n_b, rows_b)
 
 
 def _check(
@@ -93,12 +95,20 @@ def _check(
         )
     if rule.activation not in ("silu", "none"):
         raise ConfigError(f"unknown activation {rule.activation!r}{nearest(rule.activation, ('silu', 'none'))}")
+    for name, x, shape in (("beta_bth", block.beta_bth, (b, t, h)), ("skip_h", weights.skip_h, (h,))):
+        if x is not None and x.shape != shape:
+            raise ConfigError(f"{name}: expected shape {shape}, got {tuple(x.shape)}; give one number for every head")
+    for name, x in (("seen_b", seen_b), ("n_b", n_b), ("rows_b", rows_b)):
+        if x is not None and x.dtype not in (torch.int32, torch.int64):
+            raise ConfigError(f"{name}: expected int32 or int64, got {x.dtype}; cast it")
     if rule.delta and block.beta_bth is None:
         raise ConfigError("beta_bth: expected a tensor for the delta rule, got None; give one, of ones if need be")
     if not all(x.is_contiguous() for _, x in pool.tensors()):
         raise ConfigError("pool: expected contiguous tensors, got views; make it with init_pool")
     if weights.conv_dw is not None:
         channels = sum(x.shape[2] * x.shape[3] for x in (block.q_bthk, block.k_bthk, block.v_bthv))
+        if weights.bias_d is not None and weights.bias_d.shape != (channels,):
+            raise ConfigError(f"bias_d: expected shape {(channels,)}, got {tuple(weights.bias_d.shape)}; one a channel")
         width, room = weights.conv_dw.shape[1], pool.inputs_brd.shape[1]
         dtypes = {x.dtype for x in (block.q_bthk, block.k_bthk, block.v_bthv, pool.inputs_brd)}
         if len(dtypes) > 1:

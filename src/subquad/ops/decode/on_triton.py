@@ -49,16 +49,18 @@ def advance_(
     """`subquad.ops.decode.advance_`; shapes are checked there."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (block.q_bthk, block.k_bthk, block.v_bthv))
     g = block.g_bthk if block.g_bthk.shape[-1] == 1 or block.g_bthk.stride(-1) == 1 else block.g_bthk.contiguous()
-    conv_dw, bias_d = weights.conv_dw, weights.bias_d
+    own = weights.conv_dw, weights.bias_d, weights.skip_h
+    conv_dw, bias_d, skip_h = (None if x is None else x.contiguous() for x in own)
+    rows_b = None if rows_b is None else rows_b.contiguous()
     return _advance(
-        q, k, v, g, block.beta_bth, weights.skip_h,
-        None if conv_dw is None else conv_dw.contiguous(), None if bias_d is None else bias_d.contiguous(),
+        q, k, v, g, block.beta_bth, skip_h, conv_dw, bias_d,
         pool.recurrent_bhkv, pool.inputs_brd, pool.keys_bnhk, pool.values_bnhv, pool.decays_bnhk,
-        seen_b, n_b, rows_b, rule.delta, rule.activation == "silu", rule.l2_eps, rule.scale,
+        seen_b.contiguous(), n_b.contiguous(), rows_b, rule.delta, rule.activation == "silu", rule.l2_eps, rule.scale,
     )  # fmt: skip
 
 
 @torch.library.custom_op("subquad::decode_advance", mutates_args=("state", "inputs", "keys", "values", "decays"))
+@launch.guarded
 def _advance(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, skip: Tensor | None, conv: Tensor | None,
     bias: Tensor | None, state: Tensor, inputs: Tensor, keys: Tensor, values: Tensor, decays: Tensor, seen: Tensor,

@@ -57,4 +57,6 @@ def equation(
         error_bh1v = v[:, t, :, None] - k[:, t, :, None] @ state
         state = state + k[:, t, :, :, None] * (beta[:, t, :, None, None] * error_bh1v)
         outputs.append((q_bthk[:, t, :, None].to(dtype) @ state).squeeze(2))
+    if not outputs:
+        return v_bthv.new_empty(*g_bth.shape, v_bthv.shape[3]), state.clone()
     return torch.stack(outputs, dim=1).to(v_bthv.dtype), state

@@ -25,6 +25,10 @@ SHORTEST = 4
 RESIDENT = 2
 
 
+# CUDA's bound on the second and third axis of a grid.
+GRID = 65_535
+
+
 class Tiles(NamedTuple):
     """How a kernel is cut: channels of values and of keys at once, warps, stages, registers a thread may have."""
 
@@ -76,6 +80,9 @@ def segments(b: int, h: int, n: int, k: int, v: int, device: torch.device) -> in
 
 def refusal(*tensors: Tensor) -> str | None:
     """Why the kernels can't run these arguments of `scan`, or None."""
+    rows = tensors[3].shape[0] * tensors[3].shape[2]
+    if rows > GRID:
+        return f"the Triton kernels take up to {GRID} rows times heads, got {rows}"
     return launch.refusal(*tensors, widths=(tensors[1].shape[-1], tensors[2].shape[-1]))
 
 
@@ -95,8 +102,8 @@ def scan(
     launch.axes(q_bthk=q_bthk, k_bthk=k_bthk)
     launch.heads(g_bth.shape[2], q_bthk=q_bthk)
     if v_bthv.shape[0] * v_bthv.shape[1] == 0:
-        return v_bthv.new_zeros(*g_bth.shape, v_bthv.shape[-1]), state_bhkv.float()
-    documents_bt = _documents(documents_bt, valid_bt)
+        return v_bthv.new_zeros(*g_bth.shape, v_bthv.shape[-1]), state_bhkv.to(torch.float32, copy=True)
+    documents_bt = launch.documents(documents_bt, valid_bt)
     q, k, v, g, beta = chunks.blank(valid_bt, q_bthk, k_bthk, v_bthv, g_bth, beta_bth)
     y, final, *_ = _forward(*launch.operands(q, k, v), g, beta, state_bhkv, documents_bt)
     return y.to(v_bthv.dtype), final
@@ -115,8 +122,8 @@ def final_state(
     """`subquad.ops.gdn.final_state`."""
     _check(k_bthk, v_bthv, g_bth, beta_bth, state_bhkv, valid_bt, documents_bt)
     if v_bthv.shape[0] * v_bthv.shape[1] == 0:
-        return state_bhkv.float()
-    documents_bt = _documents(documents_bt, valid_bt)
+        return state_bhkv.to(torch.float32, copy=True)
+    documents_bt = launch.documents(documents_bt, valid_bt)
     k, v, g, beta = chunks.blank(valid_bt, k_bthk, v_bthv, g_bth, beta_bth)
     return _final_state(*launch.operands(k, v), g, beta, state_bhkv, documents_bt)
 
@@ -133,11 +140,6 @@ def _check(
     launch.axes(g_bth=g_bth, beta_bth=beta_bth, k_bthk=k_bthk, v_bthv=v_bthv, state_bhkv=state_bhkv)
     launch.axes(g_bth=g_bth, valid_bt=valid_bt, documents_bt=documents_bt)
     launch.heads(g_bth.shape[2], k_bthk=k_bthk, v_bthv=v_bthv)
-
-
-def _documents(documents_bt: Tensor | None, valid_bt: Tensor | None) -> Tensor | None:
-    settled_bt = chunks.settle(documents_bt, valid_bt)
-    return None if settled_bt is None else settled_bt.to(torch.int32).contiguous()
 
 
 class _Plan:
@@ -279,6 +281,7 @@ def _reverse(
 
 
 @torch.library.custom_op("subquad::gdn_forward", mutates_args=())
+@launch.guarded
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -304,6 +307,7 @@ def _(
 
 
 @torch.library.custom_op("subquad::gdn_backward", mutates_args=())
+@launch.guarded
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -372,6 +376,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 @torch.library.custom_op("subquad::gdn_final_state", mutates_args=())
+@launch.guarded
 def _final_state(k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, documents: Tensor | None) -> Tensor:
     """The final state alone: one segment is swept, and no query read."""
     plan = _Plan(k, v, g)

@@ -124,8 +124,8 @@ def products(
     value = block % BLOCKS_V * BV + tl.arange(0, BV)
     b64 = b.to(tl.int64)
     g_ck = decays(g + b64 * sgb + h * sgh, sgt, n, T, key, K, C)
-    x_ck = tile(x + b64 * sxb + h // (H // HX) * sxh, sxt, n, T, key, K, C)
-    y_cv = tile(y + b64 * syb + h // (H // HY) * syh, syt, n, T, value, V, C)
+    x_ck = tile(x + b64 * sxb + (h // (H // HX)).to(tl.int64) * sxh, sxt, n, T, key, K, C)
+    y_cv = tile(y + b64 * syb + (h // (H // HY)).to(tl.int64) * syh, syt, n, T, value, V, C)
     factor = tl.exp(summed(mask(chosen, LEVELS if REVERSE else LEVELS + 1, C), g_ck, SUMS))
     whole = tl.exp(tl.sum(g_ck, 0))
     if DOCUMENTS:
@@ -180,8 +180,8 @@ def weights(
     own = tl.arange(0, C)
     at = n * C + own
     b64 = b.to(tl.int64)
-    q += b64 * sqb + h // (H // HQ) * sqh
-    k += b64 * skb + h // (H // HK) * skh
+    q += b64 * sqb + (h // (H // HQ)).to(tl.int64) * sqh
+    k += b64 * skb + (h // (H // HK)).to(tl.int64) * skh
     g += b64 * sgb + h * sgh
     apart = own[:, None] ^ own[None, :]
     a_cc = tl.zeros([C, C], tl.float32)
@@ -223,9 +223,9 @@ def outputs(
     value = block * BV + tl.arange(0, BV)
     b64 = b.to(tl.int64)
     row = (b64 * N + n) * H + h
-    x += b64 * sxb + h // (H // HX) * sxh
+    x += b64 * sxb + (h // (H // HX)).to(tl.int64) * sxh
     g += b64 * sgb + h * sgh
-    y_cv = tile(y + b64 * syb + h // (H // HY) * syh, syt, n, T, value, V, C)
+    y_cv = tile(y + b64 * syb + (h // (H // HY)).to(tl.int64) * syh, syt, n, T, value, V, C)
     if REVERSE:
         a_cc = tl.load(a + row * C * C + own[None, :] * C + own[:, None])
     else:
@@ -266,7 +266,7 @@ def gradients(
     key = block * BK + tl.arange(0, BK)
     b64 = b.to(tl.int64)
     row = (b64 * N + n) * H + h
-    v += b64 * svb + h // (H // HV) * svh
+    v += b64 * svb + (h // (H // HV)).to(tl.int64) * svh
     dy += b64 * sdb + h * sdh
     da_cc = tl.zeros([C, C], tl.float32)
     same_c = tl.zeros([C], tl.float32)
@@ -286,8 +286,8 @@ def gradients(
         same_c += tl.sum(dy_cv.to(tl.float32) * v_cv.to(tl.float32), 1)
         through_k += tl.sum(s_kv.to(tl.float32) * ds_kv.to(tl.float32), 1)
     g_ck = decays(g + b64 * sgb + h * sgh, sgt, n, T, key, K, C)
-    q_ck = tile(q + b64 * sqb + h // (H // HQ) * sqh, sqt, n, T, key, K, C)
-    k_ck = tile(k + b64 * skb + h // (H // HK) * skh, skt, n, T, key, K, C)
+    q_ck = tile(q + b64 * sqb + (h // (H // HQ)).to(tl.int64) * sqh, sqt, n, T, key, K, C)
+    k_ck = tile(k + b64 * skb + (h // (H // HK)).to(tl.int64) * skh, skt, n, T, key, K, C)
     dtype = q_ck.dtype
     before_cc, behind_cc = mask(chosen, LEVELS, C), mask(chosen, LEVELS + 1, C)
     start_ck = tl.exp(summed(before_cc, g_ck, SUMS))

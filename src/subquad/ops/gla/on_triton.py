@@ -72,7 +72,7 @@ def scan(
     _check(q_bthk, k_bthk, v_bthv, g_bthk, state_bhkv, valid_bt, documents_bt)
     q, k, v, g = chunks.blank(valid_bt, q_bthk, k_bthk, v_bthv, g_bthk)
     operands = _operands(q, k, v)
-    y_bthv, end_bhkv, *_ = _forward(*operands, _whole(g), state_bhkv, _documents(documents_bt, valid_bt))
+    y_bthv, end_bhkv, *_ = _forward(*operands, _whole(g), state_bhkv, launch.documents(documents_bt, valid_bt))
     return y_bthv.to(v_bthv.dtype), end_bhkv
 
 
@@ -91,7 +91,7 @@ def final_state(
         return scan(k_bthk, *inputs, valid_bt=valid_bt, documents_bt=documents_bt)[1]
     _check(k_bthk, *inputs, valid_bt, documents_bt)
     k, v, g = chunks.blank(valid_bt, k_bthk, v_bthv, g_bthk)
-    return _final_state(*_operands(k, v), _whole(g), state_bhkv, _documents(documents_bt, valid_bt))
+    return _final_state(*_operands(k, v), _whole(g), state_bhkv, launch.documents(documents_bt, valid_bt))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, valid: Tensor | None, documents: Tensor | None):
@@ -103,11 +103,6 @@ def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     """`launch.operands`, but float16 as float32: a state that sums up a long sequence overflows float16."""
     tensors = launch.operands(*tensors)
     return tuple(x.float() for x in tensors) if tensors[0].dtype == torch.float16 else tensors
-
-
-def _documents(documents_bt: Tensor | None, valid_bt: Tensor | None) -> Tensor | None:
-    settled = chunks.settle(documents_bt, valid_bt)
-    return None if settled is None else settled.to(torch.int32)
 
 
 def _whole(x: Tensor) -> Tensor:
@@ -217,6 +212,7 @@ def _outputs(
 
 
 @torch.library.custom_op("subquad::gla_forward", mutates_args=())
+@launch.guarded
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -252,6 +248,7 @@ def _chunks(g: Tensor) -> int:
 
 
 @torch.library.custom_op("subquad::gla_backward", mutates_args=())
+@launch.guarded
 def _backward(
     dy: Tensor,
     dend: Tensor,
@@ -353,6 +350,7 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 
 
 @torch.library.custom_op("subquad::gla_final_state", mutates_args=())
+@launch.guarded
 def _final_state(k: Tensor, v: Tensor, g: Tensor, state: Tensor, documents: Tensor | None) -> Tensor:
     """The state after the last token."""
     (b, _, h, dim_k), n = g.shape, _chunks(g)

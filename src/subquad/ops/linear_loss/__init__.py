@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from subquad.core.state import precise
 from subquad.ops import launch
@@ -27,6 +28,9 @@ def kl(hidden_nd: Tensor, head_vd: Tensor, target_nd: Tensor, target_head_vd: Te
     Logits have the dtype of the matrix product (autocast's where it is on), the arithmetic on them is in at least
     float32, and the gradient of the head is summed over chunks in at least float32.
     """
+    launch.axes(hidden_nd=hidden_nd, head_vd=head_vd, scored_n=scored_n)
+    launch.axes(hidden_n=hidden_nd[:, 0], head_v=head_vd[:, 0], target_nc=target_nd, target_head_vc=target_head_vd)
+    scored_n = scored_n.bool().contiguous()
     chosen = _backends.choose(hidden_nd, head_vd, target_nd, target_head_vd)
     (target_nd, target_head_vd) = launch.operands(target_nd.detach(), target_head_vd.detach())
     targets_cv: Tensor | None = None
@@ -43,6 +47,8 @@ def kl(hidden_nd: Tensor, head_vd: Tensor, target_nd: Tensor, target_head_vd: Te
 
 def cross_entropy(hidden_nd: Tensor, head_vd: Tensor, labels_n: Tensor, scored_n: Tensor) -> Tensor:
     """`equation.cross_entropy` by chunks of tokens; otherwise as `kl`."""
+    launch.axes(hidden_nd=hidden_nd, head_vd=head_vd, labels_n=labels_n, scored_n=scored_n)
+    labels_n, scored_n = labels_n.long().contiguous(), scored_n.bool().contiguous()
     chosen = _backends.choose(hidden_nd, head_vd)
 
     def rows(logits_cv: Tensor, part: slice) -> Tensor:
@@ -80,7 +86,8 @@ class _Chunked(torch.autograd.Function):
         return loss_n.sum()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grad_outputs
         return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None, None
 

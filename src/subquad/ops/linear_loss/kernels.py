@@ -82,4 +82,5 @@ def cross_entropy_rows(logits, labels, scored, loss, stride_logits, v, BLOCK: tl
             own = start + at == label
             chosen -= tl.where(own, x, 0.0)
             tl.store(logits + start + at, (tl.exp(x) - own.to(tl.float32)).to(logits.dtype.element_ty), mask=inside)
-        tl.store(loss + row, tl.sum(chosen, 0))
+        # No label of these is no loss, and not 0.
+        tl.store(loss + row, tl.where((label >= 0) & (label < v), tl.sum(chosen, 0), float("nan")))

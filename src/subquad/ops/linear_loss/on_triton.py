@@ -33,6 +33,7 @@ def cross_entropy_(logits_cv: Tensor, labels_c: Tensor, scored_c: Tensor) -> Ten
 
 
 @torch.library.custom_op("subquad::linear_loss_kl_", mutates_args=("logits_cv",))
+@launch.guarded
 def _kl_(logits_cv: Tensor, target_cv: Tensor, scored_c: Tensor) -> Tensor:
     c, v = logits_cv.shape
     loss_c = launch.scratch(c, like=logits_cv, dtype=torch.float32)
@@ -44,6 +45,7 @@ def _kl_(logits_cv: Tensor, target_cv: Tensor, scored_c: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("subquad::linear_loss_cross_entropy_", mutates_args=("logits_cv",))
+@launch.guarded
 def _cross_entropy_(logits_cv: Tensor, labels_c: Tensor, scored_c: Tensor) -> Tensor:
     c, v = logits_cv.shape
     loss_c = launch.scratch(c, like=logits_cv, dtype=torch.float32)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.core.errors import ConfigError, nearest
 from subquad.ops.backends import Backends
 from subquad.ops.short_conv.equation import equation
 
@@ -27,8 +28,15 @@ def parallel(
 
     No token sees a later one, so right padding needs no mask.
     """
+    if activation not in ("silu", "none"):
+        raise ConfigError(f"unknown activation {activation!r}{nearest(activation, ('silu', 'none'))}")
+    if state_bdw.shape[2] != weight_dw.shape[1] - 1:
+        raise ConfigError(
+            f"state_bdw: expected the last {weight_dw.shape[1] - 1} inputs for {weight_dw.shape[1]} taps, got "
+            f"{state_bdw.shape[2]}; use the state of this convolution"
+        )
     if x_btd.numel() == 0:
-        return x_btd
+        return x_btd.clone()
     chosen = _backends.choose(x_btd, weight_dw, state_bdw)
     return chosen.parallel(x_btd, weight_dw, bias_d, state_bdw, documents_bt=documents_bt, activation=activation)
 
@@ -36,7 +44,7 @@ def parallel(
 def final_state(
     x_btd: Tensor, state_bdw: Tensor, *, valid_bt: Tensor | None = None, documents_bt: Tensor | None = None
 ) -> Tensor:
-    """The state of `equation` after the last valid token, in the dtype of the state."""
+    """The state of `equation` after the last valid token, in its dtype; valid tokens stand first in a row."""
     kept = state_bdw.shape[2]
     b, t = x_btd.shape[:2]
     joint_bnd = torch.cat((state_bdw.mT, x_btd.to(state_bdw.dtype)), dim=1)

@@ -23,6 +23,9 @@ class Tile(NamedTuple):
     tiles: int
 
 
+# CUDA's bound on the second and third axis of a grid.
+GRID = 65_535
+
 FORWARD, BACKWARD = Tile(4, 512, 4), Tile(2, 512, 16)
 
 
@@ -31,6 +34,9 @@ def refusal(*tensors: Tensor) -> str | None:
     taps = tensors[1].shape[-1]
     if taps > WIDEST:
         return f"the Triton kernels take up to {WIDEST} taps, got {taps}"
+    b, t = tensors[0].shape[:2]
+    if b > GRID or t > GRID * min(FORWARD.rows * FORWARD.tiles, BACKWARD.rows * BACKWARD.tiles):
+        return f"the Triton kernels take up to {GRID} rows and about a million tokens, got {b} and {t}"
     return launch.refusal(*tensors, widths=())
 
 
@@ -45,15 +51,16 @@ def parallel(
 ) -> Tensor:
     """`subquad.ops.short_conv.parallel`."""
     launch.axes(x_btd=x_btd, weight_dw=weight_dw, bias_d=bias_d, state_bdv=state_bdw, documents_bt=documents_bt)
+    bias_d = None if bias_d is None else bias_d.contiguous()
     x_btd = x_btd if x_btd.stride(2) == 1 else x_btd.contiguous()
-    if documents_bt is not None:
-        documents_bt = documents_bt.to(torch.int32).contiguous()
+    documents_bt = launch.documents(documents_bt, None)
     silu = activation == "silu"
     state_bwd = state_bdw.mT.to(x_btd.dtype).contiguous()
     return _forward(x_btd, weight_dw.contiguous(), bias_d, state_bwd, documents_bt, silu)
 
 
 @torch.library.custom_op("subquad::short_conv", mutates_args=())
+@launch.guarded
 def _forward(
     x_btd: Tensor, weight_dw: Tensor, bias_d: Tensor | None, state_bwd: Tensor, documents_bt: Tensor | None, silu: bool
 ) -> Tensor:
@@ -68,6 +75,7 @@ def _forward(
 
 
 @torch.library.custom_op("subquad::short_conv_backward", mutates_args=())
+@launch.guarded
 def _backward(
     dy_btd: Tensor, x_btd: Tensor, weight_dw: Tensor, bias_d: Tensor | None, state_bwd: Tensor,
     documents_bt: Tensor | None, silu: bool,

@@ -25,7 +25,7 @@ def scan(
     """Outputs and final state of `equation`, by chunks of tokens; arguments and results are the same.
 
     The tensors' device chooses the implementation; see `subquad.ops.backends`. Gradients flow through both results.
-    A NaN among the decays makes NaN of everything behind it.
+    A NaN among the decays makes NaN of everything behind it, and may of earlier tokens of its chunk.
     """
     chosen = _backends.choose(q_bthk, k_bthk, v_bthv, g_bth, state_bhkv)
     return chosen.scan(q_bthk, k_bthk, v_bthv, g_bth, state_bhkv, valid_bt=valid_bt, documents_bt=documents_bt)

@@ -52,4 +52,6 @@ def equation(
             state = state.masked_fill((documents_bt[:, t] != before_b)[:, None, None, None], 0)
         state = g[:, t, :, None, None].exp() * state + k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((q_bthk[:, t, :, None].to(dtype) @ state).squeeze(2))
+    if not outputs:
+        return v_bthv.new_empty(*g_bth.shape, v_bthv.shape[3]), state.clone()
     return torch.stack(outputs, dim=1).to(v_bthv.dtype), state

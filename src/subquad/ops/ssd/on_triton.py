@@ -94,7 +94,7 @@ def scan(
     )  # fmt: skip
     launch.heads(g_bth.shape[2], q_bthk=q_bthk, k_bthk=k_bthk, v_bthv=v_bthv)
     if g_bth.numel() == 0:
-        return v_bthv.new_empty(*g_bth.shape, v_bthv.shape[-1]), state_bhkv.float()
+        return v_bthv.new_empty(*g_bth.shape, v_bthv.shape[-1]), state_bhkv.to(torch.float32, copy=True)
     blank = chunks.blank(valid_bt, q_bthk, k_bthk, v_bthv, g_bth)
     q, k, v = _operands(*blank[:3])
     y_bthv, end_bhkv = _scan(q, k, v, blank[3].float(), *_rest(q, v, g_bth, state_bhkv, valid_bt, documents_bt))
@@ -120,7 +120,7 @@ def final_state(
     )
     launch.heads(g_bth.shape[2], k_bthk=k_bthk, v_bthv=v_bthv)
     if g_bth.numel() == 0:
-        return state_bhkv.float()
+        return state_bhkv.to(torch.float32, copy=True)
     k, v, g = chunks.blank(valid_bt, k_bthk, v_bthv, g_bth)
     k, v = _operands(k, v)
     return _final_state(k, v, g.float(), *_rest(k, v, g_bth, state_bhkv, valid_bt, documents_bt))
@@ -136,14 +136,13 @@ def _rest(
     k: Tensor, v: Tensor, g_bth: Tensor, state_bhkv: Tensor, valid_bt: Tensor | None, documents_bt: Tensor | None
 ) -> tuple[Tensor, Tensor | None, int]:
     """What the custom operations take behind the decays: state, documents, tokens a segment."""
-    documents_bt = chunks.settle(documents_bt, valid_bt)
-    if documents_bt is not None:
-        documents_bt = documents_bt.to(torch.int32).contiguous()
+    documents_bt = launch.documents(documents_bt, valid_bt)
     b, t, h = g_bth.shape
     return state_bhkv.float().contiguous(), documents_bt, segment(t, b * h, k.shape[-1], v.shape[-1], k.dtype)
 
 
 @torch.library.custom_op("subquad::ssd_scan", mutates_args=())
+@launch.guarded
 def _scan(
     q_bthk: Tensor, k_bthk: Tensor, v_bthv: Tensor, g_bth: Tensor, state_bhkv: Tensor,
     documents_bt: Tensor | None, length: int,
@@ -174,6 +173,7 @@ def _(
 
 
 @torch.library.custom_op("subquad::ssd_final_state", mutates_args=())
+@launch.guarded
 def _final_state(
     k_bthk: Tensor, v_bthv: Tensor, g_bth: Tensor, state_bhkv: Tensor, documents_bt: Tensor | None, length: int
 ) -> Tensor:
@@ -189,6 +189,7 @@ def _(
 
 
 @torch.library.custom_op("subquad::ssd_scan_backward", mutates_args=())
+@launch.guarded
 def _scan_backward(
     dy_bthv: Tensor, dend_bhkv: Tensor, q_bthk: Tensor, k_bthk: Tensor, v_bthv: Tensor, g_bth: Tensor,
     state_bhkv: Tensor, documents_bt: Tensor | None, length: int,

@@ -188,6 +188,7 @@ def _sink_strides(sink_k: Tensor | None, sink_v: Tensor | None, k: Tensor, v: Te
 
 
 @torch.library.custom_op("subquad::windowed_forward", mutates_args=())
+@launch.guarded
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -268,6 +269,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("subquad::windowed_backward", mutates_args=())
+@launch.guarded
 def _backward(
     dy: Tensor,
     y: Tensor,
