@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from subquad.core.attention import AttentionStats, AttentionWeights, RotarySpec
+from subquad.core.attention import AttentionStats, AttentionWeights
 from subquad.core.card import Card
 from subquad.core.config import config_from_dict
 from subquad.core.layout import Layout
@@ -126,20 +126,7 @@ class GatedDeltaNet(Mixer):
         super().__init__()
         self.config = config
         width = config.n_heads * config.value_dim
-        self.qkv = ConvQKV(
-            config.d_model,
-            config.n_heads,
-            config.key_dim,
-            config.value_dim,
-            n_kv_heads=config.n_kv_heads,
-            n_groups=config.n_groups,
-            conv_width=config.conv_width,
-            activation=config.activation,
-            bias=config.bias,
-            qk_norm=config.qk_norm,
-            norm_eps=config.norm_eps,
-            rotary=None if config.rotary is None else RotarySpec(**config.rotary),
-        )
+        self.qkv = ConvQKV.of(config)
         self.dt_proj = nn.Linear(config.d_model, config.n_heads, bias=False)
         self.decay = Decay(config.n_heads)
         self.beta_proj = nn.Linear(config.d_model, config.n_heads, bias=False)

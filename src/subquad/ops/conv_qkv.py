@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,24 @@ class ConvQKV(nn.Module):
         if conv_width:
             self.conv_weight = nn.Parameter(torch.empty(self.channels, conv_width).uniform_(-1, 1) * conv_width**-0.5)
             self.conv_bias = nn.Parameter(torch.zeros(self.channels))
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Build from a mixer's ``Config``, which has fields of the same names, `rotary` as a mapping or None."""
+        return cls(
+            config.d_model,
+            config.n_heads,
+            config.key_dim,
+            config.value_dim,
+            n_kv_heads=config.n_kv_heads,
+            n_groups=config.n_groups,
+            conv_width=config.conv_width,
+            activation=config.activation,
+            bias=config.bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            rotary=None if config.rotary is None else RotarySpec(**config.rotary),
+        )
 
     def init_state(self, batch: int, **factory: Any) -> RecurrentState:
         """Zeros before the first token; `factory` is ``device`` and ``dtype``."""

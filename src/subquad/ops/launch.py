@@ -90,6 +90,12 @@ def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in cast)
 
 
+def operands_of_a_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`operands`, but float16 as float32: a state that sums up a long sequence overflows float16."""
+    tensors = operands(*tensors)
+    return tuple(x.float() for x in tensors) if tensors[0].dtype == torch.float16 else tensors
+
+
 def documents(documents_bt: Tensor | None, valid_bt: Tensor | None) -> Tensor | None:
     """`chunks.settle`, then counted anew from 0, or from 1 where none continues the state: int32 whatever they were."""
     settled_bt = chunks.settle(documents_bt, valid_bt)

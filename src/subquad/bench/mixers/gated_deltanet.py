@@ -2,86 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.bench.harness import Bench
-from subquad.mixers.attention import Attention
+from subquad.bench.recurrent import measure
 from subquad.mixers.gated_deltanet import GatedDeltaNet
-from subquad.ops import attention, gdn
+from subquad.ops import gdn
 
 
 def run(bench: Bench) -> None:
-    """A SmolLM2-135M-shaped layer, 9 heads of 64 channels: forward, training step, decode step, state."""
-    b, t, h, k = bench.size((1, 4096, 9, 64), smoke=(1, 70, 2, 8))
-    shape = {"b": b, "t": t, "h": h, "k": k, "v": k}
-    q, k_, v = (torch.randn(b, t, h, k, **bench.factory) for _ in range(3))
-    k_ = F.normalize(k_, dim=-1)
-    g, beta = -0.1 * torch.rand(b, t, h, **bench.factory), torch.rand(b, t, h, **bench.factory)
-    state = torch.zeros(b, h, k, k, device=bench.device)
+    """A SmolLM2-135M-shaped layer: forward, training step, decode step, state."""
 
-    short_q, short_k, short_v, short_g, short_beta = (x[:, :300] for x in (q, k_, v, g, beta))
-    short = (short_q, short_k, short_v, short_g, short_beta, state)
-    exact, _ = gdn.equation(*(x.double() for x in short))
-    naive, _ = gdn.equation(*short)
-    bench.gate("chunked equals the loop", gdn.scan(*short)[0], exact, naive=naive)
-
-    def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-        return gdn.scan(q, k, v, g, beta, state)[0]
-
-    def softmax(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
-        return attention.causal(q, k, v, q.shape[-1] ** -0.5)
+    def arguments(b: int, t: int, h: int, k: int) -> tuple[Tensor, ...]:
+        q, k_, v = (torch.randn(b, t, h, k, **bench.factory) for _ in range(3))
+        g, beta = -0.1 * torch.rand(b, t, h, **bench.factory), torch.rand(b, t, h, **bench.factory)
+        return q, F.normalize(k_, dim=-1), v, g, beta
 
     # Within a chunk of 64 three products over it and a triangular system for k + v columns, and three with the state.
-    flops = b * t * h * (2 * 64 * 3 * k + 64 * 2 * k + 2 * 3 * k * k)
-    inputs = (q, k_, v, g, beta)
-    bench.compare(
-        f"fwd.t{t}", ours, softmax, baseline_name="causal SDPA", inputs=inputs, tokens=b * t, flops=flops, shape=shape
-    )
-
-    def training(forward: Callable[..., Tensor]) -> Callable[..., None]:
-        def step(*leaves: Tensor) -> None:
-            forward(*leaves).sum().backward()
-
-        return step
-
-    leaves = tuple(x.requires_grad_() for x in inputs)
-    bench.compare(
-        f"train.t{t}",
-        training(ours),
-        training(softmax),
-        baseline_name="causal SDPA",
-        inputs=leaves,
-        tokens=b * t,
-        flops=3 * flops,
-        shape=shape,
-    )
-
-    d_model, batch = h * k, 8
-    mixer = GatedDeltaNet(GatedDeltaNet.Config(d_model, h, k, k)).to(**bench.factory).requires_grad_(False)
-    full = Attention(Attention.Config(d_model, h, h, k)).to(**bench.factory).requires_grad_(False)
-    cache = full.init_state(batch, t)
-    cache.seen_b.fill_(t - 1)
-    one = torch.randn(batch, 1, d_model, **bench.factory)
-    bench.compare(
-        f"step.t{t}",
-        partial(mixer.read, state=mixer.init_state(batch)),
-        partial(full.read, state=cache),
-        baseline_name="full key/value cache",
-        inputs=(one,),
-        tokens=batch,
-        shape={"b": batch, "t": t, "d": d_model, "h": h, "k": k},
-    )
-    bench.value(
-        f"state.t{t}",
-        mixer.init_state(1, t, device="meta").nbytes,
-        "bytes",
-        "lower",
-        baseline="full key/value cache",
-        baseline_value=full.init_state(1, t, device="meta").nbytes,
-        shape=shape,
-    )
+    measure(bench, gdn, GatedDeltaNet, arguments, lambda k: 2 * 64 * 3 * k + 64 * 2 * k + 2 * 3 * k * k)

@@ -71,7 +71,7 @@ def scan(
     """`subquad.ops.gla.scan` by levels of blocks within chunks of 64 tokens, see `subquad.ops.gla.kernels`."""
     _check(q_bthk, k_bthk, v_bthv, g_bthk, state_bhkv, valid_bt, documents_bt)
     q, k, v, g = chunks.blank(valid_bt, q_bthk, k_bthk, v_bthv, g_bthk)
-    operands = _operands(q, k, v)
+    operands = launch.operands_of_a_sum(q, k, v)
     y_bthv, end_bhkv, *_ = _forward(*operands, _whole(g), state_bhkv, launch.documents(documents_bt, valid_bt))
     return y_bthv.to(v_bthv.dtype), end_bhkv
 
@@ -91,18 +91,14 @@ def final_state(
         return scan(k_bthk, *inputs, valid_bt=valid_bt, documents_bt=documents_bt)[1]
     _check(k_bthk, *inputs, valid_bt, documents_bt)
     k, v, g = chunks.blank(valid_bt, k_bthk, v_bthv, g_bthk)
-    return _final_state(*_operands(k, v), _whole(g), state_bhkv, launch.documents(documents_bt, valid_bt))
+    return _final_state(
+        *launch.operands_of_a_sum(k, v), _whole(g), state_bhkv, launch.documents(documents_bt, valid_bt)
+    )
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, valid: Tensor | None, documents: Tensor | None):
     launch.axes(q_bthk=q, k_bthk=k, v_bthv=v, g_bthk=g, state_bhkv=state, valid_bt=valid, documents_bt=documents)
     launch.heads(g.shape[2], q_bthk=q, k_bthk=k, v_bthv=v)
-
-
-def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """`launch.operands`, but float16 as float32: a state that sums up a long sequence overflows float16."""
-    tensors = launch.operands(*tensors)
-    return tuple(x.float() for x in tensors) if tensors[0].dtype == torch.float16 else tensors
 
 
 def _whole(x: Tensor) -> Tensor:

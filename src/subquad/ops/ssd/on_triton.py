@@ -96,7 +96,7 @@ def scan(
     if g_bth.numel() == 0:
         return v_bthv.new_empty(*g_bth.shape, v_bthv.shape[-1]), state_bhkv.to(torch.float32, copy=True)
     blank = chunks.blank(valid_bt, q_bthk, k_bthk, v_bthv, g_bth)
-    q, k, v = _operands(*blank[:3])
+    q, k, v = launch.operands_of_a_sum(*blank[:3])
     y_bthv, end_bhkv = _scan(q, k, v, blank[3].float(), *_rest(q, v, g_bth, state_bhkv, valid_bt, documents_bt))
     return y_bthv.to(v_bthv.dtype), end_bhkv
 
@@ -122,14 +122,8 @@ def final_state(
     if g_bth.numel() == 0:
         return state_bhkv.to(torch.float32, copy=True)
     k, v, g = chunks.blank(valid_bt, k_bthk, v_bthv, g_bth)
-    k, v = _operands(k, v)
+    k, v = launch.operands_of_a_sum(k, v)
     return _final_state(k, v, g.float(), *_rest(k, v, g_bth, state_bhkv, valid_bt, documents_bt))
-
-
-def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """`launch.operands`, but float16 as float32: a state that sums up a long sequence overflows float16."""
-    tensors = launch.operands(*tensors)
-    return tuple(x.float() for x in tensors) if tensors[0].dtype == torch.float16 else tensors
 
 
 def _rest(
