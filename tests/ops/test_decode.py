@@ -179,7 +179,7 @@ def test_groups_and_odd_widths(name: str, changes: dict[str, Any]) -> None:
 def test_several_blocks_of_values_share_keys_and_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from subquad.ops.decode import on_triton
 
-    monkeypatch.setattr(on_triton, "override", on_triton.Tiling(16, 1))
+    monkeypatch.setattr(on_triton, "tiling", lambda *_, **__: on_triton.Tiling(16, 1))
     layer = replace(LAYERS[name], heads=(2, 1, 1, 1), conv=3, value=20)
     assert course("triton", layer, (9, 2, 9), torch.float32)[0] <= 40 * 2**-24
 

@@ -18,6 +18,8 @@ R = TypeVar("R")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256
+# CUDA's bound on the second and third axis of a grid.
+GRID = 65_535
 
 # Tests set this: scratch then holds NaN, so that what no kernel wrote shows in the result.
 poison = False

@@ -25,14 +25,9 @@ class Tiling(NamedTuple):
 # Of products with the state: the keys, rounded to the pool's dtype already, fix what is worth keeping.
 _PRECISION = {torch.float32: "tf32x3", torch.bfloat16: "bf16"}
 
-# Set by scripts that sweep; None takes the table's.
-override: Tiling | None = None
-
 
 def tiling(k: int, v: int, time: int, *, key_decay: bool) -> Tiling:
     """The table: 4,096 numbers of a state a program for one token, twice that for several, whose keys it makes once."""
-    if override is not None:
-        return override
     if time <= 1:
         return Tiling(min(_tile(v), max(16, 4096 // _tile(k))), 2)
     return Tiling(min(_tile(v), max(16, 8192 // _tile(k))), 4, None if key_decay else 128)

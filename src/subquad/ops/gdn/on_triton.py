@@ -25,10 +25,6 @@ SHORTEST = 4
 RESIDENT = 2
 
 
-# CUDA's bound on the second and third axis of a grid.
-GRID = 65_535
-
-
 class Tiles(NamedTuple):
     """How a kernel is cut: channels of values and of keys at once, warps, stages, registers a thread may have."""
 
@@ -81,8 +77,8 @@ def segments(b: int, h: int, n: int, k: int, v: int, device: torch.device) -> in
 def refusal(*tensors: Tensor) -> str | None:
     """Why the kernels can't run these arguments of `scan`, or None."""
     rows = tensors[3].shape[0] * tensors[3].shape[2]
-    if rows > GRID:
-        return f"the Triton kernels take up to {GRID} rows times heads, got {rows}"
+    if rows > launch.GRID:
+        return f"the Triton kernels take up to {launch.GRID} rows times heads, got {rows}"
     return launch.refusal(*tensors, widths=(tensors[1].shape[-1], tensors[2].shape[-1]))
 
 

@@ -23,9 +23,6 @@ class Tile(NamedTuple):
     tiles: int
 
 
-# CUDA's bound on the second and third axis of a grid.
-GRID = 65_535
-
 FORWARD, BACKWARD = Tile(4, 512, 4), Tile(2, 512, 16)
 
 
@@ -35,8 +32,8 @@ def refusal(*tensors: Tensor) -> str | None:
     if taps > WIDEST:
         return f"the Triton kernels take up to {WIDEST} taps, got {taps}"
     b, t = tensors[0].shape[:2]
-    if b > GRID or t > GRID * min(FORWARD.rows * FORWARD.tiles, BACKWARD.rows * BACKWARD.tiles):
-        return f"the Triton kernels take up to {GRID} rows and about a million tokens, got {b} and {t}"
+    if b > launch.GRID or t > launch.GRID * min(FORWARD.rows * FORWARD.tiles, BACKWARD.rows * BACKWARD.tiles):
+        return f"the Triton kernels take up to {launch.GRID} rows and about a million tokens, got {b} and {t}"
     return launch.refusal(*tensors, widths=())
 
 

@@ -28,14 +28,8 @@ class Blocks(NamedTuple):
     keys: tuple[int, int, int] = (4, 2, 0)
 
 
-# Scripts that look for better sizes set this.
-override: Blocks | None = None
-
-
 def blocks(time: int, widths: tuple[int, ...], dtype: torch.dtype) -> Blocks:
     """The sizes for a block of `time` tokens and head dims and features `widths`."""
-    if override is not None:
-        return override
     widest, short = max(_power(w) for w in widths), time <= 16
     if dtype == torch.float32:
         return Blocks(16 if short or widest > 64 else 32, 32, *(((8, 1, 0),) * 4))
