@@ -22,9 +22,9 @@ from subquad.models.stack import Stack
 from subquad.models.teachers import from_transformers
 from subquad.ops import ssd
 from subquad.train.checkpoint import RunFolder
-from subquad.train.loop import Budget
 from subquad.train.optimiser import Rate
-from subquad.train.pipeline import Recipe, fit
+from subquad.train.pipeline import Models, fit
+from subquad.train.recipe import Phase, Recipe
 
 TEXT = " ".join(f"the {a} {b} saw a {b} {a}" for a, b in itertools.permutations(["red", "old", "cat", "dog", "sea"], 2))
 WORDS = sorted({"<end>", *TEXT.split()})
@@ -101,9 +101,7 @@ def test_4_a_teacher_is_a_stack_with_the_same_logits(llama, teacher):
 def test_5_a_hybrid_starts_from_its_teacher(teacher):
     """Any layer takes any mixer; one that can be exact is: here the text fits into the window."""
     tokens_bt = tokens(2, 40)
-    exact = transplant(
-        teacher, {1: "windowed_linear", 3: "windowed_linear"}, options={"windowed_linear": {"window": 64}}
-    )
+    exact = transplant(teacher, {i: {"mixer": "windowed_linear", "window": 64} for i in (1, 3)})
     close(exact(tokens_bt), teacher(tokens_bt))
     hybrid = transplant(teacher, HYBRID)
     assert [layer["mixer"] for layer in hybrid.config.layers] == ["attention", *HYBRID.values()]
@@ -128,8 +126,8 @@ def test_7_alignment_learns_the_attention(teacher, tokenizer, tmp_path):
     """Every new mixer learns its own layer's output from the teacher's stream, all layers in parallel."""
     hybrid = transplant(teacher, HYBRID)
     stream = TokenStream([Source("tiny", lambda: iter([TEXT] * 20))], tokenizer, batch=4, time=32, fraction=0.0)
-    recipe = Recipe(align=Budget(tokens=40 * 4 * 32), align_rate=Rate(lr=1e-2))
-    fit(teacher, hybrid, sorted(HYBRID), stream, recipe, RunFolder(tmp_path))
+    recipe = Recipe((Phase("align", Rate(lr=1e-2), tokens=40 * 4 * 32),))
+    fit(Models(teacher, hybrid, sorted(HYBRID)), lambda _: stream, recipe, RunFolder(tmp_path))
     first, *_, last = RunFolder(tmp_path).lines()
     assert last["loss"] < 0.5 * first["loss"]
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from subquad.cli import main
-from subquad.cli.convert import count
 from subquad.convert.transplant import rebuild, transplant
 from subquad.convert.transplant.conversion import Settings, Surroundings, convert
 from subquad.convert.transplant.measure import measure
@@ -27,8 +26,8 @@ from subquad.models.load import load_model
 from subquad.models.stack import Stack
 from subquad.train.checkpoint import RunFolder
 from subquad.train.display import Line
-from subquad.train.loop import Budget
-from subquad.train.pipeline import Recipe
+from subquad.train.optimiser import Rate
+from subquad.train.recipe import Phase, Recipe, count
 
 LAYER = {"mixer": "attention", "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "rotary": {"theta": 1e4, "dim": 8}}
 MIXERS = [slug for slug, card in methods("mixers").items() if card.from_attention]
@@ -150,7 +149,7 @@ def test_measure_equals_the_definition(monkeypatch, options, at_once):
 def test_student_keeps_the_rest_and_the_teacher(share):
     teacher = stack()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    student = transplant(teacher, {1: "attention", 2: "mamba2"}, options={"attention": {"window": 4}}, share=share)
+    student = transplant(teacher, {1: {"mixer": "attention", "window": 4}, 2: "mamba2"}, share=share)
     for name, x in student.state_dict().items():
         if not name.startswith(("blocks.1.mixer", "blocks.2.mixer")):
             assert torch.equal(x, before[name])
@@ -174,9 +173,7 @@ def test_tied_weights_stay_tied():
 def test_window_over_all_is_the_teacher():
     teacher, tokens = stack(), torch.randint(300, (2, 50))
     student = transplant(
-        teacher,
-        {0: "attention", 2: "windowed_linear"},
-        options={slug: {"window": 64} for slug in ("attention", "windowed_linear")},
+        teacher, {0: {"mixer": "attention", "window": 64}, 2: {"mixer": "windowed_linear", "window": 64}}
     )
     # Another order of the same float32 sums in two layers, carried through the rest: hundreds of roundings of 6e-8.
     torch.testing.assert_close(student(tokens), teacher(tokens), rtol=1e-4, atol=1e-5)
@@ -237,7 +234,8 @@ def teacher_folder(tmp_path_factory):
 
 
 SMALL = ["--batch", "2", "--seq", "32", "--measure-tokens", "64", "--eval-tokens", "256", "--held-out", "0.2"]
-BOTH = ["--mixer", "windowed_linear", "--keep", "0.5", "--set", "window=8", "--align-tokens", "320", "--passes", "2"]
+BUDGET = ["--stage", "align.tokens=320", "--stage", "align.passes=2"]
+BOTH = ["--mixer", "windowed_linear", "--keep", "0.5", "--set", "window=8", *BUDGET]
 
 
 def test_command_line_end_to_end(tmp_path, teacher_folder, capfd):
@@ -250,8 +248,8 @@ def test_command_line_end_to_end(tmp_path, teacher_folder, capfd):
         *BOTH,
         "--data",
         "pydoc",
-        "--distill-tokens",
-        "256",
+        "--stage",
+        "distill.tokens=256",
         *SMALL,
     ]
     assert main(command) == 0
@@ -264,7 +262,7 @@ def test_command_line_end_to_end(tmp_path, teacher_folder, capfd):
     assert [line["stage"] for line in lines] == ["align"] * 5 + ["distill"] * 4
     facts = RunFolder(out).facts()
     assert facts["finished"] and facts["versions"]["torch"] == torch.__version__
-    assert facts["settings"]["recipe"]["align"] == {"tokens": 320, "minutes": None}
+    assert [phase["tokens"] for phase in facts["settings"]["recipe"]["phases"]] == [320, 256]
     assert facts["layers"]["2"]["window"] == 8
     loaded = load_model(out)
     assert [layer["mixer"] for layer in loaded.model.config.layers] == ["windowed_linear", "attention"] * 2
@@ -297,7 +295,7 @@ main(sys.argv[1:])
 def test_broken_runs_resume_to_the_same_losses(tmp_path, teacher_folder, monkeypatch, capfd):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"paragraph {i} " + "lorem ipsum " * 30 for i in range(400)))
-    arguments = [*BOTH, "--data", str(text), "--distill-tokens", "256", *SMALL]
+    arguments = [*BOTH, "--data", str(text), "--stage", "distill.tokens=256", *SMALL]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     start = ["convert", teacher_folder, "--out"]
     assert main([*start, str(whole), *arguments]) == 0
@@ -307,7 +305,7 @@ def test_broken_runs_resume_to_the_same_losses(tmp_path, teacher_folder, monkeyp
         patch.setattr(
             Line, "__call__", lambda self, p: os.kill(os.getpid(), signal.SIGINT) if p.step == 2 else plain(self, p)
         )
-        assert main([*start, str(broken), *arguments]) == 2
+        assert main([*start, str(broken), *arguments]) == 75
     assert re.search("error: stopped after step [23] .*--resume to go on", capfd.readouterr().err)
     resume = [*start, str(broken), *arguments, "--resume"]
     assert subprocess.run([sys.executable, "-c", DIES, *resume], stderr=subprocess.DEVNULL).returncode == 9
@@ -320,9 +318,9 @@ def test_broken_runs_resume_to_the_same_losses(tmp_path, teacher_folder, monkeyp
 
 
 def settings(teacher, **changes):
-    recipe = Recipe(align=Budget(128))
+    recipe = Recipe((Phase("align", Rate(1e-3), tokens=128),))
     small = {"batch": 2, "seq": 32, "measure_tokens": 64, "eval_tokens": 128, "held_out": 0.2, "keep": 0.5}
-    return Settings(teacher, ("mamba2",), **({"data": ("pydoc",), "recipe": recipe} | small | changes))
+    return Settings(teacher, **({"data": ("pydoc",), "recipe": recipe, "mixers": ("mamba2",)} | small | changes))
 
 
 def test_a_folder_with_another_model_is_refused_before_the_training(tmp_path, teacher_folder):
@@ -336,7 +334,7 @@ def test_resume_with_other_settings_names_them(tmp_path, teacher_folder, monkeyp
     monkeypatch.setattr("subquad.convert.transplant.conversion.perplexity", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(settings(teacher_folder), tmp_path)
-    changed = settings(teacher_folder, seed=1, recipe=Recipe(align=Budget(256)))
+    changed = settings(teacher_folder, seed=1, recipe=Recipe((Phase("align", Rate(1e-3), tokens=256),)))
     with pytest.raises(ConfigError, match=r"recipe.align.tokens 128 \(now 256\), seed 0 \(now 1\); give the same"):
         convert(changed, tmp_path, resume=True)
 
@@ -363,7 +361,7 @@ def test_bad_input(tmp_path, teacher_folder, capfd):
     text = tmp_path / "short.txt"
     text.write_text("too short")
     base = ["convert", teacher_folder, "--out", str(tmp_path / "out"), "--mixer", "mamba2", "--keep", "0.5", *SMALL]
-    budget = ["--align-tokens", "64"]
+    budget = ["--stage", "align.tokens=64"]
     for arguments, message in [
         ([*base, "--data", "pydoc"], "expected a budget, got none"),
         ([*base, *budget], "expected --data, got none"),
@@ -377,8 +375,11 @@ def test_bad_input(tmp_path, teacher_folder, capfd):
             [*base, *budget, "--data", "pydoc", "--set", "key_dmi=3"],
             "unknown option 'key_dmi'; did you mean 'key_dim'?",
         ),
-        ([*base, "--data", "pydoc", "--align-tokens", "many"], "--align-tokens many: expected a number of tokens"),
-        ([*base, *budget, "--data", "pydoc", "--train", "nothing"], "--train nothing: no such parameter in Mamba2"),
+        (
+            [*base, "--data", "pydoc", "--stage", "align.tokens=many"],
+            "--stage align.tokens many: expected a number of tokens",
+        ),
+        ([*base, *budget, "--data", "pydoc", "--stage", "align.train=nothing"], "train nothing: no such parameter"),
         ([*base, *budget, "--data", "pydoc", "--resume"], "got none; start without --resume"),
     ]:
         assert main(arguments) == 2, arguments

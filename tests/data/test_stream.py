@@ -1,6 +1,7 @@
 """Documents, the split, and streams that resume to the token."""
 
 import gzip
+import itertools
 import json
 import lzma
 import subprocess
@@ -13,8 +14,9 @@ import torch
 
 from subquad.core.errors import ConfigError, DataError
 from subquad.data import Source, TokenStream, held_out_text, parse_source
-from subquad.data.sources import pieces, render
-from subquad.data.stream import held_out, tokenise
+from subquad.data import stream as streams
+from subquad.data.documents import Documents, Rendered, held_out
+from subquad.data.sources import pieces, render, split_options
 
 
 class Bytes:
@@ -32,8 +34,12 @@ class Bytes:
         return "".join(f"<{m['role']}>{m['content']}" for m in conversation)
 
 
-def memory(name, texts):
-    return Source(name, lambda: iter(texts))
+def memory(name, texts, **options):
+    return Source(name, lambda: iter(texts), **options)
+
+
+def tokenise(texts, tokenizer):
+    return streams.tokenise([Rendered(text) for text in texts], tokenizer)
 
 
 def words(seed, n, length=40):
@@ -143,12 +149,12 @@ def test_one_epoch_holds_every_training_token_once_and_none_held_out():
     stream = TokenStream([memory("m", texts)], Bytes(), batch=1, time=10, fraction=0.2)
     train = tokenise([t for t in texts if not held_out(t, 0.2)], Bytes())
     count = len(train) // 10
-    epoch = torch.cat([next(stream) for _ in range(count)])
+    epoch = torch.cat([next(stream).tokens_bt for _ in range(count)])
     expected = torch.from_numpy(train[: count * 10].copy()).view(count, 10).long()
     order = sorted(range(count), key=lambda i: expected[i].tolist())
     assert sorted(epoch.tolist()) == expected[order].tolist()
     assert epoch.tolist() != expected.tolist()
-    again = torch.cat([next(stream) for _ in range(count)])
+    again = torch.cat([next(stream).tokens_bt for _ in range(count)])
     assert again.tolist() != epoch.tolist()
 
     out = held_out_text([memory("m", texts)], Bytes(), fraction=0.2)
@@ -161,31 +167,99 @@ def test_one_epoch_holds_every_training_token_once_and_none_held_out():
 def test_sources_mix_in_proportion_to_their_size():
     big, small = words(1, 300), words(2, 100)
     stream = TokenStream([memory("b", big), memory("s", small)], Bytes(), batch=1, time=8, fraction=0.0)
-    read = [i for i, _ in stream.documents.read((0, 0))]
+    read = [int(d.text[0]) - 1 for d in stream.documents.read()]
     assert len(read) == 400
     for part in (100, 200, 300):
         assert abs(sum(read[:part]) - part / 4) <= 2
-    assert next(stream).shape == (1, 8)
+    assert next(stream).tokens_bt.shape == (1, 8)
+
+
+def test_weights_mix_without_counting_and_each_source_begins_anew():
+    opened = []
+
+    def endless():
+        opened.append("endless")
+        return (f"1.{i} " + "x" * 36 for i in itertools.count())
+
+    sources = [Source("endless", endless, weight=3), memory("small", words(2, 10), weight=1)]
+    documents = Documents(sources, Bytes(), fraction=0.0, train=True)
+    read = [d.text for d in itertools.islice(documents.read(), 400)]
+    assert opened == ["endless"]
+    small = [text for text in read if text.startswith("2.")]
+    assert small == (words(2, 10) * 11)[: len(small)]
+    for part in (40, 200, 400):
+        assert abs(sum(len(t) for t in read[:part] if t in small) / sum(map(len, read[:part])) - 0.25) < 0.03
+    # From any place on, the counts are enough to read the same.
+    for stop in (0, 1, 57, 391):
+        reader = documents.read()
+        for _ in range(stop):
+            next(reader)
+        again = documents.read(reader.taken, reader.chars)
+        assert [d.text for d in itertools.islice(again, 400 - stop)] == read[stop:]
+
+
+def test_held_out_text_is_read_once_whatever_the_weights():
+    big, small = words(1, 60), words(2, 20)
+    weighted = [memory("b", big, weight=1), memory("s", small, weight=5)]
+    text = held_out_text(weighted, Bytes(), fraction=0.3)
+    out = [t for t in big + small if held_out(t, 0.3)]
+    assert sorted(text.strip().split("\n\n")) == sorted(out)
+    # By weight as far as the small one goes.
+    assert text.strip().split("\n\n")[1:4] == [t for t in small if held_out(t, 0.3)][:3]
+
+
+def test_weights_that_can_not_be():
+    with pytest.raises(ConfigError, match="--data s: expected a weight as the other sources have, got none"):
+        TokenStream([memory("b", ["x"], weight=1), memory("s", ["y"])], Bytes(), batch=1, time=8)
+    stream = TokenStream([memory("b", ["x"] * 99, weight=1), memory("s", [], weight=1)], Bytes(), batch=1, time=8)
+    with pytest.raises(DataError, match="--data s: expected training documents, got none; give more or hold out less"):
+        next(stream)
+
+
+def test_options_of_a_source(tmp_path):
+    path = tmp_path / "a,b.jsonl"
+    path.write_text(json.dumps({"q": "a", "a": "b"}))
+    spec = f"{path}#q+a,completions,weight=0.5"
+    source = parse_source(spec)
+    assert (source.name, source.weight, source.completions) == (spec, 0.5, True)
+    assert len(list(source.open())) == 1
+    assert split_options("self:x.jsonl#q,weight=2") == ("self:x.jsonl#q", {"weight": 2.0})
+    assert split_options(str(path)) == (str(path), {})
+    assert parse_source("pydoc,weight=3").weight == 3
+    for option, message in [
+        ("weight=0", "expected a weight above 0, got '0'"),
+        ("weight=x", "expected a weight above 0, got 'x'; give a number such as weight=2"),
+        ("weight=inf", "got 'inf'"),
+        ("weight=1,weight=2", "expected weight once, got it twice"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            parse_source(f"{path},{option}")
+    with pytest.raises(DataError, match=r"options are ,completions and ,weight=NUMBER"):
+        parse_source(f"{tmp_path}/c.txt,wieght=2")
 
 
 @pytest.mark.parametrize("chunk_tokens", [64, 700, 1 << 20])
 @pytest.mark.parametrize("stop", [0, 1, 13, 41])
-def test_resumed_stream_goes_on_to_the_token(chunk_tokens, stop):
+@pytest.mark.parametrize("weights", [(None, None), (2, 1)])
+def test_resumed_stream_goes_on_to_the_token(chunk_tokens, stop, weights):
+    if weights[0] and chunk_tokens > 10**6:
+        chunk_tokens = 4000  # sources with weights never end, and neither would their only chunk
+
     def make():
-        sources = [memory("a", words(3, 25)), memory("b", words(4, 9))]
+        sources = [memory("a", words(3, 25), weight=weights[0]), memory("b", words(4, 9), weight=weights[1])]
         return TokenStream(sources, Bytes(), batch=3, time=17, seed=5, chunk_tokens=chunk_tokens)
 
     whole = make()
-    batches = [next(whole) for _ in range(70)]
+    batches = [next(whole).tokens_bt for _ in range(70)]
     first = make()
     for batch in batches[:stop]:
-        assert torch.equal(next(first), batch)
+        assert torch.equal(next(first).tokens_bt, batch)
     state = json.loads(json.dumps(first.state_dict()))
     fresh = make()
     next(fresh)
     fresh.load_state_dict(state)
     for batch in batches[stop:]:
-        assert torch.equal(next(fresh), batch)
+        assert torch.equal(next(fresh).tokens_bt, batch)
 
 
 def test_an_epoch_may_leave_less_than_a_sequence(monkeypatch):
@@ -200,7 +274,7 @@ def test_an_epoch_may_leave_less_than_a_sequence(monkeypatch):
         )
 
     whole = make()
-    batches = [next(whole) for _ in range(7)]
+    batches = [next(whole).tokens_bt for _ in range(7)]
     joined = tokenise(texts, Bytes()).tolist() * 4
     size = total // 2 - 3
     expected = [joined[i * size : (i + 1) * size] for i in range(8)]
@@ -211,7 +285,7 @@ def test_an_epoch_may_leave_less_than_a_sequence(monkeypatch):
             next(first)
         fresh = make()
         fresh.load_state_dict(first.state_dict())
-        assert torch.equal(next(fresh), batches[stop])
+        assert torch.equal(next(fresh).tokens_bt, batches[stop])
 
 
 class Endless:

@@ -13,6 +13,12 @@ from subquad.models.load import load_model
 LAYERS = [{}, {}, {"window": 8, "sinks": 1}]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path))
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, make_model, tokenizer):
     """A teacher, a student, a text and three tasks."""
@@ -23,6 +29,13 @@ def folder(tmp_path_factory, make_model, tokenizer):
     (folder / "text.txt").write_text("The sky is blue. The grass is green, therefore 4821 is a number.\n" * 150)
     cloze = [{"context": "The sky is", "continuation": w} for w in ("blue", "green", "a")]
     choice = [{"query": "The man", "choices": ["turned", "is blue"], "gold": g} for g in (0, 1, 1)]
+    baseline = make_model(len(tokenizer), {}, {"window": 4}, {"window": 4}, seed=4, max_positions=512)
+    save_pretrained(baseline.float(), folder / "baseline", tokenizer)
+    sums = [{"context": f"What is {i}?", "answer": str(i), "chain_of_thought": "So."} for i in range(4)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    code = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):\n    f(1)\n"}
+    (folder / "code.jsonl").write_text(json.dumps(code))
+    (folder / "chat.jsonl").write_text(json.dumps({"turns": ["Is <it> blue?", "Why?"]}))
     (folder / "cloze.jsonl").write_text("\n".join(map(json.dumps, cloze)))
     (folder / "choice.jsonl").write_text("\n".join(map(json.dumps, choice)))
     return folder
@@ -37,10 +50,12 @@ def test_eval_measures_both_and_writes_figures_and_page(folder, capsys):
     result = load_result(folder / "out.json")
     rows = {row.id: row for row in result.rows}
     assert rows.keys() == {
-        *("eval.ppl.text", "eval.ppl.text.ratio", "eval.bpb.text"),
-        *("eval.task.cloze.acc", "eval.task.cloze.acc.difference", "eval.task.cloze.ppl"),
+        *("eval.ppl.text", "eval.ppl.text.ratio", "eval.bpb.text", "eval.bpb.text.difference"),
+        *("eval.task.cloze.acc", "eval.task.cloze.acc.difference"),
+        *("eval.task.cloze.ppl", "eval.task.cloze.ppl.ratio"),
         *("eval.task.choice.acc", "eval.task.choice.acc.difference"),
-        *("eval.task.choice.acc_norm", "eval.task.choice.acc_norm.difference", "eval.task.choice.above"),
+        *("eval.task.choice.acc_norm", "eval.task.choice.acc_norm.difference"),
+        *("eval.task.choice.above", "eval.task.choice.above.difference", "eval.task.above"),
         *("eval.needle.generation.300", "eval.agreement.match", "eval.agreement.kl", "eval.agreement.same"),
     }
     student, teacher = load_model(folder / "student"), load_model(folder / "teacher")
@@ -59,6 +74,39 @@ def test_eval_measures_both_and_writes_figures_and_page(folder, capsys):
     assert "Perplexity by position" in page and "Needles found: teacher" in page
 
 
+def test_eval_against_a_baseline_keeps_what_it_measured(folder, capsys, cache):
+    args = ["eval", f"{folder}/student", "--teacher", f"{folder}/teacher", "--against", f"{folder}/baseline"]
+    args += ["--text", f"{folder}/text.txt", "--context", "64", "--tokens", "640", "--long", f"{folder}/text.txt"]
+    args += ["--long-context", "128", "--long-windows", "4", "--long-from", "48", "--tasks", f"{folder}/sums.jsonl"]
+    args += ["--shots", "1", "--new-tokens", "8", "--prompts", f"{folder}/chat.jsonl", "--passkey", "--device", "cpu"]
+    args += ["--needle-lengths", "200,300", "--needle-depths", "1", "--needle-samples", "1"]
+    out = [*("--json", f"{folder}/a.json"), *("--report", f"{folder}/a.html")]
+    assert main([*args, *out]) == 0
+    rows = {row.id: row for row in load_result(folder / "a.json").rows}
+    for id in ("eval.ppl.text", "eval.loss.text.48-127", "eval.loss.text.64-127"):
+        how = "ratio" if "ppl" in id else "difference"
+        assert {id, f"{id}.{how}", f"{id}.baseline", f"{id}.baseline.{how}", f"{id}.against.{how}"} <= rows.keys()
+        assert rows[f"{id}.against.{how}"].shape["how"] == how and 0 < rows[f"{id}.against.{how}"].shape["p"] <= 1
+    apart = rows["eval.loss.text.48-127"].value - rows["eval.loss.text.48-127.baseline"].value
+    assert rows["eval.loss.text.48-127.against.difference"].value == pytest.approx(apart, abs=1e-9)
+    assert rows["eval.loss.text.48-127.against.difference"].unit == "nats/token"
+    assert rows["eval.task.sums.exact"].shape["shots"] == 1
+    assert rows["eval.task.sums.exact"].shape["note"].endswith("not informative")
+    assert {"eval.answers.loops", "eval.passkey.generation.200", "eval.passkey.generation.upto300"} <= rows.keys()
+    page = (folder / "a.html").read_text()
+    assert "Is &lt;it&gt; blue?" in page and "Side by side" in page and "model against baseline" in page
+    assert "Perplexity by position" in page
+    _, err = capsys.readouterr()
+    assert "text, teacher" in err and "text, baseline" in err
+    assert len(list((cache / "figures").iterdir())) == 2 * 5
+    assert main([*args, "--json", f"{folder}/b.json"]) == 0
+    _, err = capsys.readouterr()
+    assert "text, student" not in err and "text, model" in err and ", teacher" not in err and ", baseline" not in err
+    assert load_result(folder / "b.json").rows == load_result(folder / "a.json").rows
+    assert main([*args[:8], "--context", "64", "--tokens", "640", "--teacher-cache", "none"]) == 0
+    assert "text, teacher" in capsys.readouterr().err
+
+
 def test_eval_alone_and_beyond_the_context(folder, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -71,7 +119,13 @@ def test_eval_alone_and_beyond_the_context(folder, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "give --text, --tasks, --needle or --agreement"),
+        ([], "give --text, --long, --tasks, --needle, --passkey, --agreement or --prompts"),
+        (["--tasks", "{}/code.jsonl"], "give --run-code where that does no harm"),
+        (["--tasks", "{}/sums.jsonl"], "expected more than the 4 problems of the examples"),
+        (["--tasks", "{}/sums.jsonl", "--tasks", "{}/sums.jsonl"], "expected different names"),
+        (["--prompts", "{}/sums.jsonl"], "expected turns, a list of texts, or a prompt"),
+        (["--needle", "--needle-distractors", "many"], "--needle-distractors: expected a number or auto, got 'many'"),
+        (["--long", "{}/text.txt", "--long-context", "64"], "expected less than --long-context 64, got 2048"),
         (["--text", "none.txt"], "no such file"),
         (["--tasks", "none.jsonl"], "No such file"),
         (["--needle", "--needle-lengths", "9x"], "numbers like 512,900"),
@@ -104,15 +158,16 @@ def test_inspect_layers_ranks_chooses_and_names_the_command(folder, capsys):
     args += ["--refine", "1", "--json", f"{folder}/layers.json", "--report", f"{folder}/layers.html"]
     assert main(args) == 0
     found = json.loads((folder / "layers.json").read_text())
-    assert [row["layer"] for row in found["layers"]] == [0, 1]
+    assert [row["layer"] for row in found["alone"]] == [0, 1]
     assert found["settings"]["windows of text"] == 4
     printed = " ".join(capsys.readouterr().out.split())
-    (chosen,) = found["chosen"]
-    assert f"layers: {chosen} convert them: subquad convert {folder}/teacher" in printed
-    assert f"--layers {chosen} --set window=16 --set sinks=2" in printed
-    alone = next(row for row in found["layers"] if row["layer"] == chosen)
-    assert found["joint"]["loss"]["value"] == pytest.approx(alone["loss"]["value"], rel=1e-5)
-    assert "to convert" in (folder / "layers.html").read_text()
+    assert f"keep 0.5: {','.join(found['kept']['0.5'])}" in printed
+    assert f"convert: subquad convert {folder}/teacher" in printed
+    (goes,) = {"0", "1"} - set(found["kept"]["0.5"])
+    assert f"--layers {goes} --set window=16 --set sinks=2" in printed
+    cut = found["alone"][int(goes)]
+    assert found["joint"]["0.5"]["chosen"]["loss"]["value"] == pytest.approx(cut["loss"]["value"], rel=1e-5)
+    assert "evenly spread" in (folder / "layers.html").read_text()
 
 
 def test_inspect_refuses_before_it_measures(folder, capsys):
@@ -129,7 +184,7 @@ def test_inspect_refuses_before_it_measures(folder, capsys):
     ]
     args += ["--context", "128", "--tokens", "512"]
     for more, message in (
-        (["--choose", "9"], "--choose: expected at most 2, the layers that see beyond the window, got 9"),
+        (["--choose", "9"], "--choose: expected at most 2 layers that see beyond the window, got 9"),
         (["--json", str(folder)], "expected a file, got a folder"),
     ):
         assert main([*args, *more]) == 2

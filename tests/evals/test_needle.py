@@ -2,9 +2,17 @@ import pytest
 import torch
 
 from subquad.core.errors import ConfigError
-from subquad.engine.generate import Generation
+from subquad.engine.generate import Generation, Limits, generate
 from subquad.evals import needle
-from subquad.evals.needle import NeedleGrid, NeedleResult, answer_logprobs, evaluate_needles, make_questions
+from subquad.evals.needle import (
+    FILLER,
+    PASSKEY,
+    NeedleGrid,
+    NeedleResult,
+    answer_logprobs,
+    evaluate_needles,
+    make_questions,
+)
 from subquad.evals.scoring import score_continuations
 
 HAY = "The grass is green. The sky is blue. Water flowed from the spout, therefore. What is the man? " * 20
@@ -49,7 +57,7 @@ def test_a_model_without_template_is_asked_in_plain_text(tokenizer, monkeypatch)
     monkeypatch.setattr(tokenizer, "chat_template", None)
     question = make_questions(tokenizer, HAY, NeedleGrid(lengths=(300,), depths=(0.5,), samples=1, digits=4))[0]
     text = tokenizer.decode(question.tokens)
-    assert text.startswith(needle.INTRO)
+    assert text.startswith(needle.NUMBERS.intro)
     assert "<|im_start|>" not in text
     assert len(question.tokens) == 300
 
@@ -80,8 +88,8 @@ def test_generation_counts_the_number_and_nothing_longer(model, tokenizer, monke
     questions = make_questions(tokenizer, HAY, grid)
     v = [q.value for q in questions]
     texts = [f" {v[0]}.", f" {v[1]}7", f" 1{v[2]}", f" {v[3][:3]}", f": {v[4]}"]
-    monkeypatch.setattr(needle, "generate", lambda *_, **__: [Generation(text=texts.pop(0))])
-    result = evaluate_needles(model, tokenizer, questions, batch=1)
+    monkeypatch.setattr(needle, "generate", lambda *_, **__: [Generation(tokenizer.encode(texts.pop(0)))])
+    result = evaluate_needles(model, tokenizer, questions, batch_tokens=1)
     assert result.hit_n.tolist() == [True, False, False, False, True]
     assert result.accuracy(240, 0.5).value == pytest.approx(2 / 5)
 
@@ -95,6 +103,59 @@ def test_generation_runs_and_long_prompts_warn(model, tokenizer):
     assert seen == [(600, 600)]
     with pytest.raises(ConfigError, match="generation or likelihood"):
         evaluate_needles(model, tokenizer, questions, by="luck")
+
+
+def test_batches_hold_prompts_of_like_length_and_keep_their_order(model, tokenizer, monkeypatch):
+    grid = NeedleGrid(lengths=(240, 300, 270), depths=(0.5,), samples=2, digits=4)
+    questions = make_questions(tokenizer, HAY, grid)
+    batches = []
+
+    def answer(_, prompts, limits):
+        batches.append([len(p) for p in prompts])
+        assert limits.chunk == max(batches[-1])
+        # The number itself where the prompt has 270 tokens.
+        return [
+            Generation(tokenizer.encode(next(q.value for q in questions if q.tokens == tuple(p))) * (len(p) == 270))
+            for p in prompts
+        ]
+
+    monkeypatch.setattr(needle, "generate", answer)
+    with pytest.warns(UserWarning, match="beyond the 256 positions"):
+        result = evaluate_needles(model, tokenizer, questions, batch_tokens=600)
+    assert batches == [[300, 300], [270, 270], [240, 240]]
+    assert result.hit_n.tolist() == [False] * 4 + [True] * 2
+    assert result.length_n == (240, 240, 300, 300, 270, 270)
+
+
+def test_one_long_read_gives_what_chunks_give(model, tokenizer):
+    questions = make_questions(tokenizer, HAY, NeedleGrid(lengths=(240,), depths=(0.2, 0.7), samples=1, digits=4))
+    prompts = [q.tokens for q in questions]
+    whole, pieces = (generate(model, prompts, limits=Limits(6, chunk=chunk)) for chunk in (240, 37))
+    assert [g.tokens for g in whole] == [g.tokens for g in pieces]
+
+
+def test_a_passkey_stands_in_the_filler_at_its_depth(tokenizer):
+    grid = NeedleGrid(lengths=(400,), depths=(0.1, 0.9), samples=1, digits=4)
+    for question in make_questions(tokenizer, FILLER, grid, PASSKEY):
+        text = tokenizer.decode(question.tokens)
+        assert len(question.tokens) == 400 and text.count(question.value) == 2
+        body = text[text.index("\n\n") + 2 : text.rindex("\n\nWhat is the passkey")]
+        before, after = body.split(" " + PASSKEY.needle.format(value=question.value))
+        assert len(before) / len(before + after) == pytest.approx(question.depth, abs=0.12)
+        assert text.endswith("assistant\nThe passkey is")
+        assert all(sentence in FILLER + FILLER for sentence in after.strip().split(". ")[1:-1])
+    with pytest.raises(ConfigError, match="expected no distractors"):
+        make_questions(tokenizer, FILLER, NeedleGrid(distractors=1), PASSKEY)
+
+
+def test_no_two_needles_hold_one_number(tokenizer):
+    grid = NeedleGrid(lengths=(2400,), depths=(0.5,), samples=4, digits=2, distractors=20)
+    for question in make_questions(tokenizer, HAY, grid):
+        text = tokenizer.decode(question.tokens)
+        values = [part.split(" is ")[1].split(".")[0] for part in text.split("magic number for ")[1:] if " is " in part]
+        assert len(set(values[:21])) == 21
+    with pytest.raises(ConfigError, match="more digits"):
+        NeedleGrid(digits=1, distractors=5)
 
 
 def test_retention_is_what_is_left_of_the_teachers():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from subquad.core.errors import ConfigError, DataError
 from subquad.evals import scoring
-from subquad.evals.perplexity import perplexity, perplexity_ratio
+from subquad.evals.perplexity import compare_perplexity, perplexity, perplexity_ratio, spread_windows
 from subquad.evals.text import TextTokens, load_text, read_text, tokenize_text
 
 TEXT = "The sky is blue — and 4821 is a number. 水 flowed 🙂 from the spout.\n" * 4
@@ -52,6 +52,11 @@ def test_buckets_cover_every_position_once(model, tokenizer):
     assert [(b.start, b.stop) for b in buckets] == [(1, 2), (2, 4), (4, 8), (8, 16), (16, 20)]
     total = sum(b.nll * (b.stop - b.start) for b in buckets) * result.windows
     assert total == pytest.approx(result.nll_total, rel=1e-12)
+    assert [float(result.nll_w(b.start, b.stop).mean()) for b in buckets] == [b.nll for b in buckets]
+    torch.testing.assert_close(result.nll_w(5, 20), result.nll_wt[:, 4:].mean(1), rtol=0, atol=0)
+    for start, stop in ((0, 4), (4, 4), (4, 21)):
+        with pytest.raises(ConfigError, match="1 <= start < stop <= 20"):
+            result.nll_w(start, stop)
     assert buckets[0].nll == pytest.approx(float(result.nll_wt[:, 0].mean()), rel=1e-12)
 
 
@@ -62,8 +67,20 @@ def test_ratio_is_paired_over_windows(model, other, tokenizer):
     assert ratio.value == pytest.approx(student.perplexity.value / teacher.perplexity.value, rel=1e-12)
     assert ratio.low < ratio.value < ratio.high
     assert perplexity_ratio(teacher, teacher).high == 1.0
+    assert compare_perplexity(teacher, teacher).p_value == 1.0
+    assert compare_perplexity(student, teacher).interval == ratio
     with pytest.raises(ConfigError, match="same windows"):
         perplexity_ratio(student, perplexity(model, text, 18))
+
+
+def test_windows_are_spread_over_the_text():
+    text = TextTokens(torch.arange(103), torch.arange(103) * 2)
+    few = spread_windows(text, 10, 3)
+    assert few.ids_n.view(3, 10)[:, 0].tolist() == [0, 30, 60]
+    assert few.bytes_n.tolist() == [2 * i for i in few.ids_n.tolist()]
+    assert spread_windows(text, 10, 99).ids_n.tolist() == [*range(100)]
+    with pytest.raises(ConfigError, match="at least 1"):
+        spread_windows(text, 10, 0)
 
 
 def test_bad_contexts(model, tokenizer):

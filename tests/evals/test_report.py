@@ -10,7 +10,7 @@ from subquad.evals import report
 from subquad.evals.figures import STANDINS, Chart, draw, short, svg
 from subquad.evals.needle import NeedleResult
 from subquad.evals.perplexity import Perplexity
-from subquad.evals.report import Answers, HeatMap, Report, Section, Table, render, write_report
+from subquad.evals.report import Answers, Dialogue, HeatMap, Report, Said, Section, Table, render, write_report
 
 CONTEXTS = [1024, 8192, 32768]
 
@@ -133,6 +133,30 @@ def test_a_chart_is_well_formed_and_says_what_it_shows():
     assert "a & b: 10 at 1, 20 at 4, lowest 10, highest 30" in root.attrib["aria-label"]
     assert "width" not in root.attrib and "viewBox" in root.attrib
     assert svg(chart, "k") == svg(chart, "k")
+
+
+def test_answers_stand_side_by_side_with_the_first_difference_marked():
+    said = {
+        "teacher": Said("one <two> three", "3 tokens"),
+        "student": Said("one <tow> three", "3 tokens, loops from token 1", 6),
+        "short": Said("one", "", 3),
+        "longer": Said("one <two> three & four", "", 15),
+        "same": Said("one <two> three"),
+    }
+    html = render(Report("T", "S", "c", sections=[Section("D", [Dialogue([("Count <b>", said)])])]))
+    structure = Structure()
+    structure.feed(html)
+    assert structure.open == []
+    assert "<blockquote>Count &lt;b&gt;</blockquote>" in html
+    answers = re.findall(r"<dd>(.*?)</dd>", html)
+    assert answers == [
+        "one &lt;two&gt; three",
+        "one &lt;t<mark>ow&gt;</mark> three",
+        "one<mark>(ends)</mark>",
+        "one &lt;two&gt; three<mark> &amp;</mark> four",
+        "one &lt;two&gt; three",
+    ]
+    assert "student<span>3 tokens, loops from token 1</span>" in html
 
 
 def test_heat_map_shows_the_share_of_each_cell():

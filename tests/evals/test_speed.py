@@ -3,6 +3,8 @@ import torch
 
 from subquad.core.errors import ConfigError
 from subquad.evals import speed
+from subquad.models.config import ModelConfig
+from subquad.models.stack import Stack
 
 
 def test_state_bytes_grow_only_where_the_model_does(make_model):
@@ -13,6 +15,24 @@ def test_state_bytes_grow_only_where_the_model_does(make_model):
     assert a == full.init_state(1, 100).nbytes
     assert len(set(speed.state_bytes(cut, [100, 200]))) == 1
     assert speed.state_bytes(cut, [100], batch=3)[0] == 3 * speed.state_bytes(cut, [100])[0]
+
+
+def test_attention_kept_counts_heads_and_neither_windows_nor_states():
+    layer = {"mixer": "attention", "n_heads": 4, "n_kv_heads": 2, "head_dim": 8}
+    one = layer | {"n_heads": 2, "n_kv_heads": 1}
+    linear = {"mixer": "windowed_linear", "n_heads": 2, "n_kv_heads": 1, "head_dim": 8}
+    parts = {"mixer": "parallel", "parts": (one, linear)}
+
+    def build(*layers):
+        return Stack(ModelConfig(vocab_size=11, d_model=16, d_mlp=16, layers=layers))
+
+    teacher = build(*[layer] * 4)
+    student = build(layer, parts, layer | {"window": 9}, linear).double()
+    assert speed.attention_kept(student, teacher) == (2 + 1) / (4 * 2)
+    assert speed.attention_kept(teacher.double(), teacher, context=10) == 1
+    assert speed.attention_kept(build(linear), teacher) == 0
+    with pytest.raises(ConfigError, match="full attention"):
+        speed.attention_kept(teacher, build(linear))
 
 
 def test_decodes_what_plain_greedy_would_with_the_clock_between(make_model, monkeypatch):

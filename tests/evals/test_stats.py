@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from subquad.core.errors import ConfigError
-from subquad.evals.stats import Interval, bootstrap_mean, bootstrap_ratio, mcnemar, student_quantile, wilson
+from subquad.evals.stats import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_ratio,
+    bootstrap_strata,
+    mcnemar,
+    paired_difference,
+    paired_ratio,
+    sign_flip,
+    student_quantile,
+    wilson,
+)
 
 
 def test_wilson_solves_the_score_equation():
@@ -74,3 +85,47 @@ def test_interval_map_and_format():
     assert interval == Interval(1.0, math.exp(-1), math.exp(1))
     assert interval.format(".2f") == "1.00 [0.37, 2.72]"
     assert Interval(2.0).format(".1f") == "2.0"
+
+
+def test_strata_count_alike_however_many_units_they_have():
+    few, many = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0.0, 1.0] * 50)
+    ones = [torch.ones_like(few), torch.ones_like(many)]
+    kept = bootstrap_strata([(few, ones[0]), (many, ones[1])])
+    assert kept.value == pytest.approx((0.75 + 0.5) / 2, rel=1e-12)
+    assert kept.low < kept.value < kept.high
+    assert bootstrap_strata([(few, ones[0])]) == bootstrap_ratio(few, ones[0])
+    # The limits of a sum of independent means: its variance is the sum of theirs.
+    x, y = (torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (400, 100))
+    interval = bootstrap_strata([(x, torch.ones_like(x)), (y, torch.ones_like(y))], resamples=20000)
+    half = 1.96 * math.sqrt(float(x.var()) / 400 + float(y.var()) / 100) / 2
+    assert (interval.high - interval.low) / 2 == pytest.approx(half, rel=0.06)
+    with pytest.raises(ConfigError, match="more data"):
+        bootstrap_strata([(few, ones[0]), (few[:0], few[:0])])
+
+
+def test_sign_flip_counts_the_signs():
+    # Of 2^5 signs two give a sum as far from 0 as five equal ones.
+    assert sign_flip(torch.ones(5), resamples=20000) == pytest.approx(2 / 32, abs=0.006)
+    assert sign_flip(torch.tensor([1.0, -1.0, 2.0, -2.0])) == 1.0
+    assert sign_flip(torch.zeros(3)) == 1.0
+    assert sign_flip(torch.tensor([0.1] * 40)) == 1 / 10000
+    # Without a difference, p is below 0.1 about as often as it says: 200 samples, 20 expected.
+    generator = torch.Generator().manual_seed(3)
+    low = sum(sign_flip(torch.randn(12, generator=generator), resamples=400) < 0.1 for _ in range(200))
+    assert 8 <= low <= 33
+
+
+def test_pairs_of_right_and_wrong_and_of_figures():
+    a = torch.tensor([True] * 30 + [False] * 10)
+    b = torch.tensor([True] * 20 + [False] * 20)
+    difference, ratio = paired_difference(a, b), paired_ratio(a, b)
+    assert (difference.how, ratio.how) == ("difference", "ratio")
+    assert difference.interval.value == pytest.approx(0.25) and difference.interval.low > 0
+    assert ratio.interval.value == pytest.approx(1.5) and ratio.interval.low > 1
+    assert difference.p_value == ratio.p_value == pytest.approx(2 / 1024)
+    x = torch.randn(50, dtype=torch.float64)
+    figures = paired_difference(x + 1, x)
+    assert figures.interval.value == pytest.approx(1) and figures.p_value == sign_flip(torch.ones(50))
+    assert figures.map(math.exp, "ratio").interval.value == pytest.approx(math.e)
+    with pytest.raises(ConfigError, match="the same units"):
+        paired_difference(x, x[:2])

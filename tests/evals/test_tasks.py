@@ -7,7 +7,7 @@ import torch
 
 from subquad.core.errors import DataError
 from subquad.evals.scoring import score_continuations
-from subquad.evals.tasks import Item, Task, compare_right, encode_pair, evaluate_task, load_task
+from subquad.evals.tasks import Item, Task, encode_pair, evaluate_task, load_task
 
 
 def naive_logprobs(model, context, continuation):
@@ -130,6 +130,8 @@ def test_choice_picks_by_sum_and_by_characters(model, tokenizer):
     assert result.above_chance(result.accuracy).value == pytest.approx(
         (result.accuracy.value - result.chance) / (1 - result.chance)
     )
+    above = result.above_chance(result.accuracy_normalised)
+    assert float(result.above_n.mean()) == pytest.approx(above.value, rel=1e-12)
 
 
 def test_cloze_counts_exact_greedy_words(model, tokenizer):
@@ -155,12 +157,3 @@ def test_a_context_beyond_the_model_loses_its_beginning(model, tokenizer):
     context, continuation = encode_pair(tokenizer, long.context + " ", "blue")
     want, _ = naive_logprobs(model, context[-(256 - len(continuation) + 1) :], continuation)
     assert float(result.logprob_n[0]) == pytest.approx(float(want.sum()), rel=1e-10)
-
-
-def test_paired_difference():
-    a = torch.tensor([True] * 30 + [False] * 10)
-    b = torch.tensor([True] * 20 + [False] * 20)
-    paired = compare_right(a, b)
-    assert paired.difference.value == pytest.approx(0.25)
-    assert paired.difference.low > 0
-    assert paired.p_value == pytest.approx(2 / 1024)

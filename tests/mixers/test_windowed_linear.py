@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from subquad.core.attention import AttentionStats
-from subquad.core.errors import ConfigError, UnsupportedError
+from subquad.core.errors import CheckpointError, ConfigError, UnsupportedError
 from subquad.core.layout import Layout
 from subquad.mixers.attention import Attention
-from subquad.mixers.windowed_linear import WindowedLinear
+from subquad.mixers.windowed_linear import WindowedLinear, WindowedLinearState, WindowedLinearUpdate, equal_window
 from subquad.ops import backends
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -109,8 +110,91 @@ def test_text_brings_the_start_nearer_than_a_window_alone() -> None:
 def test_state_is_as_the_page_says() -> None:
     config = WindowedLinear.Config(576, 9, 3, 64, window=64, sinks=4, features=64)
     state = WindowedLinear(config).init_state(1, 8192, device="meta")
-    floats = 2 * 3 * 64 * (64 + 4) + 3 * 64 * 64 + 3 * 64 * 65
+    floats = 2 * 3 * 64 * (64 + 4) + 3 * 64 * 65
     assert state.nbytes == 4 * floats + 8
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "features", "same"),
+    # A token is 2 * 64 numbers a key/value head. The linear state is 65 * features of at least float32: at 32 features
+    # 2080 are 16.25 tokens' in float32 and twice that, 32.5, beside a window of bfloat16.
+    [
+        (torch.float32, 128, 32, 145),
+        (torch.bfloat16, 128, 32, 161),
+        (torch.bfloat16, 7, 64, 72),
+        (torch.float64, 1, 64, 34),
+    ],
+)
+def test_window_of_equal_bytes(dtype: torch.dtype, window: int, features: int, same: int) -> None:
+    config = WindowedLinear.Config(576, 9, 3, 64, window=window, sinks=4, features=features)
+    found = equal_window(config, dtype=dtype)
+    assert found == same
+    want = WindowedLinear(config).init_state(1, device="meta", dtype=dtype).nbytes
+
+    def nbytes(size: int) -> int:
+        cut = Attention.Config(576, 9, 3, 64, window=size, sinks=4)
+        return Attention(cut).init_state(1, 8192, device="meta", dtype=dtype).nbytes
+
+    assert nbytes(found - 1) < want <= nbytes(found)
+
+
+ROTARY = {
+    "plain": {"theta": 100.0, "dim": 8},
+    "partial": {"theta": 100.0, "dim": 4},
+    "linear": {"theta": 100.0, "dim": 8, "scaling": {"rope_type": "linear", "factor": 3.0}},
+    "llama3": {
+        "theta": 100.0,
+        "dim": 8,
+        "scaling": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "yarn": {
+        "theta": 100.0,
+        "dim": 8,
+        "scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
+}
+
+
+@pytest.mark.parametrize("rotary", ROTARY.values(), ids=ROTARY)
+@pytest.mark.parametrize("first", [0, 1000])
+def test_features_of_what_leaves_the_window_come_back_from_its_keys(rotary: dict[str, object], first: int) -> None:
+    """Whatever turned the keys, wherever the text begins, in pieces shorter and longer than the window."""
+    mixer = WindowedLinear.from_attention(teacher(rotary=rotary).weights(), window=5, sinks=2, features=4)
+    with torch.no_grad():
+        mixer.q_map_bias.zero_()
+        mixer.k_map_weight.mul_(10)  # so that features tell keys apart
+    x = torch.randn(1, 40, 32, dtype=torch.float64)
+    _, keys, _ = mixer.qkv.project(x)
+    state, at = mixer.init_state(1), 0
+    for n in (3, 1, 1, 1, 6, 1, 20, 1, 5):
+        y, update = mixer.read(x[:, at : at + n], state, Layout.dense(1, n, start_b=first + at))
+        assert isinstance(update, WindowedLinearUpdate)
+        assert update.window_f_bgnf.shape == (1, 2, min(n, 5), 4)
+        for slot, token in enumerate(range(at - 5, at - 5 + min(n, 5))):
+            if token >= 0:
+                want = mixer.key_features(keys[:, token, None])[:, 0]
+                torch.testing.assert_close(update.window_f_bgnf[:, :, slot], want, **EXACT)
+        whole = mixer(x, Layout.dense(1, 40, start_b=first))
+        torch.testing.assert_close(y, whole[:, at : at + n], **EXACT)
+        state, at = update.commit(), at + n
+
+
+def test_a_saved_state_of_schema_1_loses_the_features(tmp_path: Path) -> None:
+    mixer = WindowedLinear.from_attention(teacher().weights(), window=5, sinks=2, features=4)
+    state = mixer.read(torch.randn(2, 9, 32, dtype=torch.float64), mixer.init_state(2))[1].commit()
+    fields = {"window": state.window, "window_f_bgwf": torch.randn(2, 2, 5, 4), "linear_bgfv": state.linear_bgfv}
+    assert WindowedLinearState.schema == 2
+    now = WindowedLinearState(**WindowedLinearState.migrate(fields, 1))
+    for (name, a), (_, b) in zip(now.tensors(), state.tensors(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(CheckpointError, match="expected schema 2, got 3"):
+        WindowedLinearState.migrate(fields, 3)
 
 
 @pytest.mark.parametrize("options", [{"window": 0}, {"sinks": -1}, {"features": 0}])

@@ -81,14 +81,14 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-12))
 
 
-def agree(values: Arguments, **where: Any) -> None:
-    """All results within the bar for the dtype."""
+def agree(values: Arguments, *, growth: float = 1.0, **where: Any) -> None:
+    """All results within the bar for the dtype; `growth` is by how much the equation itself enlarges a rounding."""
     got = results(on_triton.scan, values, **where)
     want = results(gdn.equation, values, widen=True, **where)
     naive = results(gdn.equation, values, dtype=torch.bfloat16, **where)
     wide = values["q_bthk"].dtype == torch.float32
     for name, x in want.items():
-        bar = EXACT if wide else BAR * error(naive[name], x)
+        bar = growth * EXACT if wide else BAR * error(naive[name], x)
         assert error(got[name], x) <= bar, f"{name}: {error(got[name], x):.1e}, expected at most {bar:.1e}"
     k, v, g, beta, state = (values[n] for n in NAMES[1:])
     torch.testing.assert_close(
@@ -154,7 +154,9 @@ def test_replacing_twice_the_value_under_unit_keys(same: bool) -> None:
     values["beta_bth"] = torch.full_like(values["beta_bth"], 2.0)
     if same:
         values["k_bthk"] = values["k_bthk"][:, :1].expand(-1, 130, -1, -1)
-    agree(values)
+    # Every token a reflection along one key: the inverse of a chunk's triangular system is 2 all below its diagonal, so
+    # that a rounding is doubled, and reflections forget nothing, so that the roundings of the three chunks add up.
+    agree(values, growth=6.0 if same else 1.0)
 
 
 def test_bfloat16_with_segments_documents_and_groups(split: Any) -> None:

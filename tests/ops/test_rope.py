@@ -120,3 +120,14 @@ def test_what_is_not_supported_is_refused(scaling: dict[str, Any], error: type[E
 def test_odd_dim_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be even"):
         rope.frequencies(RotarySpec(10000.0, 5))
+
+
+@pytest.mark.parametrize("name", ["plain", *SCALINGS])
+def test_tables_back_undo_the_turn_of_the_tokens_before_a_layout(name: str) -> None:
+    spec = RotarySpec(1e4, 6, SCALINGS.get(name, {}))
+    starts_b, window = torch.tensor([3, 5000]), 7
+    x_bthk = torch.randn(2, window, 2, 8, dtype=torch.float64)
+    turned = rope.rotate(x_bthk, rope.tables(spec, Layout.dense(2, window, start_b=starts_b), torch.float64))
+    layout = Layout.dense(2, 4, start_b=starts_b + window)
+    back = rope.rotate(turned[:, :4], rope.tables_back(spec, layout, window, 4, torch.float64))
+    torch.testing.assert_close(back, x_bthk[:, :4], rtol=1e-11, atol=1e-11)

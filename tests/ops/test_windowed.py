@@ -32,10 +32,14 @@ def arguments(
     sinks: int = 2,
     seen: tuple[int, ...] | None = None,
     far: bool = True,
+    leaving: int | None = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors by name, and what else the operation takes; `seen` tokens stand before, or nothing."""
+    """Tensors by name, and what else the operation takes.
+
+    `seen` tokens stand before, or nothing; of the window's the features of the oldest `leaving` are given, or of all.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -53,7 +57,7 @@ def arguments(
         if far:
             # As after `seen` tokens: nothing in the sums before the window is full behind the sinks.
             before = (torch.tensor(seen, device=DEVICE) - window - sinks).clamp(min=0)[:, None, None, None]
-            tensors["window_f"] = draw(b, g, window, f).softmax(-1)
+            tensors["window_f"] = draw(b, g, leaving or window, f).softmax(-1)
             sums = torch.cat((draw(b, g, f, v), draw(b, g, f, 1).exp()), -1) * before
             tensors["state"] = sums.to(torch.promote_types(dtype, torch.float32))
     options = {"window": window, "sinks": sinks, "scale": 0.3, "seen": seen}
@@ -111,6 +115,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one token with a past": (1, {"seen": (31, 3)}),
     "past without far": (20, {"seen": (100, 2), "far": False, "sinks": 3}),
     "past without sinks": (18, {"seen": (12, 1), "sinks": 0}),
+    "features of what leaves": (3, {"seen": (31, 6), "leaving": 3}),
+    "features of what leaves last": (1, {"seen": (31, 3), "leaving": 1}),
 }
 
 
@@ -327,5 +333,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for change, says in bad:
         with pytest.raises(ConfigError, match=says):
             run(windowed.attend, tensors | change, values, layout_of(20))
+    tensors, values = arguments(4, seen=(9, 1), leaving=3)
+    with pytest.raises(ConfigError, match="expected features of 4 to 5 tokens, got 3"):
+        run(windowed.attend, tensors, values, layout_of(4))
+    tensors, values = arguments(20, h=4, g=2)
     with pytest.raises(ConfigError, match="layout: expected shape"):
         run(windowed.attend, tensors, values, layout_of(21))

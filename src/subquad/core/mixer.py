@@ -83,6 +83,27 @@ class Mixer(nn.Module, ABC):
         state = self.init_state(x_btd.shape[0], device=x_btd.device, dtype=x_btd.dtype)
         return self.read(x_btd, state, layout, shared)[0]
 
+    def mix_values(self, x_btd: Tensor, v_bthv: Tensor, layout: Layout | None = None) -> Tensor:
+        """``y = M(x) v`` per head, from an empty state: the mixing along time alone, of values that are given.
+
+        ``M`` is the ``[t, t]`` matrix by which the mixer weighs earlier tokens' values; it is never built. Projection
+        and convolution of the values, gate, norm and output projection are left out.
+
+        Args:
+            x_btd: ``[b, t, d]``, what queries, keys, decays and the like come from.
+            v_bthv: ``[b, t, h, v]``, the values of each of the mixer's heads.
+            layout: where the tokens stand; None is dense.
+
+        Returns:
+            ``[b, t, h, v]``.
+
+        Raises:
+            UnsupportedError: this mixer is not linear in its values head by head, or doesn't say how.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} has no mixing matrix to compare; leave stage matrix out or choose another mixer"
+        )
+
     def commit_(self, pool: State, rows: Tensor | None, update: Update, n_b: Tensor | None = None) -> None:
         """Commit `update` in place into `rows` of `pool`; see `Update.commit_`."""
         update.commit_(pool, rows, n_b)

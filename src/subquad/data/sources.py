@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -25,7 +26,9 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     chat_template: Any
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, Any]:
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, verbose: bool, **options: Any
+    ) -> Mapping[str, Any]:
         """``{"input_ids": one list of ids a text}``; `verbose` warns about texts beyond the model's context."""
         ...
 
@@ -40,10 +43,19 @@ Document = str | Conversation
 
 @dataclass(frozen=True)
 class Source:
-    """Documents of one origin; `open` starts from the first one, always in the same order."""
+    """Documents of one origin.
+
+    Attributes:
+        name: as it was asked for.
+        open: starts from the first document, always in the same order.
+        weight: its share of what is read, relative to the other sources' weights; None is by size.
+        completions: only what the assistant says counts as a label, so that every document is a conversation.
+    """
 
     name: str
     open: Callable[[], Iterator[Document]]
+    weight: float | None = None
+    completions: bool = False
 
 
 def render(document: Document, tokenizer: Tokenizer) -> str:
@@ -61,26 +73,70 @@ def parse_source(spec: str) -> Source:
     Args:
         spec: ``FILE.txt`` (also .md, .rst), ``FILE.jsonl[#FIELD]`` or ``FILE.jsonl#PROMPT+RESPONSE``, each also with
             .gz or .xz behind it; ``datasets:NAME[:CONFIG][@SPLIT][#FIELD]``; or ``pydoc``. Without a field a record is
-            read by its ``text``, its ``messages``, or its ``prompt`` and ``response``.
+            read by its ``text``, its ``messages``, or its ``prompt`` and ``response``. Behind it options as
+            `split_options` takes them.
 
     Raises:
-        DataError: no such file, or a kind that is not known.
+        DataError: no such file, a kind that is not known, or an option that can't be.
     """
-    if spec == "pydoc":
-        return Source(spec, _pydoc)
-    name, _, field = spec.partition("#")
+    place, options = split_options(spec)
+    return Source(spec, _opener(place), **options)
+
+
+def split_options(spec: str) -> tuple[str, dict[str, Any]]:
+    """What stands before the options of a source, and the fields of `Source` that they set.
+
+    Args:
+        spec: a source, and behind it, in any order, ``,weight=NUMBER`` and ``,completions``.
+
+    Raises:
+        DataError: a weight that is no number above 0, or an option that is given twice.
+
+    Example:
+        >>> split_options("a.jsonl#q+a,completions,weight=2")
+        ('a.jsonl#q+a', {'weight': 2.0, 'completions': True})
+    """
+    options: dict[str, Any] = {}
+    while True:
+        rest, _, option = spec.rpartition(",")
+        name, equals, value = option.partition("=")
+        # Any other comma belongs to a file's name.
+        if not rest or (option != "completions" and (name, equals) != ("weight", "=")):
+            return spec, options
+        if name in options:
+            raise DataError(f"{spec}: expected {name} once, got it twice; drop one")
+        options[name] = _weight(spec, value) if equals else True
+        spec = rest
+
+
+def _weight(spec: str, value: str) -> float:
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise DataError(f"{spec}: expected a weight above 0, got {value!r}; give a number such as weight=2")
+    return weight
+
+
+def _opener(place: str) -> Callable[[], Iterator[Document]]:
+    if place == "pydoc":
+        return _pydoc
+    name, _, field = place.partition("#")
     if name.startswith("datasets:"):
-        return Source(spec, lambda: _hub(name.removeprefix("datasets:"), field))
+        return lambda: _hub(name.removeprefix("datasets:"), field)
     path = Path(name)
     if not path.is_file():
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"{name}: expected a file of text, got no such file{nearest(path.name, [*there, 'pydoc'])}")
+        hint = "; options are ,completions and ,weight=NUMBER" if "," in place else ""
+        known = nearest(path.name.partition(",")[0], [*there, "pydoc"])
+        raise DataError(f"{name}: expected a file of text, got no such file{known}{hint}")
     suffixes = [s for s in path.suffixes if s not in OPENERS]
     kind = suffixes[-1] if suffixes else ""
     if kind == ".jsonl":
-        return Source(spec, lambda: _jsonl(path, field))
+        return lambda: _jsonl(path, field)
     if kind in TEXT_SUFFIXES:
-        return Source(spec, lambda: _text(path))
+        return lambda: _text(path)
     raise DataError(
         f"{name}: expected one of {', '.join(TEXT_SUFFIXES)} or .jsonl (with .gz or .xz if packed), "
         f"got {kind or 'no suffix'!r}; rename it to what it holds"

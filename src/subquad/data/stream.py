@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from subquad.core.errors import ConfigError, DataError
-from subquad.data.sources import Document, Source, Tokenizer, pieces, render
+from subquad.data.batch import Batch
+from subquad.data.completions import encode
+from subquad.data.documents import Documents, Reader, Rendered
+from subquad.data.sources import Document, Source, Tokenizer, pieces
 
 Rows = np.ndarray[Any, np.dtype[np.int32]]
 TOKENISE_CHARS = 262_144
-
-
-def held_out(text: str, fraction: float) -> bool:
-    """Whether a document is kept from training: its content alone decides, so that no copy leaks from side to side."""
-    digest = hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest) < fraction * 2**64
 
 
 @dataclass(frozen=True)
@@ -32,53 +28,22 @@ class Position:
     """Where a chunk of sequences begins: enough to read it again.
 
     Attributes:
-        epoch: passes over the data that are complete.
+        epoch: passes over all the data that are complete; always 0 with weights, for then each source has its own.
         chunk: number of the chunk, which seeds its shuffle.
-        taken: documents read of each source in this epoch.
-        carry: tokens that were left over from the chunk before.
+        taken: documents read of each source since it was last begun.
+        chars: characters read of each source in this epoch.
+        carry: tokens that were left over from the chunk before, as `tokenise` gives them.
     """
 
     epoch: int
     chunk: int
     taken: tuple[int, ...]
+    chars: tuple[int, ...]
     carry: tuple[int, ...] = ()
 
 
-class Documents:
-    """The texts of one side of the train/held-out split, sources interleaved in proportion to their size."""
-
-    def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, *, fraction: float, train: bool) -> None:
-        """`fraction` of the documents is held out; `train` chooses the side."""
-        self.sources, self.tokenizer, self.fraction, self.train = tuple(sources), tokenizer, fraction, train
-        self.sizes: list[int] | None = None
-
-    def read(self, taken: Sequence[int]) -> Iterator[tuple[int, str]]:
-        """Index of the source and text of each document, from where `taken` documents of each source were read."""
-        if self.sizes is None:
-            # One source needs no proportions, so its size is never counted.
-            alone = len(self.sources) == 1
-            self.sizes = [1 if alone else max(sum(len(t) for t in self._texts(s)), 1) for s in self.sources]
-        texts = [self._texts(s) for s in self.sources]
-        read = [sum(len(next(texts[i])) for _ in range(n)) for i, n in enumerate(taken)]
-        open_ = list(range(len(texts)))
-        while open_:
-            i = min(open_, key=lambda j: (read[j] / self.sizes[j], j))  # type: ignore[index]
-            text = next(texts[i], None)
-            if text is None:
-                open_.remove(i)
-            else:
-                read[i] += len(text)
-                yield i, text
-
-    def _texts(self, source: Source) -> Iterator[str]:
-        for document in source.open():
-            text = render(document, self.tokenizer)
-            if held_out(text, self.fraction) != self.train:
-                yield text
-
-
 class TokenStream:
-    """An endless iterator of int64 ``[b, t]`` batches, deterministic by seed and resumable to the sequence.
+    """An endless iterator of batches, deterministic by seed and resumable to the sequence.
 
     Documents are joined by the end token and the join is cut every `time` tokens, so no column is padding. Sequences
     are shuffled within chunks of `chunk_tokens` (a corpus below that is shuffled whole, anew every epoch), and the next
@@ -99,13 +64,17 @@ class TokenStream:
         """Stream the training side of `sources`.
 
         Args:
-            sources: where documents come from; several are mixed in proportion to their size.
+            sources: where documents come from; several are mixed by their weights, in characters, or else in
+                proportion to their size, for which each is read through once before the start.
             tokenizer: its end token separates documents.
             batch: sequences of a batch, b.
             time: tokens of a sequence, t.
             seed: of the shuffle.
             fraction: share of the documents that is held out.
             chunk_tokens: tokens shuffled together.
+
+        Raises:
+            ConfigError: a size that makes no sense, or weights for some of the sources only.
         """
         if batch < 1 or time < 2:
             raise ConfigError(
@@ -114,7 +83,7 @@ class TokenStream:
         self.documents = Documents([self._watched(s) for s in sources], tokenizer, fraction=fraction, train=True)
         self.batch, self.time, self.seed, self.chunk_tokens = batch, time, seed, max(chunk_tokens, time)
         self._closed = threading.Event()
-        self._start(Position(0, 0, (0,) * len(sources)), 0)
+        self._start(self._epoch(Position(0, 0, (), ())), 0)
 
     def close(self) -> None:
         """Stop the thread at the document it is in; no chunk is made any more."""
@@ -133,7 +102,7 @@ class TokenStream:
         return replace(source, open=documents)
 
     def _start(self, position: Position, at: int) -> None:
-        self._reading: Iterator[tuple[int, str]] | None = None
+        self._reading: Reader | None = None
         self._position, self._at = position, at
         self._rows: Rows | None = None
         self._prepare(position)
@@ -157,7 +126,7 @@ class TokenStream:
     def __iter__(self) -> TokenStream:
         return self
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Batch:
         """The next batch.
 
         Raises:
@@ -174,12 +143,17 @@ class TokenStream:
                 continue
             picked.append(self._rows[self._at])
             self._at += 1
-        return torch.from_numpy(np.stack(picked).astype(np.int64))
+        rows_bt = torch.from_numpy(np.stack(picked).astype(np.int64))
+        if not any(source.completions for source in self.documents.sources):
+            return Batch(rows_bt)
+        # A token that is no label stands as its complement.
+        return Batch(torch.where(rows_bt < 0, ~rows_bt, rows_bt), rows_bt >= 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as plain numbers."""
         p = self._position
-        place = {"epoch": p.epoch, "chunk": p.chunk, "taken": list(p.taken), "carry": list(p.carry)}
+        place = {"epoch": p.epoch, "chunk": p.chunk, "taken": list(p.taken), "chars": list(p.chars)}
+        place["carry"] = list(p.carry)
         return place | {"at": self._at, "time": self.time, "seed": self.seed, "sources": self._names()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -193,7 +167,8 @@ class TokenStream:
                 raise DataError(f"resume: expected {key} {state[key]} as in the checkpoint, got {mine}; give the same")
         self.close()
         self._closed.clear()
-        self._start(Position(state["epoch"], state["chunk"], tuple(state["taken"]), tuple(state["carry"])), state["at"])
+        counts = (tuple(state[key]) for key in ("taken", "chars", "carry"))
+        self._start(Position(state["epoch"], state["chunk"], *counts), state["at"])
 
     def _names(self) -> list[str]:
         return [s.name for s in self.documents.sources]
@@ -201,18 +176,22 @@ class TokenStream:
     def _chunk(self, start: Position) -> tuple[Rows, Position]:
         """The shuffled sequences of the chunk at `start`, and where the next begins. Runs in the thread only."""
         if self._reading is None:
-            self._reading = self.documents.read(start.taken)
-        taken, ended = list(start.taken), False
-        tokens: Rows = np.array(start.carry, dtype=np.int32)
-        while len(tokens) < self.chunk_tokens and not ended:
-            texts, ended = _take(self._reading, taken)
-            tokens = np.concatenate([tokens, tokenise(texts, self.documents.tokenizer)])
+            self._reading = self.documents.read(start.taken, start.chars)
+        reading, ended = self._reading, False
+        parts: list[Rows] = [np.array(start.carry, dtype=np.int32)]
+        size = len(parts[0])
+        while size < self.chunk_tokens and not ended:
+            documents = _take(reading)
+            ended = sum(len(d.text) for d in documents) < TOKENISE_CHARS
+            parts.append(tokenise(documents, self.documents.tokenizer))
+            size += len(parts[-1])
+        tokens: Rows = np.concatenate(parts)
         if ended:
             self._reading = None
-        count = len(tokens) // self.time
+        count = size // self.time
         if count == 0 and any(start.taken):
             # What an epoch's earlier chunks have left is less than a sequence: the next epoch goes on from it.
-            return self._chunk(Position(start.epoch + 1, start.chunk, (0,) * len(taken), tuple(tokens.tolist())))
+            return self._chunk(self._epoch(replace(start, epoch=start.epoch + 1, carry=tuple(tokens.tolist()))))
         if count == 0:
             raise DataError(
                 f"--data {', '.join(self._names())}: expected at least {self.time} training tokens, got {len(tokens)}; "
@@ -221,67 +200,57 @@ class TokenStream:
         rows: Rows = tokens[: count * self.time].reshape(count, self.time)
         carry = tuple(tokens[count * self.time :].tolist())
         rows = rows[np.random.default_rng((self.seed, start.chunk)).permutation(count)]
-        if not ended:
-            return rows, replace(start, chunk=start.chunk + 1, taken=tuple(taken), carry=carry)
-        return rows, Position(start.epoch + 1, start.chunk + 1, (0,) * len(taken), carry)
+        after = replace(start, chunk=start.chunk + 1, carry=carry)
+        if ended:
+            return rows, self._epoch(replace(after, epoch=start.epoch + 1))
+        return rows, replace(after, taken=tuple(reading.taken), chars=tuple(reading.chars))
+
+    def _epoch(self, position: Position) -> Position:
+        """`position` with every source at its beginning."""
+        nothing = (0,) * len(self.documents.sources)
+        return replace(position, taken=nothing, chars=nothing)
 
 
-def _take(documents: Iterator[tuple[int, str]], taken: list[int]) -> tuple[list[str], bool]:
-    texts: list[str] = []
+def _take(reading: Reader) -> list[Rendered]:
+    """Documents of `TOKENISE_CHARS` characters together, or what is left."""
+    documents: list[Rendered] = []
     size = 0
-    for i, text in documents:
-        texts.append(text)
-        taken[i] += 1
-        size += len(text)
-        if size >= TOKENISE_CHARS:
-            return texts, False
-    return texts, True
+    while size < TOKENISE_CHARS and (document := next(reading, None)) is not None:
+        documents.append(document)
+        size += len(document.text)
+    return documents
 
 
-def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Rows:
-    """The tokens of all `texts`, an end token behind each.
+def tokenise(documents: Sequence[Rendered], tokenizer: Tokenizer) -> Rows:
+    """The tokens of all `documents`, an end token behind each; what is no label as its complement, ``-1 - token``.
 
     Raises:
-        DataError: the tokenizer has no end token.
+        DataError: the tokenizer has no end token, or can't tell where labels are.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise DataError("tokenizer: expected an end token to separate documents, got none; set its eos_token")
-    cut = [list(pieces(text)) for text in texts]
-    flat = [piece for parts in cut for piece in parts]
-    encoded = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"] if flat else ())
-    tokens: list[int] = []
-    for parts in cut:
-        for _ in parts:
-            tokens += next(encoded)
-        tokens.append(end)
-    return np.array(tokens, dtype=np.int32)
+    cut = [list(pieces(d.text)) if d.spans is None else [] for d in documents]
+    plain = iter(_ids([piece for parts in cut for piece in parts], tokenizer))
+    marked = [(d.text, d.spans) for d in documents if d.spans is not None]
+    masked = iter(encode(marked, tokenizer))
+    out: list[Rows] = []
+    for document, parts in zip(documents, cut, strict=True):
+        if document.spans is None:
+            out += [np.array(ids, dtype=np.int32) for ids in islice(plain, len(parts))]
+            out.append(np.array([end], dtype=np.int32))
+        else:
+            ids, wanted_n = next(masked)
+            closes = any(stop > len(document.text) for _, stop in document.spans)
+            ids_n = np.array([*ids, end], dtype=np.int32)
+            out.append(np.where(np.append(wanted_n, closes), ids_n, ~ids_n))
+    return np.concatenate(out) if out else np.zeros(0, dtype=np.int32)
 
 
-def held_out_text(
-    sources: Sequence[Source], tokenizer: Tokenizer, *, fraction: float = 0.05, chars: int | None = None
-) -> str:
-    """The held-out documents as one text, a blank line between them.
-
-    Args:
-        sources: as of the stream.
-        tokenizer: renders conversations.
-        fraction: as of the stream.
-        chars: stop after the document that reaches this length; None reads all.
-
-    Raises:
-        DataError: no document is held out.
-    """
-    parts: list[str] = []
-    size = 0
-    for _, text in Documents(sources, tokenizer, fraction=fraction, train=False).read((0,) * len(sources)):
-        parts.append(text.strip())
-        size += len(parts[-1])
-        if chars is not None and size >= chars:
-            break
-    if not size:
-        raise DataError(
-            f"--data {', '.join(s.name for s in sources)}: expected held-out documents at --held-out {fraction}, "
-            "got none; give more documents or hold out more"
-        )
-    return "\n\n".join(parts) + "\n"
+def _ids(texts: list[str], tokenizer: Tokenizer) -> Iterable[list[int]]:
+    core: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if core is not None and core.truncation is None and core.padding is None:
+        # Without offsets and without Python's own lists around it: half the time, and next to none of it holds the
+        # lock that training needs for its launches.
+        return (encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=False))
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ()

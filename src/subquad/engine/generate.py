@@ -121,8 +121,8 @@ def stream(
         UnsupportedError: a layer that looks ahead or can't be read in pieces.
     """
     limits = limits or Limits()
-    capacity = _check(model, prompts, limits, tokenizer)
-    configs = _configs(sampling, len(prompts))
+    capacity = check_request(model, prompts, limits, tokenizer)
+    configs = row_configs(sampling, len(prompts))
     ends = set(model.config.eos_tokens if limits.end_tokens is None else limits.end_tokens)
     texts = [Detokenizer(tokenizer, p, limits.stop) for p in prompts] if tokenizer is not None else []
     lengths = [0] * len(prompts)
@@ -146,10 +146,7 @@ def stream(
             if not alive[at]:
                 continue
             if token < 0:
-                raise DivergenceError(
-                    f"prompt {row}: expected finite logits, got NaN or infinity after {lengths[row]} new tokens; "
-                    "try float32, or check the weights"
-                )
+                raise diverged(row, lengths[row])
             lengths[row] += 1
             text = texts[row].push(token) if texts and token not in ends else ""
             finish = None
@@ -205,12 +202,21 @@ def prefill(model: Stack, prompts: Sequence[Sequence[int]], pool: StackState, ch
     return last_bd
 
 
+def diverged(row: int, tokens: int) -> DivergenceError:
+    """What is raised for a prompt whose logits are not finite."""
+    return DivergenceError(
+        f"prompt {row}: expected finite logits, got NaN or infinity after {tokens} new tokens; "
+        "try float32, or check the weights"
+    )
+
+
 def _logprobs(logits_bv: Tensor, tokens_b: Tensor) -> Tensor:
     logits_bv = logits_bv.float()
     return logits_bv.gather(1, tokens_b[:, None])[:, 0] - logits_bv.logsumexp(-1)
 
 
-def _configs(sampling: SamplingConfig | Sequence[SamplingConfig] | None, batch: int) -> list[SamplingConfig]:
+def row_configs(sampling: SamplingConfig | Sequence[SamplingConfig] | None, batch: int) -> list[SamplingConfig]:
+    """One configuration for each of `batch` rows."""
     if sampling is None or isinstance(sampling, SamplingConfig):
         one = sampling or SamplingConfig()
         return [replace(one, seed=one.seed + row) for row in range(batch)]
@@ -219,7 +225,7 @@ def _configs(sampling: SamplingConfig | Sequence[SamplingConfig] | None, batch: 
     return list(sampling)
 
 
-def _check(model: Stack, prompts: Sequence[Sequence[int]], limits: Limits, tokenizer: Any) -> int:
+def check_request(model: Stack, prompts: Sequence[Sequence[int]], limits: Limits, tokenizer: Any) -> int:
     """Refuse what can't be generated; return the most tokens that a row commits."""
     cards = methods("mixers")
     for i, layer in enumerate(model.config.layers):

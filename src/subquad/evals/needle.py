@@ -1,7 +1,8 @@
-"""Needle retrieval: a number hidden at a depth of a text of an exact length, asked for at the end.
+"""Needle and passkey retrieval: a number hidden at a depth of a text of an exact length, asked for at the end.
 
 A needle is a sentence *The special magic number for KEY is VALUE.*; the question names the key. With distractors, other
-keys with other values stand elsewhere in the text (RULER's multi-key, arXiv 2404.06654, section 3). The answer is begun
+keys with other values stand elsewhere in the text (RULER's multi-key, arXiv 2404.06654, section 3). A passkey is the
+one number in a text that says the same few sentences over and over (arXiv 2305.16300, section 4.2). The answer is begun
 for the model (*The special magic number for KEY mentioned in the text is*), so that models without instructions
 can be asked as well.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from subquad.core.errors import ConfigError
 from subquad.engine.generate import Limits, generate, prefill
 from subquad.evals.scoring import Progress, score_hidden
-from subquad.evals.stats import Interval, bootstrap_ratio, wilson
+from subquad.evals.stats import Interval, paired_ratio, wilson
 from subquad.evals.text import begin_tokens
 from subquad.models.stack import Stack
 
@@ -32,11 +33,39 @@ WORDS = (
     "jasmine jungle kettle ladder lantern lemon lily lizard magnet maple marble meadow mirror mountain"
 )
 KEYS = tuple(WORDS.split())
-NEEDLE = "The special magic number for {key} is {value}."
-INTRO = "Some special magic numbers are hidden in the following text. Remember them: one is asked for afterwards."
-QUESTION = "What is the special magic number for {key} mentioned in the text?"
-ANSWER = "The special magic number for {key} mentioned in the text is"
 MARK = "\N{SYMBOL FOR NULL}"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a number is hidden and asked for; ``{key}`` and ``{value}`` are filled in.
+
+    Attributes:
+        intro: said before the text.
+        needle: the sentence in the text.
+        question: said behind the text.
+        answer: the beginning of the answer, which the model continues.
+    """
+
+    intro: str
+    needle: str
+    question: str
+    answer: str
+
+
+NUMBERS = Wording(
+    intro="Some special magic numbers are hidden in the following text. Remember them: one is asked for afterwards.",
+    needle="The special magic number for {key} is {value}.",
+    question="What is the special magic number for {key} mentioned in the text?",
+    answer="The special magic number for {key} mentioned in the text is",
+)
+PASSKEY = Wording(
+    intro="A passkey is hidden in the following text, which else says little. Remember it: it is asked for.",
+    needle="The passkey is {value}. Keep it in mind: {value} is the passkey.",
+    question="What is the passkey?",
+    answer="The passkey is",
+)
+FILLER = "The road is long. The river is wide. The wind comes and goes. We walk on, and we rest, and we walk on again. "
 
 
 @dataclass(frozen=True)
@@ -67,6 +96,10 @@ class NeedleGrid:
             )
         if any(not 0 <= depth <= 1 for depth in self.depths) or self.digits < 1:
             raise ConfigError(f"expected depths from 0 to 1 and digits >= 1, got {self}; give depths as fractions")
+        if 10**self.digits < 4 * (1 + self.distractors):
+            raise ConfigError(
+                f"expected digits for {1 + self.distractors} different numbers, got {self}; use more digits"
+            )
 
 
 @dataclass(frozen=True)
@@ -114,17 +147,20 @@ class NeedleResult:
         return 0.1 if self.by == "likelihood" else 0.0
 
 
-def make_questions(tokenizer: Any, hay: str, grid: NeedleGrid) -> list[Question]:
+def make_questions(tokenizer: Any, hay: str, grid: NeedleGrid, wording: Wording = NUMBERS) -> list[Question]:
     """The questions of `grid`, each of exactly its length in tokens.
 
     Args:
         tokenizer: a Hugging Face tokenizer; its chat template is used where it has one.
-        hay: any text; taken around again where it is too short.
+        hay: any text; taken around again where it is too short. ``FILLER`` for passkeys.
         grid: what to ask.
+        wording: how it is said.
 
     Raises:
-        ConfigError: a length that has no room for text around the needles.
+        ConfigError: a length that has no room for text around the needles, or distractors without keys.
     """
+    if grid.distractors and "{key}" not in wording.question:
+        raise ConfigError(f"passkeys: expected no distractors, got {grid.distractors}; hide needles, which have keys")
     hay_n: list[int] = tokenizer.encode(hay, add_special_tokens=False, verbose=False)
     ends = {i for i in set(hay_n) if tokenizer.decode([i]).rstrip(" ").endswith((".", "!", "?", "\n"))}
     starts = [0] + [i + 1 for i, token in enumerate(hay_n) if token in ends and i + 1 < len(hay_n)]
@@ -134,12 +170,12 @@ def make_questions(tokenizer: Any, hay: str, grid: NeedleGrid) -> list[Question]
         for depth in grid.depths:
             for _ in range(grid.samples):
                 keys = rng.sample(KEYS, 1 + grid.distractors)
-                values = [str(rng.randrange(10 ** (grid.digits - 1), 10**grid.digits)) for _ in keys]
+                values = _values(rng, grid)
                 needles = [
-                    tokenizer.encode(" " + NEEDLE.format(key=k, value=v), add_special_tokens=False)
+                    tokenizer.encode(" " + wording.needle.format(key=k, value=v), add_special_tokens=False)
                     for k, v in zip(keys, values, strict=True)
                 ]
-                head, tail = _frame(tokenizer, keys[0])
+                head, tail = _frame(tokenizer, wording, keys[0])
                 room = length - len(head) - len(tail) - sum(map(len, needles))
                 if room < 16:
                     raise ConfigError(
@@ -154,15 +190,25 @@ def make_questions(tokenizer: Any, hay: str, grid: NeedleGrid) -> list[Question]
     return questions
 
 
-def _frame(tokenizer: Any, key: str) -> tuple[list[int], list[int]]:
+def _values(rng: random.Random, grid: NeedleGrid) -> list[str]:
+    """Different numbers: a distractor that held the answer would count as found."""
+    values: list[str] = []
+    while len(values) < 1 + grid.distractors:
+        value = str(rng.randrange(10 ** (grid.digits - 1), 10**grid.digits))
+        values += [value] if value not in values else []
+    return values
+
+
+def _frame(tokenizer: Any, wording: Wording, key: str) -> tuple[list[int], list[int]]:
     """What stands before and behind the text."""
-    asked = f"{INTRO}\n\n{MARK}\n\n{QUESTION.format(key=key)}"
+    asked = f"{wording.intro}\n\n{MARK}\n\n{wording.question.format(key=key)}"
+    answer = wording.answer.format(key=key)
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": asked}]
         begin, whole = [], tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        whole += ANSWER.format(key=key)
+        whole += answer
     else:
-        begin, whole = begin_tokens(tokenizer), f"{asked}\n{ANSWER.format(key=key)}"
+        begin, whole = begin_tokens(tokenizer), f"{asked}\n{answer}"
     before, _, behind = whole.partition(MARK)
     head, tail = (tokenizer.encode(part, add_special_tokens=False) for part in (before, behind))
     return begin + head, tail
@@ -185,7 +231,7 @@ def evaluate_needles(
     questions: Sequence[Question],
     *,
     by: str = "generation",
-    batch: int = 4,
+    batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> NeedleResult:
     """Ask `questions` and count what is found; a warning where they are longer than the model was made for.
@@ -195,7 +241,7 @@ def evaluate_needles(
         tokenizer: its tokenizer.
         questions: from `make_questions`.
         by: ``generation`` or ``likelihood``; see `NeedleResult`.
-        batch: prompts read at once.
+        batch_tokens: tokens of prompts read at once; prompts of like length share a batch.
         progress: called with tokens done and in all.
     """
     if by not in ("generation", "likelihood"):
@@ -207,28 +253,27 @@ def evaluate_needles(
             stacklevel=2,
         )
     find = _generated if by == "generation" else _likelier
-    hits: list[bool] = []
+    hit_n = torch.zeros(len(questions), dtype=torch.bool)
     done, total = 0, sum(question.length for question in questions)
-    for start in range(0, len(questions), batch):
-        part = questions[start : start + batch]
-        hits += find(model, tokenizer, part)
-        done += sum(question.length for question in part)
+    order = sorted(range(len(questions)), key=lambda i: -questions[i].length)
+    while order:
+        rows = max(1, batch_tokens // questions[order[0]].length)
+        part, order = order[:rows], order[rows:]
+        hit_n[part] = torch.tensor(find(model, tokenizer, [questions[i] for i in part]))
+        done += sum(questions[i].length for i in part)
         if progress is not None:
             progress(done, total)
-    return NeedleResult(
-        by, tuple(q.length for q in questions), tuple(q.depth for q in questions), torch.tensor(hits, dtype=torch.bool)
-    )
+    return NeedleResult(by, tuple(q.length for q in questions), tuple(q.depth for q in questions), hit_n)
 
 
 def _generated(model: Stack, tokenizer: Any, questions: Sequence[Question]) -> list[bool]:
     longest = max(len(tokenizer.encode(f" {q.value}", add_special_tokens=False)) for q in questions)
-    # One token more shows whether the number goes on, one more leaves room for a stray space.
-    limits = Limits(max_new_tokens=longest + 2, allow_long=True)
-    answers = generate(model, [q.tokens for q in questions], limits=limits, tokenizer=tokenizer)
-    return [
-        re.search(rf"(?<!\d){q.value}(?!\d)", answer.text) is not None
-        for q, answer in zip(questions, answers, strict=True)
-    ]
+    # One token more shows whether the number goes on, one more leaves room for a stray space. A prompt is read in one
+    # piece: reading it against a part of itself needs a mask, and no fast kernel takes one.
+    limits = Limits(max_new_tokens=longest + 2, allow_long=True, chunk=max(len(q.tokens) for q in questions))
+    answers = generate(model, [q.tokens for q in questions], limits=limits)
+    texts = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
+    return [re.search(rf"(?<!\d){q.value}(?!\d)", text) is not None for q, text in zip(questions, texts, strict=True)]
 
 
 def _likelier(model: Stack, tokenizer: Any, questions: Sequence[Question]) -> list[bool]:
@@ -253,8 +298,9 @@ def answer_logprobs(model: Stack, tokenizer: Any, questions: Sequence[Question],
     width = max(map(len, candidates))
     lengths_c = torch.tensor([len(c) for c in candidates], device=model.device)
     tokens_cm = torch.tensor([c + [0] * (width - len(c)) for c in candidates], device=model.device)
-    pool = model.init_state(len(questions), max(len(q.tokens) for q in questions))
-    last_bd = prefill(model, [q.tokens for q in questions], pool, chunk=512)
+    longest = max(len(q.tokens) for q in questions)
+    pool = model.init_state(len(questions), longest)
+    last_bd = prefill(model, [q.tokens for q in questions], pool, chunk=longest)
     hidden_cmd = last_bd.repeat_interleave(1 + others, 0)[:, None]
     if width > 1:
         read_cmd, _ = model.read(tokens_cm[:, :-1], pool.fork(1 + others), lengths_c - 1)
@@ -274,4 +320,4 @@ def needle_retention(student: NeedleResult, teacher: NeedleResult) -> Interval:
         raise ConfigError("expected the same questions for both, got different ones; use one grid, seed and score")
     if not bool(teacher.hit_n.any()):
         raise ConfigError("expected a teacher that finds something, got none; use shorter lengths or a larger teacher")
-    return bootstrap_ratio(student.hit_n.double(), teacher.hit_n.double())
+    return paired_ratio(student.hit_n, teacher.hit_n).interval

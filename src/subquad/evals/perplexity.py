@@ -13,7 +13,7 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError, DataError
 from subquad.evals.scoring import Progress, score_hidden
-from subquad.evals.stats import Interval, bootstrap_mean, bootstrap_ratio
+from subquad.evals.stats import Interval, Paired, bootstrap_mean, bootstrap_ratio, paired_difference
 from subquad.evals.text import TextTokens
 from subquad.models.stack import Stack
 
@@ -70,11 +70,39 @@ class Perplexity:
         """``nll_total / (ln 2 · bytes)``, over windows: comparable between tokenizers."""
         return bootstrap_ratio(self.nll_wt.sum(1) / math.log(2), self.bytes_w)
 
+    def nll_w(self, start: int, stop: int) -> Tensor:
+        """Mean loss of the tokens at positions ``[start, stop)``, of each window.
+
+        Raises:
+            ConfigError: no scored position there.
+        """
+        if not 1 <= start < stop <= self.context:
+            raise ConfigError(
+                f"positions: expected 1 <= start < stop <= {self.context}, got {start} and {stop}; "
+                "a window's first token is not scored"
+            )
+        # Column t holds the loss of the token at position t + 1.
+        return self.nll_wt[:, start - 1 : stop - 1].mean(1)
+
     def by_position(self) -> list[Bucket]:
         """Loss over the position in the window, in buckets that double: 1, 2-3, 4-7, ..."""
         edges = [2**i for i in range(self.context.bit_length()) if 2**i < self.context] + [self.context]
-        # Column t holds the loss of the token at position t + 1.
-        return [Bucket(a, b, float(self.nll_wt[:, a - 1 : b - 1].mean())) for a, b in pairwise(edges)]
+        return [Bucket(a, b, float(self.nll_w(a, b).mean())) for a, b in pairwise(edges)]
+
+
+def spread_windows(text: TextTokens, context: int, windows: int) -> TextTokens:
+    """So many windows of a text, evenly spread over it, one behind the other; all where there are no more.
+
+    Raises:
+        ConfigError, DataError: see `windows_of`.
+    """
+    tokens_wt = windows_of(text, context)
+    there = len(tokens_wt)
+    if windows < 1:
+        raise ConfigError(f"windows: expected at least 1, got {windows}; a window is what is measured")
+    pick = [i * there // windows for i in range(windows)] if windows < there else list(range(there))
+    bytes_wt = text.bytes_n[: there * context].view(there, context)
+    return TextTokens(tokens_wt[pick].flatten(), bytes_wt[pick].flatten())
 
 
 def windows_of(text: TextTokens, context: int) -> Tensor:
@@ -140,9 +168,14 @@ def perplexity_ratio(student: Perplexity, teacher: Perplexity) -> Interval:
     Raises:
         ConfigError: the two were not measured on the same windows.
     """
-    if student.nll_wt.shape != teacher.nll_wt.shape or not torch.equal(student.bytes_w, teacher.bytes_w):
+    return compare_perplexity(student, teacher).interval
+
+
+def compare_perplexity(first: Perplexity, second: Perplexity) -> Paired:
+    """`perplexity_ratio` with the p-value of equal losses, by random signs over windows."""
+    if first.nll_wt.shape != second.nll_wt.shape or not torch.equal(first.bytes_w, second.bytes_w):
         raise ConfigError(
-            f"expected the same windows for both, got {tuple(student.nll_wt.shape)} and "
-            f"{tuple(teacher.nll_wt.shape)}; measure both on one tokenized text at one context"
+            f"expected the same windows for both, got {tuple(first.nll_wt.shape)} and "
+            f"{tuple(second.nll_wt.shape)}; measure both on one tokenized text at one context"
         )
-    return bootstrap_mean((student.nll_wt - teacher.nll_wt).mean(1)).map(math.exp)
+    return paired_difference(first.nll_wt.mean(1), second.nll_wt.mean(1)).map(math.exp, "ratio")

@@ -51,7 +51,29 @@ class Answers:
     answers: Mapping[str, str]
 
 
-Part = Chart | Table | HeatMap | Answers
+@dataclass(frozen=True)
+class Said:
+    """One answer of a dialogue.
+
+    Attributes:
+        text: of the answer.
+        remark: such as its length, shown above it.
+        parts_at: characters before it first differs from the answer it is held against, or None where it doesn't.
+    """
+
+    text: str
+    remark: str = ""
+    parts_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What was asked, turn by turn, and each model's answer, side by side."""
+
+    turns: Sequence[tuple[str, Mapping[str, Said]]]
+
+
+Part = Chart | Table | HeatMap | Answers | Dialogue
 
 
 @dataclass(frozen=True)
@@ -169,7 +191,35 @@ def _answers(answers: Answers) -> str:
     return f"<article><blockquote>{escape(answers.prompt)}</blockquote><dl class=answers>{said}</dl></article>"
 
 
-_RENDER: dict[type, Callable[[Any], str]] = {Table: _table, HeatMap: _heat_map, Answers: _answers}
+def _dialogue(dialogue: Dialogue) -> str:
+    turns = "".join(
+        f"<blockquote>{escape(asked)}</blockquote><dl class=side>"
+        + "".join(
+            f"<div><dt>{escape(name)}<span>{escape(said.remark)}</span></dt><dd>{_said(said)}</dd></div>"
+            for name, said in answers.items()
+        )
+        + "</dl>"
+        for asked, answers in dialogue.turns
+    )
+    return f"<article class=dialogue>{turns}</article>"
+
+
+def _said(said: Said) -> str:
+    if said.parts_at is None:
+        return escape(said.text)
+    same, rest = said.text[: said.parts_at], said.text[said.parts_at :]
+    # The first word that differs is marked; a text that ends before the other does is marked at its end.
+    word = len(rest) - len(rest.lstrip()) + len((rest.split() or [""])[0])
+    mark = f"<mark>{escape(rest[:word])}</mark>" if rest.strip() else "<mark>(ends)</mark>"
+    return f"{escape(same)}{mark}{escape(rest[word:])}"
+
+
+_RENDER: dict[type, Callable[[Any], str]] = {
+    Table: _table,
+    HeatMap: _heat_map,
+    Answers: _answers,
+    Dialogue: _dialogue,
+}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ import torch
 
 from subquad.core.errors import ConfigError
 from subquad.engine.generate import prefill
+from subquad.mixers.attention import Attention
 from subquad.models.stack import Stack
 
 
@@ -39,6 +40,30 @@ class Speed:
 def state_bytes(model: Stack, contexts: Sequence[int], batch: int = 1) -> list[int]:
     """Bytes of the state of `batch` rows at each context, without allocating it."""
     return [model.init_state(batch, context, device="meta").nbytes for context in contexts]
+
+
+def attention_kept(student: Stack, teacher: Stack, context: int = 8192) -> float:
+    """Share of the teacher's full attention that a student keeps: bytes of keys and values, both in one dtype.
+
+    Attention without a window counts, in parts of a layer too; windows and recurrent states do not.
+
+    Args:
+        student, teacher: the models.
+        context: tokens in the caches.
+
+    Raises:
+        ConfigError: a teacher without full attention.
+    """
+    kept, whole = (_cache_bytes(model, context) for model in (student, teacher))
+    if not whole:
+        raise ConfigError("expected a teacher with full attention, got none; compare with the Transformer itself")
+    return kept / whole
+
+
+def _cache_bytes(model: Stack, context: int) -> int:
+    full = [m for m in model.modules() if isinstance(m, Attention) and m.config.window is None]
+    states = [m.init_state(1, context, device="meta", dtype=torch.float32) for m in full]
+    return sum(t.nbytes for state in states for _, t in state.tensors() if t.is_floating_point())
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import lzma
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from subquad.core.errors import DataError
 from subquad.data.sources import OPENERS
 from subquad.evals.scoring import Progress, TokenScores, score_continuations
-from subquad.evals.stats import Interval, bootstrap_mean, bootstrap_ratio, mcnemar, wilson
+from subquad.evals.stats import Interval, bootstrap_mean, bootstrap_ratio, wilson
 from subquad.evals.text import begin_tokens
 from subquad.models.stack import Stack
 
@@ -73,6 +74,11 @@ class ClozeResult:
         return wilson(int(self.right_n.sum()), len(self.right_n))
 
     @property
+    def above_n(self) -> Tensor:
+        """What each item counts above chance, which is 0 for a continuation."""
+        return self.right_n.double()
+
+    @property
     def item_perplexity(self) -> Interval:
         """``exp(-mean log p(continuation))``: for LAMBADA the perplexity of the last word, however many tokens."""
         return bootstrap_mean(-self.logprob_n).map(math.exp)
@@ -108,17 +114,14 @@ class ChoiceResult:
         """By log-likelihood per character of the choice (lm-eval's ``acc_norm``)."""
         return wilson(int(self.right_normalised_n.sum()), len(self.right_normalised_n))
 
+    @property
+    def above_n(self) -> Tensor:
+        """What each item counts above chance, by character; see `above_chance`."""
+        return (self.right_normalised_n.double() - self.chance) / (1 - self.chance)
+
     def above_chance(self, accuracy: Interval) -> Interval:
         """``(accuracy - chance) / (1 - chance)``: 0 is guessing, 1 is all right."""
         return accuracy.map(lambda a: (a - self.chance) / (1 - self.chance))
-
-
-@dataclass(frozen=True)
-class Paired:
-    """A difference in accuracy on the same items, and McNemar's exact p-value for none."""
-
-    difference: Interval
-    p_value: float
 
 
 def load_task(path: str | Path, *, delimiter: str = " ", limit: int | None = None) -> Task:
@@ -134,29 +137,37 @@ def load_task(path: str | Path, *, delimiter: str = " ", limit: int | None = Non
     """
     items: list[Item] = []
     kinds: set[str] = set()
-    for number, line in _lines(Path(path)):
-        if limit is not None and len(items) == limit:
-            break
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: expected a JSON object, got {error}; write one object a line") from error
+    for where, record in islice(read_records(path), limit):
         kind, item = _parse(record, where)
         kinds.add(kind)
         items.append(item)
     if len(kinds) != 1:
         raise DataError(f"{path}: expected items of one kind, got {sorted(kinds) or 'none'}; one kind a file")
-    return Task(Path(path).name.split(".")[0], kinds.pop(), tuple(items), delimiter)
+    return Task(task_name(path), kinds.pop(), tuple(items), delimiter)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of every line that is not blank."""
+def task_name(path: str | Path) -> str:
+    """The name of a task file: without folder and endings."""
+    return Path(path).name.split(".")[0]
+
+
+def read_records(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Place and content of every line that is not blank; the file may be packed with gzip or xz.
+
+    Raises:
+        DataError: no such file, damage, or a line that is no JSON.
+    """
     try:
-        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as stream:
-            yield from ((number, line) for number, line in enumerate(stream, 1) if line.strip())
+        with OPENERS.get(Path(path).suffix, open)(path, "rt", encoding="utf-8") as stream:
+            lines = [(number, line) for number, line in enumerate(stream, 1) if line.strip()]
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise DataError(f"{path}: expected a readable UTF-8 file, got {error}; check path and ending") from error
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        try:
+            yield where, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: expected a JSON object, got {error}; write one object a line") from error
 
 
 def _parse(record: Any, where: str) -> tuple[str, Item]:
@@ -247,9 +258,3 @@ def _choice_result(task: Task, scores: Sequence[TokenScores]) -> ChoiceResult:
         right_normalised.append(means.index(max(means)) == item.gold)
     chance = sum(1 / len(item.choices) for item in task.items) / len(task.items)
     return ChoiceResult(task.name, torch.tensor(right), torch.tensor(right_normalised), chance)
-
-
-def compare_right(first_n: Tensor, second_n: Tensor) -> Paired:
-    """How much more often the first is right than the second, on the same items."""
-    p_value = mcnemar(first_n, second_n)
-    return Paired(bootstrap_mean(first_n.double() - second_n.double()), p_value)

@@ -20,13 +20,15 @@ from subquad.models.stack import Stack, StackState
 from subquad.models.weights import build
 
 _FIELDS = tuple(f.name for f in fields(ModelConfig))
+# Of an output, the field that holds the cache: it has another name since transformers 5.24.
+_CACHE = "cache" if any(f.name == "cache" for f in fields(CausalLMOutputWithPast)) else "past_key_values"
 
 
 class SubquadConfig(PreTrainedConfig):
     """The keys of a checkpoint's config.json under the names that ``transformers`` looks for."""
 
     model_type = checkpoint.MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
     attribute_map = {"hidden_size": "d_model", "intermediate_size": "d_mlp", "max_position_embeddings": "max_positions"}  # noqa: RUF012
 
     def __init__(self, **kwargs: Any) -> None:
@@ -56,6 +58,7 @@ class SubquadCache:
     """What ``generate`` carries from step to step: the state of all layers, grown as it fills."""
 
     is_compileable = False
+    is_linear = (False,)  # what a conversation goes on from knows its length
 
     def __init__(self, model: Stack, batch: int) -> None:
         self._model, self._length, self._capacity = model, 0, 64
@@ -136,6 +139,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: SubquadCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, the loss where `labels` are given (-100 is ignored), and the cache.
@@ -150,6 +154,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
             labels: ``[b, t]``.
             use_cache: by default without gradients only.
             logits_to_keep: only the last so many columns, or these columns; 0 is all.
+            cache: the name of `past_key_values` since transformers 5.24.
             kwargs: handed to the loss.
 
         Raises:
@@ -158,7 +163,7 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         if input_ids is None or inputs_embeds is not None:
             raise UnsupportedError("expected input_ids, got inputs_embeds; pass token ids")
         use_cache = not torch.is_grad_enabled() if use_cache is None else use_cache
-        cache = past_key_values
+        cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             cache = SubquadCache(self.model, input_ids.shape[0])
         layout, columns_bt = _layout(input_ids, attention_mask, position_ids, cache)
@@ -177,7 +182,8 @@ class SubquadForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss_of: Any = self.loss_function
             loss = loss_of(logits=logits, labels=labels, vocab_size=self.model.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)  # pyright: ignore[reportArgumentType]
+        kept_cache: Any = {_CACHE: cache if use_cache else None}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **kept_cache)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:

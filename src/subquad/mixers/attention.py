@@ -235,6 +235,20 @@ class Attention(Mixer):
         q_bthk, k_btgk, v_btgk = self.qkv(x_btd, layout)
         return self.o_proj(self._slide(q_bthk, k_btgk, v_btgk, None, layout).flatten(2))
 
+    def mix_values(self, x_btd: Tensor, v_bthv: Tensor, layout: Layout | None = None) -> Tensor:
+        """Softmax attention over given values; see `Mixer.mix_values`."""
+        layout = self.dense_layout(x_btd, layout)
+        q_bthk, k_btgk, _ = self.qkv(x_btd, layout)
+        k_bthk = attention.expand_heads(k_btgk, self.config.n_heads)
+        if self.config.window is not None:
+            return self._slide(q_bthk, k_bthk, v_bthv, None, layout)
+        if layout.documents_bt is None:
+            return attention.causal(q_bthk, k_bthk, v_bthv, self.scale)
+        columns_t = torch.arange(x_btd.shape[1], device=x_btd.device)
+        one_btt = layout.documents_bt[:, :, None] == layout.documents_bt[:, None]
+        k_bhtk, v_bhtv = k_bthk.transpose(1, 2), v_bthv.transpose(1, 2)
+        return attention.masked(q_bthk, k_bhtk, v_bhtv, one_btt & (columns_t[:, None] >= columns_t), self.scale)
+
     def _slide(
         self, q_bthk: Tensor, k_btgk: Tensor, v_btgk: Tensor, past: WindowState | None, layout: Layout
     ) -> Tensor:

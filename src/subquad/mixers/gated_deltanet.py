@@ -42,6 +42,7 @@ CARD = Card(
             "bias": True,
             "qk_norm": True,
             "rotary": {"theta": 10000.0, "dim": 8},
+            "beta_bias": True,
         },
         "bare": {"d_model": 16, "n_heads": 2, "key_dim": 4, "value_dim": 6, "conv_width": 0},
     },
@@ -105,6 +106,7 @@ class GatedDeltaNet(Mixer):
             bias: biases in the projections (the gate's always has one).
             qk_norm: RMS norm with weights of every query and key head before RoPE, where a teacher has it.
             rotary: fields of `RotarySpec`, or None for no position embedding.
+            beta_bias: a bias in beta's projection, for a start that writes less or more than half.
         """
 
         d_model: int
@@ -119,6 +121,7 @@ class GatedDeltaNet(Mixer):
         bias: bool = False
         qk_norm: bool = False
         rotary: Mapping[str, Any] | None = None
+        beta_bias: bool = False
 
     config: Config
 
@@ -129,7 +132,7 @@ class GatedDeltaNet(Mixer):
         self.qkv = ConvQKV.of(config)
         self.dt_proj = nn.Linear(config.d_model, config.n_heads, bias=False)
         self.decay = Decay(config.n_heads)
-        self.beta_proj = nn.Linear(config.d_model, config.n_heads, bias=False)
+        self.beta_proj = nn.Linear(config.d_model, config.n_heads, bias=config.beta_bias)
         self.z_proj = nn.Linear(config.d_model, width)
         nn.init.zeros_(self.z_proj.bias)
         self.norm_weight = nn.Parameter(torch.ones(width))
@@ -145,44 +148,57 @@ class GatedDeltaNet(Mixer):
         """Run the block through convolution and recurrence; see `Mixer.read`."""
         assert isinstance(state, RecurrentState)
         layout, config = self.dense_layout(x_btd, layout), self.config
-        h = config.n_heads
+        y_bthv, update = self._scan(x_btd, None, state, layout)
+        z_btd = self.z_proj(x_btd)
+        y_btd = norm.gated_rms(
+            y_bthv.flatten(2), z_btd, self.norm_weight, config.norm_eps, config.n_heads, gate_first=False
+        )
+        return self.out_proj(y_btd), update
+
+    def mix_values(self, x_btd: Tensor, v_bthv: Tensor, layout: Layout | None = None) -> Tensor:
+        """The recurrence over given values; see `Mixer.mix_values`."""
+        state = self.qkv.init_state(len(x_btd), v_bthv.shape[-1], device=x_btd.device, dtype=x_btd.dtype)
+        return self._scan(x_btd, v_bthv, state, self.dense_layout(x_btd, layout))[0]
+
+    def _scan(
+        self, x_btd: Tensor, v_bthv: Tensor | None, state: RecurrentState, layout: Layout
+    ) -> tuple[Tensor, GatedDeltaNetUpdate]:
+        """The recurrence over the block's own values, or over `v_bthv`."""
         q_btgk, k_btgk, v_btgv, inputs_btd = self.qkv(x_btd, state.conv_bdw, layout)
-        q_btgk, k_btgk = norm.l2(q_btgk, L2_EPS) * config.key_dim**-0.5, norm.l2(k_btgk, L2_EPS)
+        v_btgv = v_btgv if v_bthv is None else v_bthv
+        q_btgk, k_btgk = norm.l2(q_btgk, L2_EPS) * self.config.key_dim**-0.5, norm.l2(k_btgk, L2_EPS)
         g_bth, _ = self.decay(self.dt_proj(x_btd))
         beta_bth = self.beta_proj(x_btd).sigmoid()
-        y_bthv, end_bhkv = gdn.scan(
-            q_btgk,
-            k_btgk,
-            v_btgv,
-            g_bth,
-            beta_bth,
-            state.recurrent_bhkv,
-            valid_bt=chunks.kept(layout),
-            documents_bt=layout.documents_bt,
-        )
-        z_btd = self.z_proj(x_btd)
-        y_btd = norm.gated_rms(y_bthv.flatten(2), z_btd, self.norm_weight, config.norm_eps, h, gate_first=False)
-        update = GatedDeltaNetUpdate(state, end_bhkv, k_btgk, v_btgv, g_bth, beta_bth, inputs_btd, layout)
-        return self.out_proj(y_btd), update
+        where = {"valid_bt": chunks.kept(layout), "documents_bt": layout.documents_bt}
+        y_bthv, end_bhkv = gdn.scan(q_btgk, k_btgk, v_btgv, g_bth, beta_bth, state.recurrent_bhkv, **where)
+        return y_bthv, GatedDeltaNetUpdate(state, end_bhkv, k_btgk, v_btgv, g_bth, beta_bth, inputs_btd, layout)
+
+    @torch.no_grad()
+    def start_writing_(self, beta_h: Tensor | None) -> None:
+        """Give each head this beta for every token, 1/2 where None is given or there is no bias to hold it."""
+        self.beta_proj.weight.zero_()
+        for name, bias_h in self.beta_proj.named_parameters():
+            if name == "bias":
+                bias_h.copy_(torch.zeros_like(bias_h) if beta_h is None else beta_h.logit(1e-3))
 
     @classmethod
     def from_attention(cls, source: AttentionWeights, stats: AttentionStats | None = None, **options: Any) -> Self:
-        """Take over projections, biases, QK norms and RoPE; every token writes half, and decays alike.
+        """Take over projections, biases, QK norms and RoPE; every token writes and decays alike.
 
-        ``beta`` is 1/2 and dt 1, whatever the token; convolution and gate let everything pass, nothing has an
-        activation. `stats` give each head's half-life (its mean look-back) and the norm's weight (its output's RMS);
-        without them half-lives spread from 32 to 2048 tokens and the weight is 1.
+        ``beta`` and dt do not depend on the token, dt is 1; convolution and gate let everything pass, nothing has an
+        activation. `stats` give each head's half-life and beta (`AttentionStats.half_life_h`, `write_h`) and the norm's
+        weight (its output's RMS); without them half-lives spread from 32 to 2048 tokens, beta is 1/2, the weight 1.
         """
-        values = fields_of(source) | {"activation": "none"} | options
+        values = fields_of(source) | {"activation": "none", "beta_bias": True} | options
         mixer = cls(config_from_dict(cls.Config, values, where="mixer gated_deltanet")).to(source.q_weight)
         mixer.qkv.take_(source)
         with torch.no_grad():
             mixer.dt_proj.weight.zero_()
-            mixer.beta_proj.weight.zero_()
+            mixer.start_writing_(None if stats is None else stats.write_h)
             mixer.z_proj.weight.zero_()
             mixer.z_proj.bias.fill_(norm.OPEN)
             copy_(mixer.out_proj, source.o_weight, source.o_bias)
-            mixer.decay.start_(None if stats is None else stats.lookback_h)
+            mixer.decay.start_(None if stats is None else stats.half_life_h)
             if stats is not None:
                 mixer.norm_weight.unflatten(0, (mixer.config.n_heads, -1)).copy_(stats.output_rms_h[:, None])
         return mixer

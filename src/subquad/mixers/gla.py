@@ -206,31 +206,36 @@ class GLA(Mixer):
         """Run the block through convolution and recurrence; see `Mixer.read`."""
         assert isinstance(state, RecurrentState)
         layout, config = self.dense_layout(x_btd, layout), self.config
-        q_btgk, k_btgk, v_btgv, inputs_btd = self.qkv(x_btd, state.conv_bdw, layout)
-        g_bthk = self.decay(x_btd)
-        y_bthv, end_bhkv = gla.scan(
-            q_btgk,
-            k_btgk,
-            v_btgv,
-            g_bthk,
-            state.recurrent_bhkv,
-            valid_bt=chunks.kept(layout),
-            documents_bt=layout.documents_bt,
-        )
+        y_bthv, update = self._scan(x_btd, None, state, layout)
         z_btd = self.z_proj(x_btd)
         y_btd = norm.gated_rms(
             y_bthv.flatten(2), z_btd, self.norm_weight, config.norm_eps, config.n_heads, gate_first=False
         )
-        update = GLAUpdate(state, end_bhkv, k_btgk, v_btgv, g_bthk, inputs_btd, layout)
         return self.out_proj(y_btd), update
+
+    def mix_values(self, x_btd: Tensor, v_bthv: Tensor, layout: Layout | None = None) -> Tensor:
+        """The recurrence over given values; see `Mixer.mix_values`."""
+        state = self.qkv.init_state(len(x_btd), v_bthv.shape[-1], device=x_btd.device, dtype=x_btd.dtype)
+        return self._scan(x_btd, v_bthv, state, self.dense_layout(x_btd, layout))[0]
+
+    def _scan(
+        self, x_btd: Tensor, v_bthv: Tensor | None, state: RecurrentState, layout: Layout
+    ) -> tuple[Tensor, GLAUpdate]:
+        """The recurrence over the block's own values, or over `v_bthv`."""
+        q_btgk, k_btgk, v_btgv, inputs_btd = self.qkv(x_btd, state.conv_bdw, layout)
+        v_btgv = v_btgv if v_bthv is None else v_bthv
+        g_bthk = self.decay(x_btd)
+        where = {"valid_bt": chunks.kept(layout), "documents_bt": layout.documents_bt}
+        y_bthv, end_bhkv = gla.scan(q_btgk, k_btgk, v_btgv, g_bthk, state.recurrent_bhkv, **where)
+        return y_bthv, GLAUpdate(state, end_bhkv, k_btgk, v_btgv, g_bthk, inputs_btd, layout)
 
     @classmethod
     def from_attention(cls, source: AttentionWeights, stats: AttentionStats | None = None, **options: Any) -> Self:
         """Take over projections, biases, QK norms and RoPE, and start as decaying linear attention.
 
         All channels of a head decay alike, whatever the token; the gate lets everything pass. `stats` give each head's
-        half-life (its mean look-back) and the norm's weight (its output's RMS); without them half-lives spread from 32
-        to 2048 tokens and the weight is 1.
+        half-life (`AttentionStats.half_life_h`) and the norm's weight (its output's RMS); without them half-lives
+        spread from 32 to 2048 tokens and the weight is 1. How strongly a head writes the norm divides out again.
         """
         mixer = cls(config_from_dict(cls.Config, fields_of(source) | options, where="mixer gla")).to(source.q_weight)
         mixer.qkv.take_(source)
@@ -238,7 +243,7 @@ class GLA(Mixer):
             mixer.z_proj.weight.zero_()
             mixer.z_proj.bias.fill_(norm.OPEN)
             copy_(mixer.out_proj, source.o_weight, source.o_bias)
-            mixer.decay.start_(None if stats is None else stats.lookback_h)
+            mixer.decay.start_(None if stats is None else stats.half_life_h)
             if stats is not None:
                 mixer.norm_weight.unflatten(0, (mixer.config.n_heads, -1)).copy_(stats.output_rms_h[:, None])
         return mixer

@@ -182,31 +182,36 @@ class Mamba2(Mixer):
         """Run the block through convolution and recurrence; see `Mixer.read`."""
         assert isinstance(state, RecurrentState)
         layout, config = self.dense_layout(x_btd, layout), self.config
-        h = config.n_heads
-        q_btgk, k_btgk, v_btgv, inputs_btd = self.qkv(x_btd, state.conv_bdw, layout)
-        g_bth, dt_bth = self.decay(self.dt_proj(x_btd))
-        v_bthv = expand_heads(v_btgv, h)
-        written_btgv = (v_bthv * dt_bth[..., None]).to(v_btgv.dtype) if config.write == "dt" else v_btgv
-        y_bthv, end_bhkv = ssd.scan(
-            q_btgk,
-            k_btgk,
-            written_btgv,
-            g_bth,
-            state.recurrent_bhkv,
-            valid_bt=chunks.kept(layout),
-            documents_bt=layout.documents_bt,
-        )
-        y_btd = (y_bthv + self.D[:, None] * v_bthv).flatten(2)
+        y_bthv, update = self._scan(x_btd, None, state, layout)
+        y_btd = y_bthv.flatten(2)
         z_btd = self.z_proj(x_btd)
         if self.norm_weight is None:
             y_btd = y_btd * F.silu(z_btd)
         else:
-            groups = config.n_groups or h
+            groups = config.n_groups or config.n_heads
             y_btd = norm.gated_rms(
                 y_btd, z_btd, self.norm_weight, config.norm_eps, groups, gate_first=config.norm == "after_gate"
             )
-        update = Mamba2Update(state, end_bhkv, k_btgk, written_btgv, g_bth, inputs_btd, layout)
         return self.out_proj(y_btd.to(x_btd.dtype)), update
+
+    def mix_values(self, x_btd: Tensor, v_bthv: Tensor, layout: Layout | None = None) -> Tensor:
+        """The recurrence over given values, and D times them; see `Mixer.mix_values`."""
+        state = self.qkv.init_state(len(x_btd), v_bthv.shape[-1], device=x_btd.device, dtype=x_btd.dtype)
+        return self._scan(x_btd, v_bthv, state, self.dense_layout(x_btd, layout))[0]
+
+    def _scan(
+        self, x_btd: Tensor, v_bthv: Tensor | None, state: RecurrentState, layout: Layout
+    ) -> tuple[Tensor, Mamba2Update]:
+        """The recurrence with its D over the block's own values, or over `v_bthv`."""
+        q_btgk, k_btgk, v_btgv, inputs_btd = self.qkv(x_btd, state.conv_bdw, layout)
+        v_btgv = v_btgv if v_bthv is None else v_bthv
+        g_bth, dt_bth = self.decay(self.dt_proj(x_btd))
+        v_bthv = expand_heads(v_btgv, self.config.n_heads)
+        written_btgv = (v_bthv * dt_bth[..., None]).to(v_btgv.dtype) if self.config.write == "dt" else v_btgv
+        where = {"valid_bt": chunks.kept(layout), "documents_bt": layout.documents_bt}
+        y_bthv, end_bhkv = ssd.scan(q_btgk, k_btgk, written_btgv, g_bth, state.recurrent_bhkv, **where)
+        y_bthv = y_bthv + self.D[:, None] * v_bthv
+        return y_bthv, Mamba2Update(state, end_bhkv, k_btgk, written_btgv, g_bth, inputs_btd, layout)
 
     @classmethod
     def from_attention(cls, source: AttentionWeights, stats: AttentionStats | None = None, **options: Any) -> Self:
@@ -214,9 +219,10 @@ class Mamba2(Mixer):
 
         ``dt`` is 1 and does not depend on the token, D is 0, convolution and gate let everything pass, nothing has an
         activation, and dt does not scale what is written, so that learning a decay leaves the values alone. `stats`
-        give each head's half-life (its mean look-back) and the norm's weight (its output's RMS); without them
-        half-lives spread from 32 to 2048 tokens and the weight is 1. An infinite look-back and ``norm="none"`` is
-        exactly causal linear attention of the scaled q, k, v without a normaliser.
+        give each head's half-life (`AttentionStats.half_life_h`) and the norm's weight (its output's RMS); without them
+        half-lives spread from 32 to 2048 tokens and the weight is 1. How strongly a head writes, if always alike, the
+        norm divides out again. An infinite look-back and ``norm="none"`` is exactly causal linear attention of the
+        scaled q, k, v without a normaliser.
         """
         values = fields_of(source) | {"activation": "none", "write": "unit"} | options
         mixer = cls(config_from_dict(cls.Config, values, where="mixer mamba2")).to(source.q_weight)
@@ -227,7 +233,7 @@ class Mamba2(Mixer):
             mixer.z_proj.weight.zero_()
             mixer.z_proj.bias.fill_(norm.OPEN)
             copy_(mixer.out_proj, source.o_weight, source.o_bias)
-            mixer.decay.start_(None if stats is None else stats.lookback_h)
+            mixer.decay.start_(None if stats is None else stats.half_life_h)
             if mixer.norm_weight is not None and stats is not None:
                 mixer.norm_weight.unflatten(0, (mixer.config.n_heads, -1)).copy_(stats.output_rms_h[:, None])
         return mixer

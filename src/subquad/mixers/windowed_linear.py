@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State, axes, precise
-from subquad.ops import kmeans, linear_attention, rope, window, windowed
+from subquad.ops import attention, kmeans, linear_attention, rope, window, windowed
 from subquad.ops.qkv import QKV
 from subquad.ops.window import Far, WindowState
 
@@ -57,21 +57,31 @@ PROBES = 64
 
 @dataclass(frozen=True)
 class WindowedLinearState(State):
-    """The window with its sinks, the key features of the window's tokens, and the linear state of those before it.
+    """The window with its sinks, and the linear state of the tokens before it.
 
-    The linear state's last value channel is the normaliser: the sum of the key features.
+    The linear state's last value channel is the normaliser: the sum of the key features. Those of the window's own
+    tokens come from its keys again when they leave it; schema 1 kept them.
     """
 
+    schema: ClassVar[int] = 2
+
     window: WindowState = axes("b")
-    window_f_bgwf: Tensor = axes("b g w f", shard="g")
     linear_bgfv: Tensor = axes("b g f v", shard="g", precision="high")
+
+    @classmethod
+    def migrate(cls, fields: dict[str, Any], schema: int) -> dict[str, Any]:
+        """Schema 1 is this one and the window's features."""
+        if schema != 1:
+            return super().migrate(fields, schema)
+        return {name: value for name, value in fields.items() if name != "window_f_bgwf"}
 
 
 @dataclass(frozen=True)
 class WindowedLinearUpdate(Update):
-    """Keys, values and key features of one block, heads first."""
+    """Keys, values and key features of one block, and features of the oldest tokens before it, all heads first."""
 
     state: WindowedLinearState
+    window_f_bgnf: Tensor
     k_bgtk: Tensor
     v_bgtk: Tensor
     f_bgtf: Tensor
@@ -81,7 +91,7 @@ class WindowedLinearUpdate(Update):
         """Shift the window by the kept tokens and absorb those that leave it."""
         n_b = self.layout.lengths_b if n_b is None else n_b
         old = self.state
-        leaving = window.leaving(old.window, old.window_f_bgwf, self.v_bgtk, self.f_bgtf, self.layout)
+        leaving = window.leaving(old.window, self.window_f_bgnf, self.v_bgtk, self.f_bgtf, self.layout)
         # With the normaliser's 1.
         v_btgv = torch.cat((leaving.v_btgv, torch.ones_like(leaving.v_btgv[..., :1])), dim=-1)
         kept_bt = torch.arange(self.layout.shape[1], device=n_b.device) < n_b[:, None]
@@ -91,7 +101,6 @@ class WindowedLinearUpdate(Update):
             kept_bt = kept_bt & (leaving.documents_bt == last_b[:, None])
         return WindowedLinearState(
             old.window.after(self.k_bgtk, self.v_bgtk, self.layout, n_b),
-            window.shift(old.window_f_bgwf, self.f_bgtf, n_b),
             linear_attention.absorb(leaving.f_btgf, v_btgv, old.linear_bgfv, kept_bt, continues_b),
         )
 
@@ -175,7 +184,6 @@ class WindowedLinear(Mixer):
         high: dict[str, Any] = like | {"dtype": precise(like["dtype"])}
         return WindowedLinearState(
             WindowState.empty(batch, g, config.window, config.sinks, k, **like),
-            torch.zeros(batch, g, config.window, f, **like),
             torch.zeros(batch, g, f, k + 1, **high),
         )
 
@@ -185,34 +193,61 @@ class WindowedLinear(Mixer):
         """Attend to window and sinks, add what the linear state holds; see `Mixer.read`."""
         assert isinstance(state, WindowedLinearState)
         layout = self.dense_layout(x_btd, layout)
-        y_btd, k_btgk, v_btgk, f_btgf = self._mix(x_btd, state, layout)
+        window_f_bgnf = self._leaving_features(state.window, layout)
+        y_btd, k_btgk, v_btgk, f_btgf = self._mix(x_btd, (state, window_f_bgnf), layout)
         k_bgtk, v_bgtk, f_bgtf = (x.transpose(1, 2) for x in (k_btgk, v_btgk, f_btgf))
-        return y_btd, WindowedLinearUpdate(state, k_bgtk, v_bgtk, f_bgtf, layout)
+        return y_btd, WindowedLinearUpdate(state, window_f_bgnf, k_bgtk, v_bgtk, f_bgtf, layout)
 
     def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:
         """The training form: nothing stands before the block, and nothing is kept of it."""
         return self._mix(x_btd, None, self.dense_layout(x_btd, layout))[0]
 
+    def mix_values(self, x_btd: Tensor, v_bthv: Tensor, layout: Layout | None = None) -> Tensor:
+        """Window and linear state over given values; see `Mixer.mix_values`."""
+        layout, h = self.dense_layout(x_btd, layout), self.config.n_heads
+        plain_q_bthk, plain_k_btgk, _ = self.qkv.project(x_btd)
+        q_bthk, k_btgk = self.qkv.rotate(plain_q_bthk, plain_k_btgk, layout)
+        f_bthf = attention.expand_heads(self.key_features(plain_k_btgk), h)
+        return windowed.attend(
+            q_bthk,
+            attention.expand_heads(k_btgk, h),
+            v_bthv,
+            Far(self._weights(plain_q_bthk), f_bthf, bias_hf=self.q_map_bias),
+            None,
+            layout,
+            window=self.config.window,
+            sinks=self.config.sinks,
+            scale=self.scale,
+        )
+
     def _mix(
-        self, x_btd: Tensor, state: WindowedLinearState | None, layout: Layout
+        self, x_btd: Tensor, past: tuple[WindowedLinearState, Tensor] | None, layout: Layout
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The output, and the block's keys, values and key features."""
+        """The output, and the block's keys, values and key features; `past` is the state and its leaving features."""
         plain_q_bthk, plain_k_btgk, v_btgk = self.qkv.project(x_btd)
         q_bthk, k_btgk = self.qkv.rotate(plain_q_bthk, plain_k_btgk, layout)
         weight_bthf, f_btgf = self._weights(plain_q_bthk), self.key_features(plain_k_btgk)
-        carried = () if state is None else (state.window_f_bgwf, state.linear_bgfv)
+        near, *carried = (None,) if past is None else (past[0].window, past[1], past[0].linear_bgfv)
         y_bthk = windowed.attend(
             q_bthk,
             k_btgk,
             v_btgk,
             Far(weight_bthf, f_btgf, *carried, bias_hf=self.q_map_bias),
-            None if state is None else state.window,
+            near,
             layout,
             window=self.config.window,
             sinks=self.config.sinks,
             scale=self.scale,
         )
         return self.o_proj(y_bthk.to(x_btd.dtype).flatten(2)), k_btgk, v_btgk, f_btgf
+
+    def _leaving_features(self, past: WindowState, layout: Layout) -> Tensor:
+        """Key features of those tokens of the window that can leave it within a block, ``[b, g, min(t, w), f]``.
+
+        The window holds keys as RoPE left them, so they are turned back; in bfloat16 this rounds them once more.
+        """
+        k_bngk = past.window_k_bgwk[:, :, : layout.shape[1]].transpose(1, 2).to(self.k_map_weight.dtype)
+        return self.key_features(self.qkv.rotate_back(k_bngk, layout, self.config.window)).transpose(1, 2)
 
     def key_features(self, k_btgk: Tensor) -> Tensor:
         """``phi_k`` of keys before RoPE, ``[b, t, g, f]``: a soft assignment that sums to one."""
@@ -307,3 +342,17 @@ class WindowedLinear(Mixer):
             slow_f = (rope.frequencies(self.qkv.rotary)[0] * 3 * window < 1.5).float()
             kept_k[: 2 * len(slow_f)] = torch.cat((slow_f, slow_f))
         return kept_k
+
+
+def equal_window(config: WindowedLinear.Config, *, dtype: torch.dtype) -> int:
+    """The window that `attention` affords with the same sinks in the bytes of this mixer's state, and not one less.
+
+    The baseline without a linear state is then ``attention`` with ``window=equal_window(...)`` and the same `sinks`.
+
+    Args:
+        config: of the mixer.
+        dtype: of the model, whose linear state is at least float32.
+    """
+    with torch.device("meta"):
+        state = WindowedLinear(config).init_state(1, dtype=dtype)
+    return WindowState.filling(state.nbytes, config.n_kv_heads, config.sinks, config.head_dim, dtype=dtype)

@@ -110,12 +110,15 @@ class ConvQKV(nn.Module):
             rotary=None if config.rotary is None else RotarySpec(**config.rotary),
         )
 
-    def init_state(self, batch: int, **factory: Any) -> RecurrentState:
-        """Zeros before the first token; `factory` is ``device`` and ``dtype``."""
+    def init_state(self, batch: int, value_dim: int | None = None, **factory: Any) -> RecurrentState:
+        """Zeros before the first token, for values of another width where one is given.
+
+        `factory` is ``device`` and ``dtype``.
+        """
         width = 1 if self.conv_weight is None else self.conv_weight.shape[1]
         high: dict[str, Any] = factory | {"dtype": precise(factory["dtype"])}
         return RecurrentState(
-            torch.zeros(batch, self.n_heads, self.key_dim, self.value_dim, **high),
+            torch.zeros(batch, self.n_heads, self.key_dim, value_dim or self.value_dim, **high),
             torch.zeros(batch, self.channels, width - 1, **factory),
         )
 

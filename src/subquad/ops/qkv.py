@@ -67,6 +67,18 @@ class QKV(nn.Module):
         tables = rope.tables(self.rotary, layout, q_bthk.dtype)
         return rope.rotate(q_bthk, tables), rope.rotate(k_btgk, tables)
 
+    def rotate_back(self, k_bngk: Tensor, layout: Layout, window: int) -> Tensor:
+        """Keys without position, as `project` gave them, of the oldest n of the `window` tokens before a block.
+
+        Args:
+            k_bngk: what `rotate` made of them.
+            layout: the block's.
+            window: tokens back from the block's first column to the first key.
+        """
+        if self.rotary is None:
+            return k_bngk
+        return rope.rotate(k_bngk, rope.tables_back(self.rotary, layout, window, k_bngk.shape[1], k_bngk.dtype))
+
     @torch.no_grad()
     def take_(self, source: AttentionWeights) -> None:
         """Copy the projections, biases and norms of `source`; shapes must agree."""

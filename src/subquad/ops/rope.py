@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -101,12 +102,46 @@ def tables(spec: RotarySpec, layout: Layout, dtype: torch.dtype) -> tuple[Tensor
     wide = precise(dtype)
 
     def make() -> tuple[Tensor, Tensor]:
-        positions_bt = layout.positions_bt if layout.positions_bt.stride(0) else layout.positions_bt[:1]
-        freq_f, factor = frequencies(spec, dtype=wide, device=positions_bt.device)
-        angle_btf = positions_bt[..., None].to(wide) * freq_f
-        return (angle_btf.cos() * factor)[:, :, None], (angle_btf.sin() * factor)[:, :, None]
+        cos, sin, factor = _turns(spec, _rows(layout), wide)
+        return cos * factor, sin * factor
 
-    return layout.once((spec.theta, spec.dim, tuple(sorted(spec.scaling.items())), wide), make)
+    return layout.once((*_name(spec), wide), make)
+
+
+def tables_back(spec: RotarySpec, layout: Layout, window: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """With these `rotate` takes back what `tables` did to the oldest `count` of the `window` tokens before a layout.
+
+    Those tokens stand in the document of the layout's first column, right before it. Kept with the layout as well.
+
+    Args:
+        spec, layout, dtype: as in `tables`.
+        window: tokens back from the first column to the first token.
+        count: tokens from there on.
+    """
+    wide = precise(dtype)
+
+    def make() -> tuple[Tensor, Tensor]:
+        first_b1 = _rows(layout)[:, :1] - window
+        cos, sin, factor = _turns(spec, first_b1 + torch.arange(count, device=first_b1.device), wide)
+        return cos / factor, -sin / factor
+
+    return layout.once((*_name(spec), wide, window, count), make)
+
+
+def _rows(layout: Layout) -> Tensor:
+    """Positions, of rows that are one in memory only the first."""
+    return layout.positions_bt if layout.positions_bt.stride(0) else layout.positions_bt[:1]
+
+
+def _name(spec: RotarySpec) -> tuple[Hashable, ...]:
+    return spec.theta, spec.dim, tuple(sorted(spec.scaling.items()))
+
+
+def _turns(spec: RotarySpec, positions_bt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Cosine and sine ``[b, t, 1, dim / 2]`` of the angles, and the factor on both."""
+    freq_f, factor = frequencies(spec, dtype=dtype, device=positions_bt.device)
+    angle_bt1f = (positions_bt[..., None].to(dtype) * freq_f)[:, :, None]
+    return angle_bt1f.cos(), angle_bt1f.sin(), factor
 
 
 def rotate(x_bthk: Tensor, tables_: tuple[Tensor, Tensor]) -> Tensor:

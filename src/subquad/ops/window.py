@@ -75,6 +75,14 @@ class WindowState(State):
         return WindowState(window_bgwk, window_bgwk.clone(), sink_bgsk, sink_bgsk.clone(), seen_b)
 
     @staticmethod
+    def filling(nbytes: int, n_kv_heads: int, sinks: int, head_dim: int, *, dtype: torch.dtype) -> int:
+        """The shortest window, at least 1, whose state of one row takes `nbytes` or more."""
+        one, two = (
+            WindowState.empty(1, n_kv_heads, w, sinks, head_dim, device="meta", dtype=dtype).nbytes for w in (1, 2)
+        )
+        return max(1, 1 - (one - nbytes) // (two - one))
+
+    @staticmethod
     def before(k_btgk: Tensor, v_btgv: Tensor, window: int, sinks: int) -> WindowState:
         """A state before the first token, for keys and values like these."""
         b, _, g, k = k_btgk.shape
@@ -109,7 +117,8 @@ class Far:
     Attributes:
         weight_bthf: logarithm of the weight of each query for each feature.
         f_btgf: features of the block's keys, none below 0.
-        window_f_bgwf: features of the window before the block, None when nothing stands before it.
+        window_f_bgnf: features of the window before the block, at least of the min(t, w) oldest tokens in it, which
+            are all that leave it within the block; None when nothing stands before it.
         state_bgfv: ``sum f_j v_j^T`` over the tokens before that window, sinks left out, and as its last channel
             ``sum f_j``; None when nothing stands before the block.
         bias_hf: added to `weight_bthf`, which may then be less precise; None is zero.
@@ -117,7 +126,7 @@ class Far:
 
     weight_bthf: Tensor
     f_btgf: Tensor
-    window_f_bgwf: Tensor | None = None
+    window_f_bgnf: Tensor | None = None
     state_bgfv: Tensor | None = None
     bias_hf: Tensor | None = None
 
@@ -135,18 +144,18 @@ class Leaving:
     documents_bt: Tensor
 
 
-def leaving(state: WindowState, window_f_bgwf: Tensor, v_bgtv: Tensor, f_bgtf: Tensor, layout: Layout) -> Leaving:
+def leaving(state: WindowState, window_f_bgnf: Tensor, v_bgtv: Tensor, f_bgtf: Tensor, layout: Layout) -> Leaving:
     """Features and values of what leaves the window; zero features where nothing does, or a sink.
 
     Args:
         state: what stands before the block.
-        window_f_bgwf: features of its window.
+        window_f_bgnf: features of the oldest tokens of its window, as in `Far`.
         v_bgtv, f_bgtf: values and features of the block.
         layout: the block's.
     """
     t = f_bgtf.shape[2]
-    w, s = window_f_bgwf.shape[2], state.sink_k_bgsk.shape[2]
-    f_btgf = torch.cat((window_f_bgwf, f_bgtf), dim=2)[:, :, :t].transpose(1, 2)
+    w, s = state.window_k_bgwk.shape[2], state.sink_k_bgsk.shape[2]
+    f_btgf = torch.cat((window_f_bgnf, f_bgtf), dim=2)[:, :, :t].transpose(1, 2)
     v_btgv = torch.cat((state.window_v_bgwk, v_bgtv), dim=2)[:, :, :t].transpose(1, 2)
     seen_b = state.seen_b
     past_bw = seen_b[:, None] - w + torch.arange(w, device=seen_b.device)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from subquad.core.errors import CheckpointError
 from subquad.models.checkpoint import recover
@@ -50,6 +52,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint, self.log, self.record = path / "checkpoint.pt", path / "log.jsonl", path / "run.json"
+        self._writing: Future[None] | None = None
         recover(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -58,9 +61,32 @@ class RunFolder:
                 f"{path}: expected a folder to write to, got {error}; choose another --out"
             ) from error
 
-    def save(self, content: dict[str, Any]) -> None:
-        """Write the checkpoint: nested dictionaries of tensors, numbers and strings."""
-        write_atomically(self.checkpoint, lambda file: torch.save({"schema": SCHEMA} | content, file))
+    def save(self, content: dict[str, Any], *, later: bool = False) -> None:
+        """Write the checkpoint: nested dictionaries of tensors, numbers and strings.
+
+        Args:
+            content: what it holds.
+            later: copy the tensors to the host's memory and return; `settle`, or the next save, waits for the disk.
+        """
+        self.settle()
+        content = {"schema": SCHEMA} | content
+        if not later:
+            write_atomically(self.checkpoint, lambda file: torch.save(content, file))
+            return
+        copied = _on_host(content)
+        writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing = writer.submit(write_atomically, self.checkpoint, lambda file: torch.save(copied, file))
+        writer.shutdown(wait=False)
+
+    def settle(self) -> None:
+        """Wait until what is being written lies on the disk.
+
+        Raises:
+            CheckpointError: it could not be written; the checkpoint before it is intact.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def load(self) -> dict[str, Any]:
         """The checkpoint, on the CPU.
@@ -115,3 +141,14 @@ class RunFolder:
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` holds."""
         return json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else {}
+
+
+def _on_host(tree: Any) -> Any:
+    """A copy that no later step changes; other things than tensors in dictionaries and lists are taken as they are."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, Mapping):
+        return {k: _on_host(v) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_on_host(v) for v in tree)
+    return tree

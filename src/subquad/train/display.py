@@ -55,8 +55,14 @@ class Line:
 
 
 def describe(progress: Progress) -> str:
-    """Step, loss, pace and time left in words."""
+    """Step, loss, pace, use of the device, cost and time left in words."""
     minutes, seconds = divmod(int(progress.seconds_left), 60)
-    loss = "" if progress.loss != progress.loss else f"loss {progress.loss:.4f}  "
-    pace = f"{progress.tokens_per_second:,.0f} tokens/s  {minutes}:{seconds:02d} left"
-    return f"step {progress.step:,}  {loss}{pace}"
+    words = [f"step {progress.step:,}"]
+    if progress.loss == progress.loss:
+        words.append(f"loss {progress.loss:.4f}")
+    words.append(f"{progress.tokens_per_second:,.0f} tokens/s")
+    if progress.mfu is not None:
+        words.append(f"{progress.mfu:.0%} MFU")
+    if progress.cost is not None:
+        words.append(f"cost {progress.cost:.2f}")
+    return "  ".join([*words, f"{minutes}:{seconds:02d} left"])

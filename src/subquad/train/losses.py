@@ -8,24 +8,41 @@ from torch import Tensor
 from subquad.core.layout import Layout
 from subquad.core.state import precise
 from subquad.ops import linear_loss
+from subquad.train.logits import TopK
 
 
-def scored_bt(layout: Layout) -> Tensor:
-    """bool ``[b, t]``: True where the next column is a token of the same document, so that there is a label."""
+def scored_bt(layout: Layout, wanted_bt: Tensor | None = None) -> Tensor:
+    """bool ``[b, t]``: True where the next column is a token of the same document, so that there is a label.
+
+    Args:
+        layout: where the tokens stand.
+        wanted_bt: bool, the tokens that count as labels, as those of a completion; None is all.
+    """
     valid_bt = layout.valid_bt
     next_bt = valid_bt[:, :-1] & valid_bt[:, 1:]
     if layout.documents_bt is not None:
         next_bt = next_bt & (layout.documents_bt[:, :-1] == layout.documents_bt[:, 1:])
+    if wanted_bt is not None:
+        next_bt = next_bt & wanted_bt[:, 1:]
     return F.pad(next_bt, (0, 1))
 
 
 def token_kl(
-    student_btd: Tensor, student_head_vd: Tensor, teacher_btd: Tensor, teacher_head_vd: Tensor, layout: Layout
+    student_btd: Tensor,
+    student_head_vd: Tensor,
+    teacher_btd: Tensor,
+    teacher_head_vd: Tensor,
+    layout: Layout,
+    wanted_bt: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    reverse: float = 0.0,
 ) -> Tensor:
-    """Mean over tokens of ``KL(p_teacher || p_student) = sum_v p_teacher (log p_teacher - log p_student)``, in nats.
+    """Mean over tokens of ``T^2 ((1 - r) KL(p || q) + r KL(q || p))``, in nats; p of the teacher, q of the student.
 
-    Positions without a label (a row's or document's last token, padding) don't count. Logits exist for one chunk of
-    tokens at a time, in forward and in backward.
+    ``p = softmax(logits / T)``, q likewise, ``KL(p || q) = sum_v p (log p - log q)``. Positions without a label that
+    counts (a row's or document's last token, padding, what is not wanted) don't count; none at all is a loss of 0.
+    Logits exist for one chunk of tokens at a time, in forward and in backward.
 
     Args:
         student_btd: hidden states after the final norm.
@@ -33,13 +50,49 @@ def token_kl(
         teacher_btd: the teacher's hidden states; no gradient.
         teacher_head_vd: the teacher's head; no gradient.
         layout: where the tokens stand.
+        wanted_bt: bool, the tokens that count as labels; None is all.
+        temperature: T, of both; its square keeps the gradient's size (arXiv 1503.02531, section 2.1).
+        reverse: r, the weight of the mode-seeking KL(q || p) (arXiv 2306.08543).
+
+    Raises:
+        ConfigError: a temperature that is not positive, or a weight outside 0..1.
     """
-    scored_n = scored_bt(layout).flatten()
-    student_nd, teacher_nd = student_btd.flatten(0, 1), teacher_btd.flatten(0, 1)
-    return linear_loss.kl(student_nd, student_head_vd, teacher_nd, teacher_head_vd, scored_n) / scored_n.sum()
+    scored_n = scored_bt(layout, wanted_bt).flatten()
+    total = linear_loss.kl(
+        student_btd.flatten(0, 1),
+        student_head_vd,
+        teacher_btd.flatten(0, 1),
+        teacher_head_vd,
+        scored_n,
+        temperature=temperature,
+        reverse=reverse,
+    )
+    return _mean(total, scored_n)
 
 
-def token_cross_entropy(hidden_btd: Tensor, head_vd: Tensor, tokens_bt: Tensor, layout: Layout) -> Tensor:
+def token_kl_top(
+    hidden_btd: Tensor, head_vd: Tensor, top: TopK, layout: Layout, wanted_bt: Tensor | None = None
+) -> Tensor:
+    """Mean over tokens of ``sum_k p_k log(p_k / q_k) + p_tail log(p_tail / q_tail)``, in nats.
+
+    The k tokens that `top` tells apart, and one for all others: with the whole vocabulary it is `token_kl`, and with
+    less of it never more. Its gradient is exact; shift, mask and chunks are those of `token_kl`.
+
+    Args:
+        hidden_btd: the student's hidden states after the final norm.
+        head_vd: its head's weight.
+        top: what the teacher said; no gradient. What storage has rounded is made to sum to 1.
+        layout: where the tokens stand.
+        wanted_bt: bool, the tokens that count as labels; None is all.
+    """
+    scored_n = scored_bt(layout, wanted_bt).flatten()
+    parts = (top.ids_btk.flatten(0, 1), top.log_p_btk.flatten(0, 1), top.log_tail_bt.flatten())
+    return _mean(linear_loss.kl_top(hidden_btd.flatten(0, 1), head_vd, *parts, scored_n), scored_n)
+
+
+def token_cross_entropy(
+    hidden_btd: Tensor, head_vd: Tensor, tokens_bt: Tensor, layout: Layout, wanted_bt: Tensor | None = None
+) -> Tensor:
     """Mean over tokens of ``-log p(next token)``, in nats, with the same shift, mask and chunks as `token_kl`.
 
     Args:
@@ -47,10 +100,16 @@ def token_cross_entropy(hidden_btd: Tensor, head_vd: Tensor, tokens_bt: Tensor, 
         head_vd: the head's weight.
         tokens_bt: the tokens that were read; the label of a column is the next one's.
         layout: where the tokens stand.
+        wanted_bt: bool, the tokens that count as labels; None is all.
     """
-    scored_n = scored_bt(layout).flatten()
+    scored_n = scored_bt(layout, wanted_bt).flatten()
     labels_n = tokens_bt.roll(-1, dims=1).flatten()
-    return linear_loss.cross_entropy(hidden_btd.flatten(0, 1), head_vd, labels_n, scored_n) / scored_n.sum()
+    return _mean(linear_loss.cross_entropy(hidden_btd.flatten(0, 1), head_vd, labels_n, scored_n), scored_n)
+
+
+def _mean(total: Tensor, scored_n: Tensor) -> Tensor:
+    # A batch may hold prompts alone: nothing is learnt from it, and nothing is divided by zero.
+    return total / scored_n.sum().clamp(min=1)
 
 
 def relative_error(y_btd: Tensor, target_btd: Tensor, layout: Layout) -> Tensor:

@@ -13,9 +13,17 @@ from torch import nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Matrix products in bfloat16 over float32 weights on a GPU; plain float32 on a CPU, where bfloat16 is slower."""
-    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+def autocast(device: torch.device, *, keep_casts: bool = True) -> AbstractContextManager[object]:
+    """Matrix products in bfloat16 over float32 weights on a GPU; plain float32 on a CPU, where bfloat16 is slower.
+
+    Args:
+        device: where it runs.
+        keep_casts: cast a weight once for all parts of a batch. Not with sharded weights, which every part gathers
+            anew: through a cast that was kept, gradients get lost.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=keep_casts)
 
 
 def frozen(model: M, dtype: torch.dtype = torch.bfloat16) -> M:

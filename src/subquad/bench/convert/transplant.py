@@ -57,7 +57,7 @@ def run(bench: Bench) -> None:
     config = ModelConfig(v, 576, bench.size(1536, smoke=32), (layer,) * 2)
     teacher = Stack(config).to(**factory).requires_grad_(False)
     # A window as long as the text is full attention: the student must be its teacher.
-    student = transplant(teacher, {0: "attention", 1: "attention"}, options={"attention": {"window": t}})
+    student = transplant(teacher, {i: {"mixer": "attention", "window": t} for i in (0, 1)})
     tokens_bt = torch.randint(v, (b, t), device=bench.device)
     exact = transplant(teacher, {}).double().hidden(tokens_bt)
     bench.gate("a transplant that changes nothing", student.hidden(tokens_bt), exact, naive=teacher.hidden(tokens_bt))

@@ -38,7 +38,7 @@ def run(bench: Bench) -> None:
         return torch.cat(losses)
 
     def shared() -> torch.Tensor:
-        return torch.cat([m.loss_w for key, m in cut.toggle((), range(layers)).items() if key is not None])
+        return torch.cat([m.loss_w for key, m in cut.toggle((), cut.units).items() if key is not None])
 
     want = one_by_one()
     rtol = 1e3 * torch.finfo(bench.dtype).eps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ from subquad.bench.timing import Call
 from subquad.ops import backends, linear_loss
 
 # Products with a head: one for the logits, two for the gradients; the teacher's logits are one more.
-FLOPS = {"cross_entropy": "6*n*v*d", "kl": "8*n*v*d"}
+FLOPS = {"cross_entropy": "6*n*v*d", "kl": "8*n*v*d", "kl_mixed": "8*n*v*d", "kl_top": "6*n*v*d"}
+# What the mixed one is: 70% forward, 30% reverse, at temperature 2.
+MIX = {"temperature": 2.0, "reverse": 0.3}
+# Tokens that the cached teacher tells apart.
+TOP = 32
 
 
 def run(bench: Bench) -> None:
@@ -28,13 +33,13 @@ def run(bench: Bench) -> None:
     def ours(name: str) -> Callable[..., tuple[Tensor, ...]]:
         def loss(*arguments: Tensor) -> Tensor:
             with backends.use("triton" if cuda else "torch"):
-                return getattr(linear_loss, name)(*arguments)
+                return _named(linear_loss, name)(*arguments)
 
         return _trained(loss)
 
     small = _draw(bench, bench.size(200, smoke=20), bench.size(5000, smoke=97), d)
     for name in FLOPS:
-        exact = _trained(getattr(linear_loss.equation, name))
+        exact = _trained(_named(linear_loss.equation, name))
         with poisoned():
             got = ours(name)(*_of(name, small))
         right = exact(*(x.double() if x.is_floating_point() else x for x in _of(name, small)))
@@ -66,20 +71,31 @@ def run(bench: Bench) -> None:
 def _draw(bench: Bench, n: int, v: int, d: int) -> dict[str, Tensor]:
     hidden, target = (torch.randn(n, d, **bench.factory) for _ in range(2))
     head, other = (torch.randn(v, d, **bench.factory) * d**-0.5 for _ in range(2))
+    k = min(TOP, v // 2)
+    # As steep as a teacher's: most of it lies in the first few.
+    p = torch.sort(10 * torch.rand(n, k + 1, **bench.factory), descending=True).values.float().log_softmax(-1)
     return {
         "hidden": hidden.requires_grad_(),
         "head": head.requires_grad_(),
         "target": target,
         "target head": other,
         "labels": torch.randint(v, (n,), device=bench.device),
+        "ids": torch.stack([torch.randperm(v, device=bench.device)[:k] for _ in range(n)]),
+        "log p": p[:, :-1].contiguous(),
+        "log tail": p[:, -1].contiguous(),
         "scored": torch.rand(n, device=bench.device) < 0.9,
     }
 
 
 def _of(name: str, drawn: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """The arguments of one loss."""
-    inner = ("target", "target head") if name == "kl" else ("labels",)
+    inner = {"cross_entropy": ("labels",), "kl_top": ("ids", "log p", "log tail")}.get(name, ("target", "target head"))
     return tuple(drawn[key] for key in ("hidden", "head", *inner, "scored"))
+
+
+def _named(module: Any, name: str) -> Callable[..., Tensor]:
+    """The loss called `name` here, in the package or its equation."""
+    return partial(module.kl, **MIX) if name == "kl_mixed" else getattr(module, name)
 
 
 def _trained(loss: Call) -> Callable[..., tuple[Tensor, ...]]:
@@ -98,9 +114,25 @@ def _all_at_once(name: str) -> Call:
         return (F.cross_entropy((hidden @ head.mT).float(), labels, reduction="none") * scored).sum()
 
     def kl(hidden: Tensor, head: Tensor, target: Tensor, target_head: Tensor, scored: Tensor) -> Tensor:
-        with torch.no_grad():
-            p = (target @ target_head.mT).float().log_softmax(-1)
-        q = (hidden @ head.mT).float().log_softmax(-1)
+        p, q = logarithms(hidden, head, target, target_head, 1.0)
         return (F.kl_div(q, p, reduction="none", log_target=True).sum(-1) * scored).sum()
 
-    return {"cross_entropy": cross_entropy, "kl": kl}[name]
+    def kl_mixed(hidden: Tensor, head: Tensor, target: Tensor, target_head: Tensor, scored: Tensor) -> Tensor:
+        t, r = MIX["temperature"], MIX["reverse"]
+        p, q = logarithms(hidden, head, target, target_head, t)
+        forward, reverse = (F.kl_div(b, a, reduction="none", log_target=True).sum(-1) for a, b in ((p, q), (q, p)))
+        return (t**2 * ((1 - r) * forward + r * reverse) * scored).sum()
+
+    def kl_top(hidden: Tensor, head: Tensor, ids: Tensor, log_p: Tensor, log_tail: Tensor, scored: Tensor) -> Tensor:
+        q = (hidden @ head.mT).float().log_softmax(-1)
+        tail = q.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        p, q = torch.cat((log_p, log_tail[:, None]), 1), torch.cat((q.gather(1, ids), tail), 1)
+        return (F.kl_div(q, p, reduction="none", log_target=True).sum(-1) * scored).sum()
+
+    def logarithms(*of: Any) -> tuple[Tensor, Tensor]:
+        hidden, head, target, target_head, t = of
+        with torch.no_grad():
+            p = ((target @ target_head.mT).float() / t).log_softmax(-1)
+        return p, ((hidden @ head.mT).float() / t).log_softmax(-1)
+
+    return {"cross_entropy": cross_entropy, "kl": kl, "kl_mixed": kl_mixed, "kl_top": kl_top}[name]

@@ -33,9 +33,8 @@ CARD = Card(
 
 def transplant(
     teacher: Stack,
-    placement: Mapping[int, str],
+    placement: Mapping[int, str | Mapping[str, Any]],
     *,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
     stats: Mapping[int, AttentionStats] | None = None,
     share: bool = False,
 ) -> Stack:
@@ -43,8 +42,7 @@ def transplant(
 
     Args:
         teacher: not changed.
-        placement: slug of the new mixer, by layer.
-        options: fields of the mixers' configs, by slug.
+        placement: the new mixer by layer: its slug, or ``{"mixer": slug}`` with options of its `from_attention`.
         stats: from `measure`, by layer; None is the data-free start.
         share: use the teacher's own tensors for what is kept, instead of copies: half the memory, where nothing but
             the new mixers will be trained.
@@ -54,15 +52,18 @@ def transplant(
         UnsupportedError: a mixer without a mapping from attention, or a layer that is no attention.
     """
     mixers: dict[int, Mixer] = {}
-    for i, slug in sorted(placement.items()):
+    slugs: dict[int, str] = {}
+    for i, placed in sorted(placement.items()):
         if not 0 <= i < len(teacher.blocks):
             raise ConfigError(f"layer {i}: expected 0 to {len(teacher.blocks) - 1}; count from 0")
-        cls: type[Mixer] = load("mixers", slug)
+        options = {"mixer": placed} if isinstance(placed, str) else dict(placed)
+        slugs[i] = options.pop("mixer")
+        cls: type[Mixer] = load("mixers", slugs[i])
         with torch.no_grad():
             mixers[i] = cls.from_attention(
-                attention_of(teacher, i).weights(), None if stats is None else stats[i], **(options or {}).get(slug, {})
+                attention_of(teacher, i).weights(), None if stats is None else stats[i], **options
             )
-    return _with(teacher, mixers, {i: _layer(placement[i], mixer) for i, mixer in mixers.items()}, share)
+    return _with(teacher, mixers, {i: _layer(slugs[i], mixer) for i, mixer in mixers.items()}, share)
 
 
 def rebuild(teacher: Stack, layers: Mapping[int, Mapping[str, Any]], *, share: bool = False) -> Stack:

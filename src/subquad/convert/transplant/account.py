@@ -18,15 +18,17 @@ from subquad.evals.report import (
     speed_chart,
     write_report,
 )
-from subquad.evals.speed import measure_speed, state_bytes
+from subquad.evals.speed import attention_kept, measure_speed, state_bytes
 from subquad.train.checkpoint import RunFolder
 
 CURVE_POINTS = 300
+# Where the share of attention that is kept is counted.
+KEPT_CONTEXT = 8192
 MEMORY_CONTEXTS: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def account(conversion: Conversion, out: Path, *, command: str, batch: int = 8, steps: int = 5) -> None:
-    """Write ``report.html`` into the folder of a conversion, and its speeds into ``run.json``.
+    """Write ``report.html`` into the folder of a conversion, and its speeds and bytes of state into ``run.json``.
 
     Args:
         conversion: what `convert` returned.
@@ -48,6 +50,8 @@ def account(conversion: Conversion, out: Path, *, command: str, batch: int = 8, 
     states: dict[str, dict[int, int]] = {
         name: dict(zip(MEMORY_CONTEXTS, state_bytes(m, MEMORY_CONTEXTS), strict=True)) for name, m in models.items()
     }
+    kept = attention_kept(models["student"], models["teacher"], KEPT_CONTEXT)
+    folder.note(state={"context": KEPT_CONTEXT, "bytes": {n: s[KEPT_CONTEXT] for n, s in states.items()}, "kept": kept})
     ratio = perplexity_ratio(scores["student"], scores["teacher"])
     placed = describe(conversion.placement, len(conversion.student.blocks))
     summary = f"{conversion.teacher.name}: {placed}."
@@ -59,6 +63,11 @@ def account(conversion: Conversion, out: Path, *, command: str, batch: int = 8, 
             f"teacher {scores['teacher'].perplexity.value:.2f}",
         ),
         ("of the teacher's", f"{ratio.value:.3f} x", f"held-out text, context {context:,}"),
+        (
+            "attention kept",
+            f"{kept:.1%}",
+            f"of its keys and values at {KEPT_CONTEXT // 1024}k",
+        ),
         (
             f"state at {largest // 1024}k",
             f"{states['student'][largest] / 2**20:.1f} MiB",

@@ -6,7 +6,6 @@ import dataclasses
 import platform
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,24 +15,29 @@ import torch
 
 import subquad
 from subquad.convert.transplant import rebuild, transplant
-from subquad.convert.transplant.measure import measure
-from subquad.convert.transplant.placement import parse_options, place
-from subquad.convert.transplant.samples import write_samples
+from subquad.convert.transplant.measure import attention_of, measure
+from subquad.convert.transplant.placement import parse_options, place, place_heads
+from subquad.convert.transplant.samples import is_own, own_samples
 from subquad.core.config import config_to_dict
 from subquad.core.errors import ConfigError
 from subquad.data import Source, TokenStream, held_out_text, parse_source
+from subquad.data.overlap import check_overlap
 from subquad.evals.perplexity import Perplexity, perplexity, perplexity_ratio
-from subquad.evals.text import CHARS_A_TOKEN, tokenize_text
+from subquad.evals.text import CHARS_A_TOKEN, read_text, tokenize_text
 from subquad.models.card import ModelCard
 from subquad.models.checkpoint import check_target, save_pretrained
-from subquad.models.load import load_model
+from subquad.models.load import check_pair, load_model
 from subquad.models.stack import Stack
 from subquad.models.teachers import LoadedModel
 from subquad.train.checkpoint import RunFolder
-from subquad.train.loop import Budget, Display, Habits, Progress
-from subquad.train.pipeline import Recipe, fit
+from subquad.train.loop import Display, Habits, Progress
+from subquad.train.pipeline import Models, fit
+from subquad.train.recipe import PLAIN, Recipe
+from subquad.train.stages import Machine
 
 Say = Callable[[str], None]
+# Of an evaluation text, looked for in the data.
+OVERLAP_CHARS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -42,32 +46,50 @@ class Settings:
 
     Attributes:
         teacher: what `load_model` takes.
-        mixers, layers, keep: as in `place`.
-        options: as in `parse_options`.
         data: as in `parse_source`, and ``self`` for the teacher's own samples.
-        samples: how many of these; None is as many as the token budget asks for, or 256.
+        recipe: mixers and training; what is said below goes before what it says.
+        tokens: of the whole training, for the phases with a share.
+        mixers, layers, keep: as in `place`.
+        heads: key/value heads that stay full attention, by layer; all others are converted.
+        options: as in `parse_options`; after the recipe's own, where its mixers are used.
+        start: the model to convert and train, as `load_model` takes it; None is the teacher.
+        samples: how many documents of the teacher's own; None is as many as the budget asks for, or 256.
         held_out: share of the documents kept for evaluation.
         batch, seq: sequences of a batch, tokens of a sequence.
         seed: of shuffles and samples.
-        measure_tokens: tokens over which the teacher's attention is measured before the start; 0 is data-free.
+        measure_tokens: tokens over which the attention is measured before the start; 0 is data-free.
         eval_tokens: held-out tokens for the evaluation at the end.
-        recipe: the training.
+        eval_texts: texts that no training should have seen; data that holds parts of them is named in a warning.
     """
 
     teacher: str
-    mixers: tuple[str, ...]
     data: tuple[str, ...]
-    recipe: Recipe
+    recipe: Recipe = PLAIN
+    tokens: int | None = None
+    mixers: tuple[str, ...] = ()
     layers: str | None = None
     keep: float | None = None
+    heads: Mapping[str, list[int]] | None = None
     options: tuple[str, ...] = ()
+    start: str | None = None
     samples: int | None = None
     held_out: float = 0.05
-    batch: int = 8
-    seq: int = 1024
+    batch: int | None = None
+    seq: int | None = None
     seed: int = 0
     measure_tokens: int = 8192
     eval_tokens: int = 8192
+    eval_texts: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a batch."""
+        return self.batch or self.recipe.batch
+
+    @property
+    def time(self) -> int:
+        """Tokens of a sequence."""
+        return self.seq or self.recipe.seq
 
 
 @dataclass(frozen=True)
@@ -76,14 +98,14 @@ class Conversion:
 
     Attributes:
         teacher, student: both models.
-        placement: slug of the new mixer by layer.
+        placement: the new mixer by layer, as `transplant` takes it.
         teacher_perplexity, student_perplexity: on the same held-out windows.
         seconds: wall time of this call.
     """
 
     teacher: LoadedModel
     student: Stack
-    placement: Mapping[int, str]
+    placement: Mapping[int, Mapping[str, Any]]
     teacher_perplexity: Perplexity
     student_perplexity: Perplexity
     seconds: float
@@ -95,6 +117,7 @@ class Surroundings:
 
     Attributes:
         device: where to train; on a GPU in bfloat16 over float32 weights.
+        machine: how the work is laid out there.
         habits: how often to log and save.
         display: told about the progress of each stage.
         say: told one line about each thing that is settled.
@@ -102,6 +125,7 @@ class Surroundings:
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    machine: Machine = field(default_factory=Machine)
     habits: Habits | None = None
     display: Display | None = None
     say: Say = lambda line: None
@@ -126,33 +150,36 @@ def convert(
     check_target(out)  # now, and not after hours of training
     folder = RunFolder(out)
     facts = _open(folder, settings, resume)
+    settings.recipe.budgets(settings.tokens)  # refuses before anything is loaded
     loaded = load_model(settings.teacher, dtype=torch.float32, device=here.device)
     if loaded.tokenizer is None:
         raise ConfigError(f"{settings.teacher}: expected a tokenizer beside the weights, got none; add its files")
     teacher = loaded.model.requires_grad_(False)
-    placement = place(len(teacher.blocks), settings.mixers, layers=settings.layers, keep=settings.keep)
-    options = parse_options(settings.options, sorted(set(placement.values())))
-    if settings.seq > teacher.config.max_positions:
+    source = _source(settings, loaded, here)
+    placement = placed(settings, source)
+    if settings.time > teacher.config.max_positions:
         raise ConfigError(
-            f"--seq {settings.seq}: expected at most the teacher's {teacher.config.max_positions} positions; lower it"
+            f"--seq {settings.time}: expected at most the teacher's {teacher.config.max_positions} positions; lower it"
         )
-    here.say(describe(placement, len(teacher.blocks)))
+    here.say(describe(placement, len(source.blocks)))
     sources = _sources(settings, loaded, out, here)
+    _warn_of_overlap(settings, sources, loaded, here)
     held_out = held_out_text(
         sources, loaded.tokenizer, fraction=settings.held_out, chars=settings.eval_tokens * CHARS_A_TOKEN
     )
     text = tokenize_text(loaded.tokenizer, held_out, settings.eval_tokens)
-    with closing(_stream(settings, sources, loaded)) as stream:  # its thread works while the student is made
-        share = settings.recipe.distill is None
+    with Streams(settings, sources, loaded) as streams:
+        streams(settings.time)  # its thread works while the student is made
+        share = settings.recipe.layerwise(settings.tokens)
         if facts is None:
             stats = None
             if settings.measure_tokens:
                 here.say(f"measuring the attention of {len(placement)} layers on {settings.measure_tokens:,} tokens")
-                batches = -(-settings.measure_tokens // (settings.batch * settings.seq))
-                with closing(_stream(settings, sources, loaded)) as sample:
-                    tokens = list(islice(sample, batches))
-                stats = measure(teacher, tokens, sorted(placement))
-            student = transplant(teacher, placement, options=options, stats=stats, share=share)
+                batches = -(-settings.measure_tokens // (settings.rows * settings.time))
+                with Streams(settings, sources, loaded) as sample:
+                    tokens = [batch.tokens_bt for batch in islice(sample(settings.time), batches)]
+                stats = measure(source, tokens, sorted(placement))
+            student = transplant(source, placement, stats=stats, share=share)
             facts = {
                 "settings": config_to_dict(settings),
                 "versions": versions(here.device),
@@ -162,31 +189,108 @@ def convert(
             folder.log.unlink(missing_ok=True)
             folder.note(**facts)
         else:
-            student = rebuild(teacher, {int(i): layer for i, layer in facts["layers"].items()}, share=share)
+            student = rebuild(source, {int(i): layer for i, layer in facts["layers"].items()}, share=share)
         fit(
-            teacher,
-            student,
-            sorted(placement),
-            stream,
+            Models(teacher, student, sorted(placement), source),
+            streams,
             settings.recipe,
             folder,
+            tokens=settings.tokens,
+            seq=settings.time,
             resume=resume,
+            machine=here.machine,
             habits=here.habits,
             display=here.display,
         )
     here.say(f"evaluating on {len(text.ids_n):,} held-out tokens")
-    context = min(settings.seq, len(text.ids_n))
+    context = min(settings.time, len(text.ids_n))
     scores = [
-        perplexity(m, text, context, batch=settings.batch, progress=_shown(here.display, name, context))
+        perplexity(m, text, context, batch=settings.rows, progress=_shown(here.display, name, context))
         for name, m in (("teacher", teacher), ("student", student))
     ]
     folder.note(evaluation=_evaluation(*scores))
-    save_pretrained(student, out, loaded.tokenizer, _card(settings, loaded, folder.facts()))
+    save_pretrained(student, out, loaded.tokenizer, _card(settings, loaded, placement, folder.facts()))
     conversion = Conversion(loaded, student, placement, *scores, seconds=time.monotonic() - began)
     here.report(conversion)
     folder.note(finished=True)
     folder.checkpoint.unlink(missing_ok=True)
     return conversion
+
+
+def placed(settings: Settings, source: Stack) -> dict[int, Mapping[str, Any]]:
+    """The new mixer of each converted layer, with its options, as `transplant` takes it.
+
+    Raises:
+        ConfigError: as in `place`, `parse_options` and `place_heads`.
+    """
+    n_layers = len(source.blocks)
+    slugs = settings.mixers or settings.recipe.mixers
+    # A recipe's options are for its own mixers.
+    options = settings.options if settings.mixers else (*settings.recipe.options, *settings.options)
+    if settings.heads is not None:
+        if len(slugs) != 1 or ":" in slugs[0] or settings.layers is not None:
+            got = f"{', '.join(slugs) or 'none'} and {settings.layers or 'no layers'}"
+            raise ConfigError(
+                f"--heads: expected one --mixer for the heads that go, and no --layers, got {got}; leave the others out"
+            )
+        kept = {int(i): heads for i, heads in settings.heads.items()}
+        counts = [attention_of(source, i).config.n_kv_heads for i in range(n_layers)]
+        return place_heads(counts, kept, slugs[0], parse_options(options, slugs)[slugs[0]])
+    keep = settings.keep if settings.keep is not None or settings.layers is not None else settings.recipe.keep
+    if settings.recipe.place == "chosen" and settings.layers is None and keep:
+        raise ConfigError(
+            f"--keep {keep:g}: this recipe's heads are chosen, expected --heads FILE, got none; make it with: subquad "
+            f"inspect heads {settings.start or settings.teacher} --keep {keep:g} --search greedy --json heads.json; or "
+            "name --layers"
+        )
+    chosen = place(n_layers, slugs, layers=settings.layers, keep=keep)
+    by_slug = parse_options(options, sorted(set(chosen.values())))
+    return {i: {"mixer": slug, **by_slug[slug]} for i, slug in chosen.items()}
+
+
+class Streams:
+    """The run's streams by length of their sequences, each as many tokens a batch; closed together."""
+
+    def __init__(self, settings: Settings, sources: list[Source], loaded: LoadedModel) -> None:
+        self.settings, self.sources, self.loaded = settings, sources, loaded
+        self._open: dict[int, TokenStream] = {}
+
+    def __call__(self, seq: int) -> TokenStream:
+        """The stream of sequences of `seq` tokens."""
+        if seq not in self._open:
+            self._open[seq] = TokenStream(
+                self.sources,
+                self.loaded.tokenizer,
+                batch=max(1, self.settings.rows * self.settings.time // seq),
+                time=seq,
+                seed=self.settings.seed,
+                fraction=self.settings.held_out,
+            )
+        return self._open[seq]
+
+    def __enter__(self) -> Streams:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self._open.values():
+            stream.close()
+
+
+def _source(settings: Settings, loaded: LoadedModel, here: Surroundings) -> Stack:
+    """The model to convert: the teacher, or a smaller one that speaks its tokens."""
+    if settings.start is None:
+        return loaded.model
+    start = load_model(settings.start, dtype=torch.float32, device=here.device)
+    check_pair(loaded, start)
+    return start.model.requires_grad_(False)
+
+
+def _warn_of_overlap(settings: Settings, sources: list[Source], loaded: LoadedModel, here: Surroundings) -> None:
+    if settings.eval_texts:
+        here.say(f"looking for {', '.join(settings.eval_texts)} in the data")
+        texts = {spec: read_text(spec, loaded.tokenizer, OVERLAP_CHARS) for spec in settings.eval_texts}
+        for found in check_overlap(sources, texts):
+            here.say(f"warning: {found}")
 
 
 def _shown(display: Display | None, name: str, context: int) -> Callable[[int, int], None]:
@@ -202,11 +306,11 @@ def _shown(display: Display | None, name: str, context: int) -> Callable[[int, i
     return show
 
 
-def describe(placement: Mapping[int, str], n_layers: int) -> str:
+def describe(placement: Mapping[int, Mapping[str, Any]], n_layers: int) -> str:
     """The placement in words: which layers go where, and which stay."""
     by_slug: dict[str, list[int]] = {}
-    for i, slug in placement.items():
-        by_slug.setdefault(slug, []).append(i)
+    for i, options in placement.items():
+        by_slug.setdefault(options["mixer"], []).append(i)
     stay = [i for i in range(n_layers) if i not in placement]
     moved = "; ".join(f"{slug} in {', '.join(map(str, layers))}" for slug, layers in by_slug.items())
     return f"{moved}; {len(stay)} of {n_layers} layers stay: {', '.join(map(str, stay)) or 'none'}"
@@ -243,25 +347,17 @@ def _open(folder: RunFolder, settings: Settings, resume: bool) -> dict[str, Any]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names and plain values; tuples as the lists that JSON made of them."""
+    """Dotted names and plain values; what stands in a list and has a name is called by it."""
     out: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+            for item in value:
+                out |= _flat(item, f"{prefix}{item['name']}.")
+        elif isinstance(value, Mapping):
             out |= _flat(value, f"{prefix}{key}.")
         else:
-            out[prefix + key] = list(value) if isinstance(value, tuple) else value
+            out[prefix + key] = value
     return out
-
-
-def _stream(settings: Settings, sources: list[Source], loaded: LoadedModel) -> TokenStream:
-    return TokenStream(
-        sources,
-        loaded.tokenizer,
-        batch=settings.batch,
-        time=settings.seq,
-        seed=settings.seed,
-        fraction=settings.held_out,
-    )
 
 
 def _sources(settings: Settings, loaded: LoadedModel, out: Path, here: Surroundings) -> list[Source]:
@@ -271,32 +367,30 @@ def _sources(settings: Settings, loaded: LoadedModel, out: Path, here: Surroundi
         )
     sources: list[Source] = []
     for spec in settings.data:
-        if spec != "self":
+        if not is_own(spec):
             sources.append(parse_source(spec))
             continue
-        path = out / "samples.jsonl"
-        if not path.exists():
-            documents = settings.samples or _documents(settings)
-            here.say(f"sampling {documents} documents of up to {settings.seq} tokens from the teacher")
-            write_samples(
+        documents = settings.samples or _documents(settings)
+        here.say(f"{spec}: up to {documents} documents of at most {settings.time} tokens from the teacher")
+        sources.append(
+            own_samples(
+                spec,
                 loaded.model,
                 loaded.tokenizer,
-                path,
+                out,
                 documents=documents,
-                length=settings.seq,
+                length=settings.time,
                 seed=settings.seed,
                 display=here.display,
             )
-        # The name stays the same wherever the folder is moved to before a resume.
-        sources.append(dataclasses.replace(parse_source(str(path)), name="self"))
+        )
     return sources
 
 
 def _documents(settings: Settings) -> int:
-    recipe = settings.recipe
-    budgets = [(recipe.align, recipe.passes), (recipe.distill, 1)]
-    tokens = sum(-(-b.tokens // passes) for b, passes in budgets if isinstance(b, Budget) and b.tokens is not None)
-    return max(64, -(-tokens // settings.seq)) if tokens else 256
+    budgets = settings.recipe.budgets(settings.tokens).values()
+    tokens = sum(budget.tokens for budget in budgets if budget.tokens is not None)
+    return max(64, -(-tokens // settings.time)) if tokens else 256
 
 
 def _evaluation(teacher: Perplexity, student: Perplexity) -> dict[str, Any]:
@@ -309,7 +403,9 @@ def _evaluation(teacher: Perplexity, student: Perplexity) -> dict[str, Any]:
     return shape | {"teacher": one(teacher), "student": one(student), "ratio": ratio}
 
 
-def _card(settings: Settings, loaded: LoadedModel, facts: Mapping[str, Any]) -> ModelCard:
+def _card(
+    settings: Settings, loaded: LoadedModel, placement: Mapping[int, Mapping[str, Any]], facts: Mapping[str, Any]
+) -> ModelCard:
     evaluation = facts["evaluation"]
     where = f"held-out text, context {evaluation['context']}, {evaluation['windows']} windows"
     figures = {
@@ -319,7 +415,7 @@ def _card(settings: Settings, loaded: LoadedModel, facts: Mapping[str, Any]) -> 
         k: v for k, v in _flat(config_to_dict(settings)).items() if v is not None and k not in ("teacher", "data")
     }
     return ModelCard(
-        name=f"{loaded.name} with {', '.join(sorted({m.partition(':')[0] for m in settings.mixers}))}",
+        name=f"{loaded.name} with {', '.join(sorted({options['mixer'] for options in placement.values()}))}",
         teacher=settings.teacher,
         license=loaded.license or "",
         data=", ".join(settings.data),

@@ -13,9 +13,11 @@ from subquad.core.layout import Layout
 from subquad.mixers.attention import Attention
 from subquad.models.stack import Stack
 from subquad.ops.qkv import QKV
-from subquad.train.align import listen
+from subquad.train.stages.align import listen
 
 SCORES_AT_ONCE = 2**24
+# First tokens of a document on which attention is parked (arXiv 2309.17453); median and entropy leave them out.
+PARKED = 4
 
 
 def attention_of(teacher: Stack, layer: int) -> Attention:
@@ -38,11 +40,13 @@ def measure(
 ) -> dict[int, AttentionStats]:
     """Statistics of the attention of `layers` over tokens ``[b, t]``, in one pass over each batch.
 
-    ``lookback = mean over queries i of sum_j p_ij (i - j)`` and ``output_rms = sqrt(mean (sum_j p_ij v_j)^2)``.
+    ``lookback = mean over queries i of sum_j p_ij (i - j)`` and ``output_rms = sqrt(mean (sum_j p_ij v_j)^2)``. Of what
+    is attended beside the first `PARKED` tokens, ``p'_ij = p_ij / m_i`` with ``m_i`` the sum over those j: the median
+    of ``i - j``, each weighing ``p_ij``, and the mean of the entropies of ``p'_i``, each weighing ``m_i``.
 
     Args:
         teacher: the model.
-        batches: dense token ids; longer rows let a head look back further.
+        batches: dense token ids, all of one length; longer rows let a head look back further.
         layers: indices.
         sample_tokens: rows of inputs are kept until there are this many tokens, at least one row.
 
@@ -50,7 +54,7 @@ def measure(
         UnsupportedError: a layer that is no attention.
     """
     sources = {i: attention_of(teacher, i).weights() for i in layers}
-    sums: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in layers}
+    sums: dict[int, list[Tensor]] = {i: [] for i in layers}
     inputs: dict[int, list[Tensor]] = {i: [] for i in layers}
 
     def heard(i: int, x_btd: Tensor, _: Tensor, layout: Layout) -> None:
@@ -63,13 +67,21 @@ def measure(
         listen(teacher, tokens_bt.to(teacher.device), layers, heard)
     out: dict[int, AttentionStats] = {}
     for i, found in sums.items():
-        lookback_nh, square_nh = (torch.stack(x) for x in zip(*found, strict=True))
-        out[i] = AttentionStats(lookback_nh.mean(0), square_nh.mean(0).sqrt(), torch.cat(inputs[i]))
+        mean_hx = torch.stack(found).mean(0)
+        lookback_h, square_h, entropy_h = mean_hx[:, :3].unbind(1)
+        within_hd = mean_hx[:, 3:].cumsum(1)
+        mass_h1 = within_hd[:, -1:]
+        median_h = (within_hd < 0.5 * mass_h1).sum(1).to(lookback_h)
+        entropy_h = entropy_h / mass_h1[:, 0].clamp(min=1e-12)
+        out[i] = AttentionStats(lookback_h, square_h.sqrt(), torch.cat(inputs[i]), median_h, entropy_h)
     return out
 
 
-def _one(x_btd: Tensor, source: AttentionWeights, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Mean look-back and mean square of the output, ``[h]`` each, of one dense batch in float32."""
+def _one(x_btd: Tensor, source: AttentionWeights, layout: Layout) -> Tensor:
+    """Of one dense batch in float32, ``[h, 3 + t]``: look-back, square of the output, entropy, and mass by distance.
+
+    All are means over queries; the last t + 1 of what stands beside the first tokens.
+    """
     h, g = source.n_heads, source.n_kv_heads
     qkv = QKV(
         x_btd.shape[2],
@@ -85,7 +97,8 @@ def _one(x_btd: Tensor, source: AttentionWeights, layout: Layout) -> tuple[Tenso
     q_bthk, k_btgk, v_btgv = qkv(x_btd, layout)
     b, t = layout.shape
     at_t = torch.arange(t, device=x_btd.device)
-    lookback_h, square_h = x_btd.new_zeros(2, h)
+    lookback_h, square_h, entropy_h = x_btd.new_zeros(3, h)
+    mass_hd = x_btd.new_zeros(h, t)
     step = max(1, SCORES_AT_ONCE // (b * h * t))
     for start in range(0, t, step):
         q_bcgek = q_bthk[:, start : start + step].unflatten(2, (g, h // g))
@@ -97,4 +110,10 @@ def _one(x_btd: Tensor, source: AttentionWeights, layout: Layout) -> tuple[Tenso
         p_bgect = score_bgect.masked_fill(~seen_ct, float("-inf")).softmax(-1)
         lookback_h += torch.einsum("bgect,ct->ge", p_bgect, distance_ct.to(p_bgect.dtype)).flatten()
         square_h += torch.einsum("bgect,btgv->bcgev", p_bgect, v_btgv).square().sum((0, 1, 4)).flatten()
-    return lookback_h / (b * t), square_h / (b * t * source.head_dim)
+        # sum_j p' log p' = (sum_j p log p) / m - log m, and each weighs m.
+        p_bhct = p_bgect[..., PARKED:].flatten(1, 2)
+        entropy_h += (torch.special.entr(p_bhct).sum(-1) - torch.special.entr(p_bhct.sum(-1))).sum((0, 2))
+        apart_n = distance_ct[:, PARKED:].clamp(min=0).flatten()
+        mass_hd.index_add_(1, apart_n, p_bhct.sum(0).flatten(1))
+    sums_h3 = torch.stack((lookback_h, square_h / source.head_dim, entropy_h), 1)
+    return torch.cat((sums_h3, mass_hd), 1) / (b * t)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from subquad.core.config import misfit
@@ -92,6 +92,47 @@ def spread(n_layers: int, keep: float) -> list[int]:
         raise ConfigError(f"--keep {keep}: expected a share from 0 to below 1 that leaves a layer to convert; lower it")
     stay = {int((i + 0.5) * n_layers / kept) for i in range(kept)}
     return [i for i in range(n_layers) if i not in stay]
+
+
+def place_heads(
+    n_kv_heads: Sequence[int], kept: Mapping[int, Collection[int]], slug: str, options: Mapping[str, Any]
+) -> dict[int, Mapping[str, Any]]:
+    """The new mixer of each layer that gives up key/value heads, as `transplant` takes it.
+
+    A layer that keeps all its heads is left out, one that keeps none becomes `slug`, and one that keeps some becomes
+    ``parallel`` of attention in these and `slug` in the others.
+
+    Args:
+        n_kv_heads: of each layer of the teacher.
+        kept: the heads that stay attention, by layer; of a layer that is not named none stays.
+        slug: the mixer of the other heads.
+        options: fields of its config.
+
+    Raises:
+        ConfigError: an unknown mixer, a layer or a head that is not there or named twice, or nothing to convert.
+    """
+    known = methods("mixers")
+    if slug not in known:
+        raise ConfigError(f"--mixer {slug}: unknown mixer {slug!r}{nearest(slug, known)}")
+    for i, heads in kept.items():
+        there = range(n_kv_heads[i]) if 0 <= i < len(n_kv_heads) else range(0)
+        if len(set(heads)) < len(heads) or not set(heads) <= set(there):
+            raise ConfigError(
+                f"heads to keep: expected layers below {len(n_kv_heads)} and their key/value heads, each once, "
+                f"got {sorted(heads)} in layer {i}; use a file that was made for this model"
+            )
+    placed: dict[int, Mapping[str, Any]] = {}
+    for i, n in enumerate(n_kv_heads):
+        stay = sorted(kept.get(i, ()))
+        go = [g for g in range(n) if g not in stay]
+        if go and stay:
+            parts = [{"mixer": "attention", "kv_heads": stay}, {"mixer": slug, "kv_heads": go, **options}]
+            placed[i] = {"mixer": "parallel", "parts": parts}
+        elif go:
+            placed[i] = {"mixer": slug, **options}
+    if not placed:
+        raise ConfigError("heads to keep: expected a head that goes, got none; keep fewer")
+    return placed
 
 
 def parse_options(settings: Sequence[str], slugs: Collection[str]) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from subquad.core.errors import ConfigError
 from subquad.core.state import precise
 from subquad.ops import launch
 from subquad.ops.backends import Backends
 from subquad.ops.linear_loss import equation
 
-__all__ = ["cross_entropy", "equation", "kl"]
+__all__ = ["cross_entropy", "equation", "kl", "kl_top"]
 
 _backends = Backends(__name__)
 
@@ -22,12 +24,25 @@ Rows = Callable[[Tensor, slice], Tensor]
 """Puts the gradient of a chunk's logits ``[c, v]`` in their place and returns the loss of each token."""
 
 
-def kl(hidden_nd: Tensor, head_vd: Tensor, target_nd: Tensor, target_head_vd: Tensor, scored_n: Tensor) -> Tensor:
+def kl(
+    hidden_nd: Tensor,
+    head_vd: Tensor,
+    target_nd: Tensor,
+    target_head_vd: Tensor,
+    scored_n: Tensor,
+    *,
+    temperature: float = 1.0,
+    reverse: float = 0.0,
+) -> Tensor:
     """`equation.kl` by chunks of tokens; gradients flow into `hidden_nd` and `head_vd`, and nowhere else.
 
     Logits have the dtype of the matrix product (autocast's where it is on), the arithmetic on them is in at least
     float32, and the gradient of the head is summed over chunks in at least float32.
     """
+    if not (0 < temperature < math.inf and 0 <= reverse <= 1):
+        raise ConfigError(
+            f"expected temperature > 0 and reverse in 0..1, got {temperature} and {reverse}; 1 and 0 is plain KL"
+        )
     launch.axes(hidden_nd=hidden_nd, head_vd=head_vd, scored_n=scored_n)
     launch.axes(hidden_n=hidden_nd[:, 0], head_v=head_vd[:, 0], target_nc=target_nd, target_head_vc=target_head_vd)
     scored_n = scored_n.bool().contiguous()
@@ -40,7 +55,35 @@ def kl(hidden_nd: Tensor, head_vd: Tensor, target_nd: Tensor, target_head_vd: Te
         if targets_cv is None:
             targets_cv = target_nd.new_empty(len(logits_cv), len(target_head_vd))
         target_cv = torch.mm(target_nd[part], target_head_vd.mT, out=targets_cv[: len(logits_cv)])
-        return chosen.kl_(logits_cv, target_cv, scored_n[part])
+        return chosen.kl_(logits_cv, target_cv, scored_n[part], temperature, reverse)
+
+    return _Chunked.apply(hidden_nd, head_vd, rows, chosen.LOGITS_AT_ONCE)  # type: ignore[no-any-return]
+
+
+def kl_top(
+    hidden_nd: Tensor, head_vd: Tensor, ids_nk: Tensor, log_p_nk: Tensor, log_tail_n: Tensor, scored_n: Tensor
+) -> Tensor:
+    """`equation.kl_top` by chunks of tokens; otherwise as `kl`."""
+    launch.axes(hidden_nd=hidden_nd, head_vd=head_vd, ids_nk=ids_nk, log_p_nk=log_p_nk, log_tail_n=log_tail_n)
+    launch.axes(hidden_nd=hidden_nd, scored_n=scored_n)
+    scored_n = scored_n.bool().contiguous()
+    chosen = _backends.choose(hidden_nd, head_vd)
+    wide = precise(hidden_nd.dtype)
+    k = ids_nk.shape[1]
+
+    def rows(logits_cv: Tensor, part: slice) -> Tensor:
+        ids_ck, scored_c = ids_nk[part].long(), scored_n[part]
+        log_p_cj = torch.cat((log_p_nk[part], log_tail_n[part, None]), 1).to(wide).log_softmax(-1)
+        p_cj = log_p_cj.exp()
+        top_ck = logits_cv.gather(1, ids_ck).to(wide)
+        # The tail is summed without the top, since all less the top leaves nothing of a small tail but rounding.
+        logits_cv.scatter_(1, ids_ck, -torch.inf)
+        tail_c = chosen.tail_(logits_cv, top_ck.logsumexp(-1), p_cj[:, k], scored_c)
+        log_q_cj = torch.cat((top_ck, tail_c[:, None]), 1).log_softmax(-1)
+        loss_c = (p_cj * (log_p_cj - log_q_cj)).masked_fill_(p_cj == 0, 0).sum(-1)
+        grad_ck = (log_q_cj.exp() - p_cj)[:, :k].masked_fill_(~scored_c[:, None], 0)
+        logits_cv.scatter_(1, ids_ck, grad_ck.to(logits_cv.dtype))
+        return loss_c.masked_fill_(~scored_c, 0)
 
     return _Chunked.apply(hidden_nd, head_vd, rows, chosen.LOGITS_AT_ONCE)  # type: ignore[no-any-return]
 

@@ -67,5 +67,12 @@ def _check(
     if layout.shape != q_bthk.shape[:2]:
         raise ConfigError(f"layout: expected shape {tuple(q_bthk.shape[:2])}, got {layout.shape}; build it for q")
     carried = past is not None
-    if far is not None and carried != (far.window_f_bgwf is not None) | (far.state_bgfv is not None):
+    if far is not None and carried != (far.window_f_bgnf is not None) | (far.state_bgfv is not None):
         raise ConfigError("expected the window's features and the linear state with a past and only then; give both")
+    if past is not None and far is not None and far.window_f_bgnf is not None:
+        given, size = far.window_f_bgnf.shape[2], past.window_k_bgwk.shape[2]
+        if not min(q_bthk.shape[1], size) <= given <= size:
+            raise ConfigError(
+                f"window_f_bgnf: expected features of {min(q_bthk.shape[1], size)} to {size} tokens, got {given}; "
+                "give those of the oldest tokens in the window"
+            )

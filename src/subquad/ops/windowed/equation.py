@@ -77,7 +77,9 @@ def equation(
     if far is not None:
         weight_bthf = far.weights().to(dtype)
         window_f = far.f_btgf.new_zeros(b, far.f_btgf.shape[2], window, far.f_btgf.shape[3])
-        window_f = (window_f if far.window_f_bgwf is None else far.window_f_bgwf).transpose(1, 2)
+        if far.window_f_bgnf is not None:
+            window_f = torch.cat((far.window_f_bgnf, window_f[:, :, far.window_f_bgnf.shape[2] :]), 2)
+        window_f = window_f.transpose(1, 2)
         f_bnhf = torch.cat((window_f.new_zeros(b, sinks, *window_f.shape[2:]), window_f, far.f_btgf), 1)
         f_bnhf = expand_heads(f_bnhf.to(dtype), h)
     out: list[Tensor] = []

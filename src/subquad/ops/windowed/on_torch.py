@@ -44,13 +44,13 @@ def attend(
     weight_bthf = far.weights()
     top_bth1 = weight_bthf.amax(-1, keepdim=True).detach()
     f_bgtf = far.f_btgf.transpose(1, 2)
-    window_f_bgwf, state_bgfv = far.window_f_bgwf, far.state_bgfv
-    if window_f_bgwf is None:
-        window_f_bgwf = f_bgtf.new_zeros(*f_bgtf.shape[:2], window, f_bgtf.shape[3])
+    window_f_bgnf, state_bgfv = far.window_f_bgnf, far.state_bgfv
+    if window_f_bgnf is None:
+        window_f_bgnf = f_bgtf.new_zeros(*f_bgtf.shape[:2], window, f_bgtf.shape[3])
     if state_bgfv is None:
         shape = (*f_bgtf.shape[:2], f_bgtf.shape[3], v_bgtv.shape[3] + 1)
         state_bgfv = f_bgtf.new_zeros(shape, dtype=precise(f_bgtf.dtype))
-    leaving = windows.leaving(past, window_f_bgwf, v_bgtv, f_bgtf, layout)
+    leaving = windows.leaving(past, window_f_bgnf, v_bgtv, f_bgtf, layout)
     documents = (
         {}
         if layout.documents_bt is None

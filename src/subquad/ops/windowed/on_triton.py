@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.core.layout import Layout
@@ -89,9 +90,11 @@ def attend(
             )
         if far is not None:
             assert f_bngf is not None
-            assert far.window_f_bgwf is not None
+            assert far.window_f_bgnf is not None
             assert far.state_bgfv is not None
-            f_bngf = torch.cat((far.window_f_bgwf.transpose(1, 2).to(f_bngf.dtype), f_bngf), 1)
+            # What stays in the window all along has no part in the far sum: any features would do.
+            window_f = far.window_f_bgnf.transpose(1, 2).to(f_bngf.dtype)
+            f_bngf = torch.cat((F.pad(window_f, (0, 0, 0, 0, 0, window - window_f.shape[1])), f_bngf), 1)
             sums_bgfv = far.state_bgfv.float()
             state, norm = sums_bgfv[..., :-1].contiguous(), sums_bgfv[..., -1].contiguous()
     return _forward(

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from subquad.core.errors import ConfigError, nearest
+from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
-from subquad.core.mixer import Mixer
-from subquad.data import TokenStream
 from subquad.models.stack import Block, Stack
-from subquad.train.loop import Stage
 from subquad.train.losses import relative_error
+from subquad.train.stages import StudentStage, Work
 
 Listener = Callable[[int, Tensor, Tensor, Layout], None]
 """Told a layer's index, its mixer's normed input, its output, and where the tokens stand."""
@@ -43,21 +40,6 @@ def listen(teacher: Stack, tokens_bt: Tensor, layers: Sequence[int], heard: List
     teacher.hidden(tokens_bt, run=run)
 
 
-def trainable(mixer: Mixer, patterns: Sequence[str]) -> list[nn.Parameter]:
-    """The parameters of `mixer` whose name matches one of `patterns` (``*`` stands for anything).
-
-    Raises:
-        ConfigError: a pattern that matches nothing.
-    """
-    named = dict(mixer.named_parameters())
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in named):
-            raise ConfigError(
-                f"--train {pattern}: no such parameter in {type(mixer).__name__}{nearest(pattern, named)}"
-            )
-    return [p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]
-
-
 @dataclass(frozen=True)
 class Cached:
     """Input and target of every converted layer for one batch, in bfloat16."""
@@ -66,7 +48,7 @@ class Cached:
     y_btd: list[Tensor]
 
 
-class Align(Stage):
+class Align(StudentStage):
     """Minimise the sum over layers of ``||mixer(x) - attention(x)||^2 / ||attention(x)||^2``, x from the teacher.
 
     Layers learn in parallel and apart: no gradient crosses from one to another, and each layer's graph lives only while
@@ -77,61 +59,59 @@ class Align(Stage):
     """
 
     name = "align"
+    layerwise = True
 
-    def __init__(
-        self,
-        teacher: Stack,
-        student: Stack,
-        layers: Sequence[int],
-        stream: TokenStream,
-        *,
-        passes: int = 1,
-        cache_bytes: int = 2**30,
-        most_steps: int | None = None,
-        patterns: Sequence[str] = ("*",),
-        compile_mixers: bool = False,
-    ) -> None:
-        """Align the mixers of `layers` of `student`.
+    @dataclass(frozen=True)
+    class Config:
+        """How batches are read.
 
-        Args:
-            teacher: not changed.
-            student: holds the new mixers.
-            layers: indices of the converted layers.
-            stream: batches of tokens.
+        Attributes:
             passes: how often each batch is trained on.
-            cache_bytes: memory for a round's inputs and targets.
-            most_steps: steps that there will be, so that no round is larger than its passes can be held.
-            patterns: which parameters of the mixers train, by name.
-            compile_mixers: compile them.
+            cache_gb: memory for a round's inputs and targets, in GiB.
+        """
+
+        passes: int = 1
+        cache_gb: float = 1.0
+
+        def __post_init__(self) -> None:
+            """Refuse what reads nothing."""
+            if self.passes < 1 or self.cache_gb < 0:
+                raise ConfigError(f"align: expected passes >= 1 and cache_gb >= 0, got {self}; give some")
+
+    def __init__(self, work: Work, config: Config | None = None) -> None:
+        """Align the new mixers of `work`.
 
         Raises:
-            ConfigError: no layers, no passes, a cache too small for one batch, or a pattern that matches nothing.
+            ConfigError: no layers, a cache too small for one batch, or a pattern that matches nothing.
         """
-        if not layers or passes < 1:
-            raise ConfigError(f"align: expected layers and passes >= 1, got {list(layers)} and {passes}; give some")
-        self.teacher, self.stream, self.passes, self.device = teacher.eval(), stream, passes, student.device
-        self.layers = sorted(layers)
-        self.mixers = {i: student.blocks[i].mixer for i in self.layers}
-        self.tokens_per_step = stream.batch * stream.time
-        size = 2 * 2 * len(self.layers) * self.tokens_per_step * student.config.d_model
-        if passes > 1 and size > cache_bytes:
+        super().__init__(work)
+        config = config or self.Config()
+        self.source, self.passes = work.source.eval(), config.passes
+        self.layers = sorted(work.layers)
+        self.mixers = {i: work.student.blocks[i].mixer for i in self.layers}
+        size = 2 * 2 * len(self.layers) * self.tokens_per_step * work.student.config.d_model
+        if config.passes > 1 and size > config.cache_gb * 2**30:
             raise ConfigError(
-                f"cache_bytes={cache_bytes}: expected at least {size} for one batch; "
+                f"align: expected cache_gb of at least {size / 2**30:.3g} for one batch, got {config.cache_gb}; "
                 "raise it, or lower --batch or --seq"
             )
-        self.round = 1 if passes == 1 else cache_bytes // size
-        if most_steps is not None:
-            self.round = max(1, min(self.round, -(-most_steps // passes)))
-        for parameter in student.parameters():
-            parameter.requires_grad_(False)
-        sets = [trainable(mixer, patterns) for mixer in self.mixers.values()]
-        self.new, self.old, self.clipped = [p for s in sets for p in s], [], sets
-        for parameter in self.new:
-            parameter.requires_grad_(True)
+        self.round = 1 if config.passes == 1 else int(config.cache_gb * 2**30) // size
+        if work.steps is not None:  # no round larger than its passes can be held
+            self.round = max(1, min(self.round, -(-work.steps // config.passes)))
+        trained = {id(p) for p in self.new}
+        sets = [[p for p in mixer.parameters() if id(p) in trained] for mixer in self.mixers.values()]
+        self.clipped = [s for s in sets if s]
         # Compiled beside the model, not in it: who uses the student afterwards gets it as it was.
-        self._read = {i: torch.compile(m) if compile_mixers else m for i, m in self.mixers.items()}
+        compiled = work.machine.compiled
+        self._read = {i: torch.compile(m, dynamic=False) if compiled else m for i, m in self.mixers.items()}
         self._cache: list[Cached] = []
-        self._begin(stream.state_dict(), 0)
+        self._begin(self.stream.state_dict(), 0)
+
+    @classmethod
+    def eligible(cls, student: Stack, layers: Sequence[int]) -> list[str]:
+        """The new mixers' own."""
+        mixers = tuple(f"blocks.{i}.mixer." for i in layers)
+        return [name for name, _ in student.named_parameters() if name.startswith(mixers)]
 
     def _begin(self, stream_state: dict[str, Any], number: int) -> None:
         self._cache.clear()
@@ -167,24 +147,16 @@ class Align(Stage):
             if heard is not None:
                 heard(i, x_btd, y_btd, layout)
 
-        listen(self.teacher, next(self.stream).to(self.device, non_blocking=True), self.layers, both)
+        listen(self.source, next(self.stream).to(self.device).tokens_bt, self.layers, both)
         if self.passes > 1:
             self._cache.append(cached)
 
     def _learn(self, i: int, x_btd: Tensor, y_btd: Tensor, layout: Layout) -> Tensor:
         with torch.enable_grad():
             loss = relative_error(self._read[i](x_btd, layout), y_btd, layout)
-            loss.backward()
+            if loss.requires_grad:  # the patterns may leave a layer as it is
+                loss.backward()
         return loss.detach()
-
-    def weights(self) -> dict[str, Tensor]:
-        """All tensors of the new mixers, trained or not: the mapping from attention need not be run again."""
-        return {f"{i}.{name}": x for i, mixer in self.mixers.items() for name, x in mixer.state_dict().items()}
-
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put `weights` back."""
-        for i, mixer in self.mixers.items():
-            mixer.load_state_dict({k.removeprefix(f"{i}."): x for k, x in weights.items() if k.startswith(f"{i}.")})
 
     def state_dict(self) -> dict[str, Any]:
         """Where the round began, and how far it is."""
@@ -207,3 +179,6 @@ class Align(Stage):
             else:
                 next(self.stream)
         self._at = state["at"]
+
+
+STAGE = Align

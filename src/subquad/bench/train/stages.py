@@ -20,15 +20,16 @@ from subquad.bench.harness import Bench
 from subquad.bench.results import device_kind
 from subquad.convert.transplant import transplant
 from subquad.core.layout import Layout
-from subquad.data import TokenStream
+from subquad.data import Batch, TokenStream
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
 from subquad.ops import backends
 from subquad.train.checkpoint import RunFolder
-from subquad.train.distill import Distill
 from subquad.train.loop import Budget, Loop
 from subquad.train.losses import token_kl
 from subquad.train.optimiser import Rate
+from subquad.train.stages import Machine, Work
+from subquad.train.stages.distill import Distill
 
 # The first gives the headline.
 STUDENTS = ("windowed_linear", "mamba2", "gated_deltanet")
@@ -53,9 +54,9 @@ class Tokens:
         self.batch, self.time = batch, time
         self.rows_bt = torch.randint(vocab_size, (batch, time))
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Batch:
         """The next batch."""
-        return self.rows_bt.roll(1, 0)
+        return Batch(self.rows_bt.roll(1, 0))
 
 
 def run(bench: Bench) -> None:
@@ -79,7 +80,7 @@ def _compare(bench: Bench, slug: str, teacher: Stack, stream: TokenStream, shape
 
     def stage(compiled: bool) -> Distill:
         student = transplant(teacher, dict.fromkeys(converted, slug))
-        return Distill(teacher, student, converted, stream, compile_blocks=compiled)
+        return Distill(Work(teacher, teacher, student, tuple(converted), stream, machine=Machine(compiled=compiled)))
 
     _gate(bench, slug, stage(False))
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +106,7 @@ def _compare(bench: Bench, slug: str, teacher: Stack, stream: TokenStream, shape
 
 def _gate(bench: Bench, slug: str, stage: Distill) -> None:
     """The loss as it is trained on, against float32 and PyTorch's forms throughout."""
-    tokens_bt = next(stage.stream)[:2].to(bench.device)
+    tokens_bt = next(stage.stream).tokens_bt[:2].to(bench.device)
     layout = Layout.dense(*tokens_bt.shape, device=bench.device)
     heads = stage.student.lm_head.weight, stage.teacher.lm_head.weight
 

@@ -1,0 +1,12 @@
+"""Steps of its phases (aligned, distilled, on long text) against plain training steps of the teacher."""
+
+from __future__ import annotations
+
+from subquad.bench.conversions import measure
+from subquad.bench.harness import Bench
+from subquad.convert.radlads import RECIPE
+
+
+def run(bench: Bench) -> None:
+    """Four layers of SmolLM2-135M's shape; before that, what is not converted is the teacher's."""
+    measure(bench, RECIPE)

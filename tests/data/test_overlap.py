@@ -1,0 +1,60 @@
+"""What training and evaluation share, found and counted."""
+
+import numpy as np
+import pytest
+
+from subquad.core.errors import DataError
+from subquad.data import Source, check_overlap
+from subquad.data.overlap import LENGTH
+
+
+def words(seed, n):
+    return [f"w{i}" for i in np.random.default_rng(seed).integers(10**6, size=n)]
+
+
+def source(name, *documents):
+    return Source(name, lambda: iter(documents))
+
+
+def test_overlap_is_counted_without_case_and_punctuation():
+    seen, unseen = words(0, 60), words(1, 40)
+    held = " ".join(seen[20:40]).upper().replace(" ", ",\n ") + "! " + " ".join(unseen)
+    books = source("books", " ".join(words(2, 500)), " ".join(words(3, 50) + seen + words(4, 50)))
+    other = source("other", " ".join(words(5, 5000)))
+    said = [{"role": "user", "content": " ".join(unseen[:6])}, {"role": "a", "content": " ".join(unseen[6:13])}]
+    talk = source("talk", said)
+    found = check_overlap([other, talk, books], {"clean": " ".join(words(6, 100)), "leaked": held})
+    assert [(o.source, o.text, o.grams, o.found) for o in found] == [
+        ("books", "leaked", 60 - LENGTH + 1, 20 - LENGTH + 1),
+        ("talk", "leaked", 60 - LENGTH + 1, 1),
+    ]
+    assert found[0].example == " ".join(seen[20:33])
+    assert found[0].share == 8 / 48
+    assert str(found[0]).startswith("leaked: 8 of 48 13-grams (16.67%) stand in the training data books, e.g. 'w")
+
+
+def test_no_gram_goes_across_documents_and_order_counts():
+    text = words(0, LENGTH)
+    torn = source("torn", " ".join(text[:7]), " ".join(text[7:]), " ".join(text[::-1]), " ".join(text[1:] + text[:1]))
+    assert check_overlap([torn], {"e": " ".join(text)}) == []
+    assert check_overlap([source("none")], {"e": " ".join(text)}) == []
+    assert check_overlap([torn], {}) == []
+
+
+def test_a_find_in_any_batch_of_documents(monkeypatch):
+    monkeypatch.setattr("subquad.data.overlap._MANY_CHARS", 100)
+    text = words(0, 200)
+    documents = [" ".join(words(i, 30)) for i in range(1, 9)]
+    (found,) = check_overlap([source("s", *documents, " ".join(text))], {"e": " ".join(text)})
+    assert found.share == 1
+
+
+def test_scripts_without_spaces_count_by_character():
+    text = "".join(chr(0x4E00 + int(i)) for i in np.random.default_rng(0).integers(5000, size=40))
+    (found,) = check_overlap([source("s", f"前{text[5:25]}後")], {"e": text})
+    assert (found.grams, found.found) == (40 - LENGTH + 1, 20 - LENGTH + 1)
+
+
+def test_a_text_too_short():
+    with pytest.raises(DataError, match="tiny: expected a text of at least 13 words"):
+        check_overlap([], {"tiny": "a b c"})
