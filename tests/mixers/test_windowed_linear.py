@@ -33,7 +33,10 @@ def equation(mixer: WindowedLinear, x_btd: Tensor) -> Tensor:
     plain_q, plain_k, v = mixer.qkv.project(x_btd)
     q, k = mixer.qkv.rotate(plain_q, plain_k, Layout.dense(b, t))
     out = torch.zeros(b, t, config.n_heads, config.head_dim, dtype=x_btd.dtype)
-    features, weights = mixer.key_features(plain_k), mixer.query_weights(plain_q).exp()
+    features = mixer.key_features(plain_k)
+    behind = torch.tensor([max(0, i + 1 - config.window - config.sinks) for i in range(t)])
+    logits = torch.einsum("bthk,hkf->bthf", plain_q, mixer.q_map_weight) / config.head_dim**0.5 + mixer.q_map_bias
+    weights = logits.exp() * (1 + behind / config.window)[None, :, None, None] ** -mixer.q_map_fade[:, None]
     for i in range(t):
         for h in range(config.n_heads):
             numerator, denominator = (
@@ -57,6 +60,7 @@ def test_output_is_the_equation() -> None:
         for p in (mixer.q_map_weight, mixer.k_map_weight):
             p.copy_(torch.randn_like(p))
         mixer.q_map_bias.copy_(0.3 * torch.randn_like(mixer.q_map_bias))
+        mixer.q_map_fade.copy_(torch.randn_like(mixer.q_map_fade))
     x = torch.randn(2, 19, 32, dtype=torch.float64)
     torch.testing.assert_close(mixer(x), equation(mixer, x), **EXACT)
 
@@ -213,7 +217,9 @@ def test_the_start_scores_a_bounded_number_of_queries(time: int, monkeypatch: py
     """Every key is seen by each of them, so their number must not grow with the text."""
     config = WindowedLinear.Config(d_model=8, n_heads=1, n_kv_heads=1, head_dim=4, window=8, sinks=1, features=4)
     mixer, seen, plain = WindowedLinear(config), list[int](), WindowedLinear.query_weights
-    monkeypatch.setattr(WindowedLinear, "query_weights", lambda self, q: seen.append(q.shape[1]) or plain(self, q))
+    monkeypatch.setattr(
+        WindowedLinear, "query_weights", lambda self, q, n: seen.append(q.shape[1]) or plain(self, q, n)
+    )
     mixer.start_from_(torch.randn(1, time, 8))
     assert seen == [min(-(-(time - 9) // 37), 64)]
 

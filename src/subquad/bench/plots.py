@@ -1,4 +1,4 @@
-"""Charts over length, made from a result file and written beside it."""
+"""Charts made from a result file and written beside it: times over length, quality over bytes, KL over tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from subquad.evals.figures import Chart, Point, short, svg
 
 OVER_LENGTH = re.compile(r"(?P<what>\w+)\.t(?P<t>\d+)")
 TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
+# Of a study: a run's name without what it counts, which several runs share, and a figure that stands for its quality.
+OF_RUN = re.compile(r"(?P<kind>[a-z_]*[a-z])_?\d*\.(?P<what>\w+)")
+QUALITIES = {"ppl_ratio": "Perplexity", "needle_retention": "Needles found"}
+COURSE = re.compile(r"(?P<run>\w+)\.kl\.t(?P<t>\d+)")
 # As in the reports; a picture has no page to take its colours from.
 STYLE = """<style>
 :root { --text: #1b1f24; --muted: #59636e; --line: #d5dae0; font-family: system-ui, sans-serif;
@@ -21,6 +25,42 @@ STYLE = """<style>
 
 
 def plots(result: Result) -> dict[str, Chart]:
+    """All charts that the rows of a result make, by their short names."""
+    return _over_length(result) | _over_bytes(result) | _over_tokens(result)
+
+
+def _over_bytes(result: Result) -> dict[str, Chart]:
+    """Each of `QUALITIES` over the bytes of state, of kinds of runs with at least two sizes."""
+    rows = {row.id.removeprefix(f"{result.bench}."): row for row in result.rows}
+    found: dict[str, dict[str, list[Point]]] = {}
+    for id, row in rows.items():
+        match = OF_RUN.fullmatch(id)
+        size = rows.get(f"{id.partition('.')[0]}.state_bytes")
+        if match is not None and match["what"] in QUALITIES and size is not None:
+            found.setdefault(match["what"], {}).setdefault(match["kind"], []).append((size.value, row.value))
+    charts: dict[str, Chart] = {}
+    for what, kinds in found.items():
+        series = {kind: sorted(points) for kind, points in kinds.items() if len(points) > 1}
+        if series:
+            title = f"{QUALITIES[what]} of {result.bench}, over the teacher's"
+            sizes = sorted({x for points in series.values() for x, _ in points})
+            ticks = [(x, f"{x / 2**20:.0f}") for i, x in enumerate(sizes) if i == 0 or x > 1.2 * sizes[i - 1]]
+            charts[what] = Chart(title, "MiB of state", "of the teacher's", series, log_x=True, ticks=ticks)
+    return charts
+
+
+def _over_tokens(result: Result) -> dict[str, Chart]:
+    """The KL of every run over the tokens that it was trained on."""
+    series: dict[str, list[Point]] = {}
+    for row in result.rows:
+        match = COURSE.fullmatch(row.id.removeprefix(f"{result.bench}."))
+        if match is not None:
+            series.setdefault(match["run"], []).append((float(match["t"]), row.value))
+    title = f"KL to the teacher in {result.bench}"
+    return {"kl": Chart(title, "tokens", "nats a token", series, log_y=True)} if series else {}
+
+
+def _over_length(result: Result) -> dict[str, Chart]:
     """A chart for each of `TITLES` that was measured at several lengths: ours, every baseline, and the limit.
 
     A baseline may stand in a row of its own, ``fwd_<baseline>.t<T>``.

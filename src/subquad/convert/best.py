@@ -24,13 +24,13 @@ MAPS = ("*.k_map_*", "*.q_map_*")
 
 RECIPE = Recipe(
     mixer="windowed_linear",
-    options=("window=256", "sinks=4", "features=32"),
+    options=("window=272", "sinks=4", "features=16"),
     place="chosen",
     keep=0.25,
     batch=4,
     seq=8192,
     phases=(
-        Phase("align", Rate(0.03), share=0.05, train=MAPS),
-        Phase("distill", Rate(3e-3, old=0.01), share=0.95, train=TRAINED, new=MAPS),
+        Phase("align", Rate(0.03), share=0.1, train=MAPS),
+        Phase("distill", Rate(3e-3, old=0.01), share=0.9, train=TRAINED, new=MAPS),
     ),
 )

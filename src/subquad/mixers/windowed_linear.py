@@ -111,8 +111,10 @@ class WindowedLinear(Mixer):
     ``o_t = (sum_near e^(s q.k_j) v_j + phi(q_t) S) / (sum_near e^(s q.k_j) + phi(q_t) z)``, where near are the last w
     tokens and the first s, and ``S = sum phi_k(k_j) v_j^T``, ``z = sum phi_k(k_j)`` run over all others before
     (after arXiv 2410.10254, equation 6). ``phi_k = softmax(W_k k / sqrt(d) + b_k)`` assigns a key softly to one of f
-    features, and ``phi(q) = exp(W_q q / sqrt(d) + b_q)`` weighs them, both before RoPE, so that what is learned at one
-    length holds at any. From a teacher's text the rows of ``W`` start as centroids of its keys.
+    features, and ``phi(q) = (1 + n / w)^-a exp(W_q q / sqrt(d) + b_q)`` weighs them, both before RoPE, n the number of
+    far tokens and a of its own for each query head: softmax gives an old token the less the more there are of them, and
+    a sum without that outgrows the window with the length. From a teacher's text the rows of ``W`` start as centroids
+    of its keys.
 
     Example:
         >>> import torch
@@ -176,6 +178,7 @@ class WindowedLinear(Mixer):
         self.k_map_bias = nn.Parameter(torch.zeros(g, f))
         self.q_map_weight = nn.Parameter(torch.zeros(h, k, f))
         self.q_map_bias = nn.Parameter(torch.full((h, f), QUIET))
+        self.q_map_fade = nn.Parameter(torch.zeros(h))
 
     def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> WindowedLinearState:
         """A state of constant size, whatever `capacity`."""
@@ -212,7 +215,7 @@ class WindowedLinear(Mixer):
             q_bthk,
             attention.expand_heads(k_btgk, h),
             v_bthv,
-            Far(self._weights(plain_q_bthk), f_bthf, bias_hf=self.q_map_bias),
+            Far(self._weights(plain_q_bthk, self._far_bt(layout)), f_bthf, bias_hf=self.q_map_bias),
             None,
             layout,
             window=self.config.window,
@@ -226,7 +229,8 @@ class WindowedLinear(Mixer):
         """The output, and the block's keys, values and key features; `past` is the state and its leaving features."""
         plain_q_bthk, plain_k_btgk, v_btgk = self.qkv.project(x_btd)
         q_bthk, k_btgk = self.qkv.rotate(plain_q_bthk, plain_k_btgk, layout)
-        weight_bthf, f_btgf = self._weights(plain_q_bthk), self.key_features(plain_k_btgk)
+        far_bt = self._far_bt(layout, None if past is None else past[0].window.seen_b)
+        weight_bthf, f_btgf = self._weights(plain_q_bthk, far_bt), self.key_features(plain_k_btgk)
         near, *carried = (None,) if past is None else (past[0].window, past[1], past[0].linear_bgfv)
         y_bthk = windowed.attend(
             q_bthk,
@@ -254,13 +258,24 @@ class WindowedLinear(Mixer):
         weight_gkf = self.k_map_weight * self.config.head_dim**-0.5
         return (torch.einsum("btgk,gkf->btgf", k_btgk, weight_gkf) + self.k_map_bias).softmax(-1)
 
-    def query_weights(self, q_bthk: Tensor) -> Tensor:
-        """Logarithm of ``phi(q)`` of queries before RoPE, ``[b, t, h, f]``."""
-        return self._weights(q_bthk) + self.q_map_bias
+    def query_weights(self, q_bthk: Tensor, far_bt: Tensor) -> Tensor:
+        """Logarithm of ``phi(q)`` of queries before RoPE, ``[b, t, h, f]``, each with `far_bt` far tokens behind it."""
+        return self._weights(q_bthk, far_bt) + self.q_map_bias
 
-    def _weights(self, q_bthk: Tensor) -> Tensor:
+    def _weights(self, q_bthk: Tensor, far_bt: Tensor) -> Tensor:
         weight_hkf = self.q_map_weight * self.config.head_dim**-0.5
-        return torch.einsum("bthk,hkf->bthf", q_bthk, weight_hkf)
+        weight_bthf = torch.einsum("bthk,hkf->bthf", q_bthk, weight_hkf)
+        fade_bth = self._length(far_bt)[..., None] * self.q_map_fade
+        return (weight_bthf - fade_bth[..., None]).to(weight_bthf.dtype)
+
+    def _far_bt(self, layout: Layout, seen_b: Tensor | None = None) -> Tensor:
+        """How many tokens of its document stand before each token's window, sinks left out."""
+        seen_b = torch.zeros_like(layout.lengths_b) if seen_b is None else seen_b
+        return (layout.index_bt(seen_b) - (self.config.window + self.config.sinks - 1)).clamp(min=0)
+
+    def _length(self, far: Tensor) -> Tensor:
+        """``log(1 + n / w)`` of numbers of far tokens."""
+        return torch.log1p(far.to(precise(self.q_map_fade.dtype)) / self.config.window)
 
     @classmethod
     def from_attention(cls, source: AttentionWeights, stats: AttentionStats | None = None, **options: Any) -> Self:
@@ -287,8 +302,8 @@ class WindowedLinear(Mixer):
     def start_from_(self, x_btd: Tensor) -> None:
         """Set the feature maps from text: key features by k-means, query weights by the scores of their centroids.
 
-        Then the bias of each query head is moved until its linear state carries, in the mean logarithm, the mass that
-        softmax attention gives to the same tokens.
+        Then bias and fade of each query head are set so that its linear state carries the mass that softmax attention
+        gives to the same tokens: least squares between the logarithms, over queries with few and with many far tokens.
 
         Args:
             x_btd: inputs of the layer, in rows longer than window and sinks.
@@ -318,6 +333,7 @@ class WindowedLinear(Mixer):
         scores_gkf = ((centres_gfk * spread_g11 + mean_g1k) * kept_k).mT * (self.scale * temper)
         self.q_map_weight.copy_(scores_gkf.repeat_interleave(r, 0))
         self.q_map_bias.zero_()
+        self.q_map_fade.zero_()
 
         rotated_q, rotated_k = self.qkv.rotate(q_bthk, k_btgk, layout)
         # Some queries of a row, never more than about PROBES: each is scored against every key.
@@ -329,11 +345,17 @@ class WindowedLinear(Mixer):
         scores_bhtn = self.scale * turned_bhtk @ turned_bgnk.repeat_interleave(r, 1).mT
         true_bht = scores_bhtn.masked_fill(~far_tn, -torch.inf).logsumexp(-1)
         features_bhnf = self.key_features(k_btgk).transpose(1, 2).repeat_interleave(r, 1).float()
-        weights_bhtf = self.query_weights(q_bthk[:, probes_t]).transpose(1, 2).float()
+        n_t = far_tn.sum(1)
+        weights_bhtf = self.query_weights(q_bthk[:, probes_t], n_t[None]).transpose(1, 2).float()
         top_bht1 = weights_bhtf.amax(-1, keepdim=True)
         mass_bhtn = (weights_bhtf - top_bht1).exp() @ features_bhnf.mT * far_tn
         ours_bht = mass_bhtn.sum(-1).log() + top_bht1[..., 0]
-        self.q_map_bias.add_((true_bht - ours_bht).mean((0, 2))[:, None])
+        lack_ht, length_t = (true_bht - ours_bht).mean(0), self._length(n_t)
+        centred_t = length_t - length_t.mean()
+        # A sample whose queries have about as many far tokens each tells no slope: one probe's weight holds it at 0.
+        fade_h = -(lack_ht * centred_t).sum(1) / (centred_t.square().sum() + 1 / x_btd.shape[0])
+        self.q_map_fade.copy_(fade_h)
+        self.q_map_bias.add_((lack_ht.mean(1) + fade_h * length_t.mean())[:, None])
 
     def _slow_channels(self, window: int) -> Tensor:
         """1 for channels that RoPE turns by less than 1.5 radians over three windows, whose phase survives, else 0."""

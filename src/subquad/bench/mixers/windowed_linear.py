@@ -24,7 +24,8 @@ def naive(mixer: WindowedLinear, x_btd: Tensor) -> Tensor:
     distance_tt = columns_t[:, None] - columns_t
     near_tt = (distance_tt < config.window) | (columns_t < config.sinks)
     near_bhtt = torch.einsum("bthk,bnhk->bhtn", q, k) * mixer.scale
-    far_bhtt = torch.einsum("bthf,bnhf->bhtn", mixer.query_weights(plain_q).exp(), f).log()
+    far_bt = (columns_t - config.window - config.sinks + 1).clamp(min=0).expand(b, t)
+    far_bhtt = torch.einsum("bthf,bnhf->bhtn", mixer.query_weights(plain_q, far_bt).exp(), f).log()
     scores_bhtt = torch.where(near_tt, near_bhtt, far_bhtt).masked_fill(distance_tt < 0, -torch.inf)
     return mixer.o_proj(torch.einsum("bhtn,bnhk->bthk", scores_bhtt.softmax(-1), v).flatten(2))
 

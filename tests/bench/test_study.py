@@ -1,0 +1,139 @@
+"""A study: its commands, the order of its runs, and what becomes of their figures."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from subquad.bench import study as module
+from subquad.bench.plots import plots
+from subquad.bench.results import Result, environment, make_row
+from subquad.bench.study import Study, collect, read_study, run_study, write_page
+from subquad.core.errors import ConfigError
+
+FILE = """
+name = "convert.some"
+teacher = "org/teacher"
+[convert]
+data = ["{data}/a.jsonl,weight=2", "{data}/b.txt"]
+tokens = "1M"
+[eval]
+text = ["{data}/c.txt"]
+needle = true
+agreement = 0
+passkey = false
+[runs.keep50]
+heads = "{study}/heads.json"
+against = "windows50"
+[runs.keep25]
+[runs.windows50]
+stage = ["distill.new="]
+[runs.plain]
+eval = false
+[ratios]
+kl = ["keep50.kl", "windows50.kl"]
+"""
+ENV = environment(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    (tmp_path / "some.toml").write_text(FILE)
+    return read_study(tmp_path / "some.toml", tmp_path / "runs", Path("texts"))
+
+
+def test_runs_become_command_lines(study: Study, tmp_path: Path) -> None:
+    run = study.runs["keep50"]
+    assert run.convert[:4] == ("convert", "org/teacher", "--out", str(tmp_path / "runs/keep50"))
+    given = " ".join(run.convert)
+    assert "--data texts/a.jsonl,weight=2 --data texts/b.txt --tokens 1M" in given
+    assert f"--heads {tmp_path}/heads.json" in given and "against" not in given
+    asked = " ".join(run.evaluate)
+    assert f"--against {tmp_path}/runs/windows50 --text texts/c.txt --needle --agreement 0 --json" in asked
+    assert "--passkey" not in asked
+    assert study.runs["windows50"].convert[-2:] == ("--stage", "distill.new=")
+    assert study.runs["plain"].evaluate == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("[runs.keep25]", "[runs.keep25]\nagainst = 'windows5'"), "did you mean 'windows50'"),
+        (("[eval]", "[evals]"), "did you mean 'eval'"),
+        (('"windows50.kl"', '"windows.kl"'), "ratio kl: expected two of RUN.ID"),
+        (('["keep50.kl", "windows50.kl"]', '"keep50.kl"'), "ratio kl: expected two of RUN.ID"),
+        (("[eval]", "[eval"), "expected a study in TOML"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, change: tuple[str, str], says: str) -> None:
+    (tmp_path / "some.toml").write_text(FILE.replace(*change))
+    with pytest.raises(ConfigError, match=says):
+        read_study(tmp_path / "some.toml", tmp_path, tmp_path)
+
+
+def test_rivals_end_first_failures_are_named_and_gpus_taken_in_turns(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, lock = list[tuple[str, str, str]](), threading.Lock()
+
+    def call(_: Study, name: str, command: Sequence[str], gpu: str, say: Any) -> bool:
+        with lock:
+            calls.append((name, command[0], gpu))
+        return name != "plain"
+
+    monkeypatch.setattr(module, "_call", call)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert run_study(study, (), jobs=2, say=lambda line: None) == ["plain"]
+    order = [(name, what) for name, what, _ in calls]
+    assert sorted(order) == sorted(
+        [(name, what) for name in ("keep50", "keep25", "windows50") for what in ("convert", "eval")]
+        + [("plain", "convert")]
+    )
+    assert order.index(("windows50", "convert")) < order.index(("keep50", "eval"))
+    assert {gpu for _, _, gpu in calls} == {"3", "5"}
+    with pytest.raises(ConfigError, match="did you mean 'keep50'"):
+        run_study(study, ["keep5"], jobs=1, say=lambda line: None)
+
+
+def finish(study: Study, name: str, kls: Sequence[float], state: int, ppl: float | None) -> None:
+    folder = study.out / name
+    folder.mkdir(parents=True)
+    facts = {"finished": True, "state": {"context": 8192, "kept": 0.5, "bytes": {"student": state, "teacher": 400}}}
+    (folder / "run.json").write_text(json.dumps(facts))
+    lines = [{"stage": "align", "tokens": 10 * (i + 1), "loss": 1.0} for i in range(3)]
+    lines += [{"stage": "distill", "tokens": 10 * (i + 1), "kl": kl} for i, kl in enumerate(kls)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if ppl is not None:
+        row = make_row("eval.ppl.c.ratio", ppl, "1", "lower", interval=(ppl - 0.1, ppl + 0.1))
+        Result("eval", "subquad eval", ENV, [row]).save(folder / "eval.json")
+
+
+def test_figures_curves_ratios_and_pictures(study: Study) -> None:
+    with pytest.raises(ConfigError, match="expected at least one run that has ended"):
+        collect(study, "subquad study", ENV)
+    kls = [2.0 - i / 24 for i in range(24)]
+    finish(study, "keep50", kls, 200, 1.1)
+    finish(study, "keep25", kls, 100, 1.3)
+    finish(study, "windows50", [2 * kl for kl in kls], 200, 1.2)
+    finish(study, "plain", kls, 50, None)
+    result = collect(study, "subquad study", ENV)
+    result.check("here")
+    rows = {row.id.removeprefix("convert.some."): row for row in result.rows}
+    assert rows["keep50.ppl_ratio"].value == rows["keep50.ppl.c.ratio"].value == 1.1
+    assert rows["keep50.kl"].value == pytest.approx(sum(kls[-2:]) / 2)
+    # A point is the mean of its part, at its end, the tokens of align before it.
+    assert rows["keep50.kl.t50"].value == pytest.approx(sum(kls[:2]) / 2)
+    assert [id for id in rows if id.startswith("plain.kl.t")] == [f"plain.kl.t{30 + 20 * i}" for i in range(1, 13)]
+    assert rows["keep25.state_bytes"].ratio == 4.0 and "plain.ppl_ratio" not in rows
+    assert rows["kl"].ratio == pytest.approx(2.0) and rows["kl"].baseline == "windows50.kl"
+    charts = plots(result)
+    assert charts["ppl_ratio"].series == {"keep": [(100, 1.3), (200, 1.1)]}
+    assert set(charts["kl"].series) == {"keep50", "keep25", "windows50", "plain"}
+    page = write_page(study, result, "subquad study").read_text()
+    assert "windows50.kl: " in page and "[1, 1.2]" in page and page.count("<svg") == 3
