@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from subquad.bench import study as module
 from subquad.bench.plots import plots
 from subquad.bench.results import Result, environment, make_row
-from subquad.bench.study import Study, collect, read_study, run_study, write_page
+from subquad.bench.study import Study, collect, read_study, run_study, verdicts, write_page
 from subquad.core.errors import ConfigError
 
 FILE = """
@@ -31,7 +32,10 @@ passkey = false
 [runs.keep50]
 heads = "{study}/heads.json"
 against = "windows50"
+[runs.keep50.eval]
+passkey = true
 [runs.keep25]
+against = "keep50"
 [runs.windows50]
 stage = ["distill.new="]
 [runs.plain]
@@ -55,8 +59,15 @@ def test_runs_become_command_lines(study: Study, tmp_path: Path) -> None:
     assert "--data texts/a.jsonl,weight=2 --data texts/b.txt --tokens 1M" in given
     assert f"--heads {tmp_path}/heads.json" in given and "against" not in given
     asked = " ".join(run.evaluate)
-    assert f"--against {tmp_path}/runs/windows50 --text texts/c.txt --needle --agreement 0 --json" in asked
-    assert "--passkey" not in asked
+    assert f"--against {tmp_path}/runs/windows50 --text texts/c.txt --needle --agreement 0 --passkey --json" in asked
+    assert "--passkey" in asked and "--passkey" not in study.runs["keep25"].evaluate
+    assert run.difference == (
+        "diff",
+        run.convert[3],
+        "org/teacher",
+        "--out",
+        f"{run.convert[3]}/difference.safetensors",
+    )
     assert study.runs["windows50"].convert[-2:] == ("--stage", "distill.new=")
     assert study.runs["plain"].evaluate == ()
 
@@ -64,7 +75,8 @@ def test_runs_become_command_lines(study: Study, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("[runs.keep25]", "[runs.keep25]\nagainst = 'windows5'"), "did you mean 'windows50'"),
+        (('against = "keep50"', "against = 'windows5'"), "did you mean 'windows50'"),
+        (('against = "windows50"', "against = 'keep25'"), "a circle in keep50, keep25"),
         (("[eval]", "[evals]"), "did you mean 'eval'"),
         (('"windows50.kl"', '"windows.kl"'), "ratio kl: expected two of RUN.ID"),
         (('["keep50.kl", "windows50.kl"]', '"keep50.kl"'), "ratio kl: expected two of RUN.ID"),
@@ -77,8 +89,9 @@ def test_a_wrong_file_is_refused(tmp_path: Path, change: tuple[str, str], says: 
         read_study(tmp_path / "some.toml", tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_rivals_end_first_failures_are_named_and_gpus_taken_in_turns(
-    study: Study, monkeypatch: pytest.MonkeyPatch
+    study: Study, monkeypatch: pytest.MonkeyPatch, jobs: int
 ) -> None:
     calls, lock = list[tuple[str, str, str]](), threading.Lock()
 
@@ -89,16 +102,23 @@ def test_rivals_end_first_failures_are_named_and_gpus_taken_in_turns(
 
     monkeypatch.setattr(module, "_call", call)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert run_study(study, (), jobs=2, say=lambda line: None) == ["plain"]
+    assert run_study(study, (), jobs=jobs, say=lambda line: None) == ["plain"]
     order = [(name, what) for name, what, _ in calls]
-    assert sorted(order) == sorted(
-        [(name, what) for name in ("keep50", "keep25", "windows50") for what in ("convert", "eval")]
-        + [("plain", "convert")]
-    )
-    assert order.index(("windows50", "convert")) < order.index(("keep50", "eval"))
-    assert {gpu for _, _, gpu in calls} == {"3", "5"}
+    every = [(name, what) for name in ("keep50", "keep25", "windows50") for what in ("convert", "diff", "eval")]
+    assert sorted(order) == sorted([*every, ("plain", "convert")])
+    for rival, name in (("windows50", "keep50"), ("keep50", "keep25")):
+        assert order.index((rival, "convert")) < order.index((name, "eval"))
+    assert {gpu for _, _, gpu in calls} == {"3", "5"} if jobs == 2 else {"3"}
+
+
+def test_wrong_names_and_changed_settings_are_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="did you mean 'keep50'"):
         run_study(study, ["keep5"], jobs=1, say=lambda line: None)
+    monkeypatch.setattr(module, "_call", lambda *_: True)
+    assert run_study(study, ["plain"], jobs=1, say=lambda line: None) == []
+    changed = replace(study.runs["plain"], convert=(*study.runs["plain"].convert, "--seq", "99"))
+    with pytest.raises(ConfigError, match="plain: expected a run of these settings, got one with others for convert"):
+        run_study(replace(study, runs={"plain": changed}), (), jobs=1, say=lambda line: None)
 
 
 def finish(study: Study, name: str, kls: Sequence[float], state: int, ppl: float | None) -> None:
@@ -110,8 +130,10 @@ def finish(study: Study, name: str, kls: Sequence[float], state: int, ppl: float
     lines += [{"stage": "distill", "tokens": 10 * (i + 1), "kl": kl} for i, kl in enumerate(kls)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if ppl is not None:
-        row = make_row("eval.ppl.c.ratio", ppl, "1", "lower", interval=(ppl - 0.1, ppl + 0.1))
-        Result("eval", "subquad eval", ENV, [row]).save(folder / "eval.json")
+        rows = [make_row("eval.ppl.c.ratio", ppl, "1", "lower", interval=(ppl - 0.1, ppl + 0.1))]
+        for id, how, p in (("ppl.c.against.ratio", "ratio", 0.01), ("loss.b.against.difference", "difference", 0.2)):
+            rows.append(make_row(f"eval.{id}", ppl, "1", "lower", shape={"how": how, "p": p}))
+        Result("eval", "subquad eval", ENV, rows).save(folder / "eval.json")
 
 
 def test_figures_curves_ratios_and_pictures(study: Study) -> None:
@@ -132,6 +154,9 @@ def test_figures_curves_ratios_and_pictures(study: Study) -> None:
     assert [id for id in rows if id.startswith("plain.kl.t")] == [f"plain.kl.t{30 + 20 * i}" for i in range(1, 13)]
     assert rows["keep25.state_bytes"].ratio == 4.0 and "plain.ppl_ratio" not in rows
     assert rows["kl"].ratio == pytest.approx(2.0) and rows["kl"].baseline == "windows50.kl"
+    (first, second, *_) = (table.rows for table in verdicts(study, result))
+    assert [row[-1] for row in first] == ["windows50", "even"]
+    assert [row[-1] for row in second] == ["keep50", "even"]
     charts = plots(result)
     assert charts["ppl_ratio"].series == {"keep": [(100, 1.3), (200, 1.1)]}
     assert set(charts["kl"].series) == {"keep50", "keep25", "windows50", "plain"}

