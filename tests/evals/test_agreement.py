@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from subquad.core.errors import ConfigError
-from subquad.evals.agreement import evaluate_agreement, prompts_from_text
+from subquad.evals.agreement import evaluate_agreement, evaluate_divergence, prompts_from_text
 from subquad.evals.text import TextTokens
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [3], [40, 41], [60, 61, 62]]
@@ -57,3 +57,15 @@ def test_prompts_are_spread_over_the_text():
 def test_vocabularies_must_agree(model, make_model):
     with pytest.raises(ConfigError, match="share a tokenizer"):
         evaluate_agreement(make_model(50, {}), model, PROMPTS)
+
+
+def test_the_divergence_of_a_text_is_the_plain_one_of_each_window(model, other):
+    text = TextTokens(torch.arange(70) % 60, torch.ones(70, dtype=torch.int64))
+    seen = []
+    result = evaluate_divergence(other, model, text, 20, batch=2, progress=lambda done, of: seen.append((done, of)))
+    windows = (torch.arange(60) % 60).view(3, 20)
+    log_p, log_q = (m(windows)[:, :-1].log_softmax(-1).detach() for m in (model, other))
+    want = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+    torch.testing.assert_close(result.kl_w, want.double(), rtol=1e-9, atol=1e-12)
+    assert result.kl.value == pytest.approx(float(want.mean()), rel=1e-9)
+    assert seen == [(40, 60), (60, 60)]

@@ -131,6 +131,7 @@ def test_eval_alone_and_beyond_the_context(folder, capsys):
         (["--needle", "--needle-lengths", "9x"], "numbers like 512,900"),
         (["--tasks", "{}/choice.jsonl", "--delimiter", "choise=:"], "did you mean 'choice'?"),
         (["--text", "{}/text.txt", "--agreement", "2"], "give --teacher"),
+        (["--text", "{}/text.txt", "--kl"], "--kl: expected --teacher and --text"),
         (["--text", "{}/text.txt", "--context", "100000"], "give more text or a smaller --context"),
         (["--text", "{}/text.txt", "--text", "{}/text.txt"], "expected texts of different names"),
         (["--text", "{}/text.txt", "--json", "{}"], "expected a file, got a folder"),
@@ -146,7 +147,11 @@ def test_eval_errors_are_one_line(folder, capsys, args, message):
 
 def test_an_error_keeps_what_was_measured_before_it(folder, capsys):
     args = ["--text", f"{folder}/text.txt", "--context", "64", "--tokens", "640", "--needle", "--needle-lengths", "10"]
+    args += ["--json", f"{folder}/broken.json"]
     assert main(["eval", f"{folder}/student", *args]) == 2
+    assert not (folder / "broken.json").exists()
+    kept = {row.id for row in load_result(folder / "partial.broken.json").rows}
+    assert {"eval.ppl.text", "eval.bpb.text"} <= kept
     out, err = capsys.readouterr()
     assert "perplexity of text, context 64" in out
     assert "error: needle length 10: expected room" in err

@@ -83,6 +83,19 @@ def test_likelihood_of_the_number_equals_that_of_the_whole_sequence(model, token
     assert hits.tolist() == [bool((row[0] > row[1:]).all()) for row in got]
 
 
+def test_numbers_of_other_keys_are_the_first_rivals(model, tokenizer, monkeypatch):
+    grid = NeedleGrid(lengths=(400,), depths=(0.5,), samples=2, distractors=3, digits=4)
+    questions = make_questions(tokenizer, HAY, grid)
+    for question in questions:
+        text = tokenizer.decode(question.tokens)
+        assert len(set(question.others)) == 3 and all(f" {other}." in text for other in question.others)
+    seen = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **options: seen.append(text) or encode(text, **options))
+    answer_logprobs(model, tokenizer, questions, others=9)
+    assert [seen[10 * i : 10 * i + 4] for i in (0, 1)] == [[f" {v}" for v in (q.value, *q.others)] for q in questions]
+
+
 def test_generation_counts_the_number_and_nothing_longer(model, tokenizer, monkeypatch):
     grid = NeedleGrid(lengths=(240,), depths=(0.5,), samples=5, digits=4)
     questions = make_questions(tokenizer, HAY, grid)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from subquad.core.errors import ConfigError
+from subquad.evals.agreement import evaluate_divergence
 from subquad.evals.answers import Answered
 from subquad.evals.generation import Problem, Problems
 from subquad.evals.measures import likelihood, retrieval, writing
@@ -51,6 +52,13 @@ def test_each_line_compares_model_baseline_and_teacher(make_suite, tokenizer):
         assert pair.how == "ratio" and pair.interval.value == pytest.approx(math.exp(apart.mean()), rel=1e-9)
         assert pair.interval.low < pair.interval.value < pair.interval.high
         assert pair.p_value == sign_flip(apart.mean(1))
+    likelihood.divergence(suite, "t", text, 32)
+    near = lines(suite)["kl.t"]
+    teacher = suite.models["teacher"].model
+    kl = {role: evaluate_divergence(suite.models[role].model, teacher, text, 32).kl_w for role in ("model", "baseline")}
+    assert set(near.paired) == {("model", "baseline")}
+    assert near.figures["baseline"].value == pytest.approx(float(kl["baseline"].mean()), rel=1e-9)
+    assert near.paired["model", "baseline"].p_value == sign_flip(kl["model"] - kl["baseline"])
     bits = lines(suite)["bpb.t"]
     apart = bits.figures["model"].value - bits.figures["teacher"].value
     assert bits.paired["model", "teacher"].interval.value == pytest.approx(apart, rel=1e-9)

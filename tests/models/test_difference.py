@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from subquad.core.errors import CheckpointError, ConfigError, UnsupportedError
@@ -46,8 +46,10 @@ def nothing_is_few(monkeypatch):
     monkeypatch.setattr(difference, "FEW", 4)
 
 
-def words(names="a b c <e>"):
+def words(names="a b c <e>", cut=False):
     core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names.split())}, unk_token="<e>"))
+    if cut:
+        core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
 
 
@@ -268,6 +270,11 @@ def test_another_teacher_is_refused(tmp_path):
     message = rf"expected the teacher teacher \(teacher, digest {digest(teacher)[:12]}\), got cousin \(digest "
     with pytest.raises(CheckpointError, match=message):
         apply_difference(path, named(other, "cousin"))
+    for name in ("embed.weight", "blocks.0.mlp.up_proj.weight"):  # one number anywhere, in matrices of any width
+        other = copy.deepcopy(teacher)
+        with torch.no_grad():
+            other.get_parameter(name)[1, 3] *= 1.01
+        assert digest(other) != digest(teacher), name
     assert digest(teacher.to(torch.float64)) == digest(teacher.to(torch.float32))
 
 
@@ -391,8 +398,9 @@ def test_a_pair_speaks_of_the_same_tokens():
     check_pair(named(teacher_of(large), "large", words()), small)
     for model, tokenizer, message in (
         (teacher_of(), None, "large: expected a tokenizer beside the weights, got none"),
-        (teacher_of(), words("a c b <e>"), "small: .* of the teacher large, got another: token 'c' is 1 there and 2 "),
-        (teacher_of(), words("a b c <e> d"), "token 'd' is 4 there and not here; start from a smaller model"),
+        (teacher_of(), words("a c b <e>"), "for the teacher large and small, got two: the id of 'b' is 2 in one and 1"),
+        (teacher_of(), words("a b c <e> d"), "the number of tokens is 5 in one and 4 in the other; take two models"),
+        (teacher_of(), words(cut=True), "for the teacher large and small, got two: token 1 of .* in one"),
         (teacher_of(dataclasses.replace(CONFIG, vocab_size=80)), words(), "embedding of 80 rows .* large has, got 64"),
     ):
         with pytest.raises(ConfigError, match=message):

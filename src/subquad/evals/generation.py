@@ -34,7 +34,10 @@ from subquad.models.stack import Stack
 ANSWERS = ("context", "answer")
 CODE = ("prompt", "entry_point", "test")
 MARK = "####"
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+# A sign, where no digit stands before it (5-10 holds none); thousands in threes; a fraction, with or without its 0.
+NUMBER = re.compile(
+    r"(?:(?<![\d.])[-\u2212])?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d.])[-\u2212]?\$?\.\d+"
+)
 CALCULATION = re.compile(r"<<[^<>]*>>")
 INSTRUCTION = f"Solve the problem step by step. End with {MARK} and the answer as a number."
 CODE_INSTRUCTION = "Complete this Python function. Answer with code only."
@@ -189,7 +192,7 @@ def same_answer(given: str, right: str) -> bool:
 
     def number(text: str) -> Decimal | None:
         try:
-            return Decimal(text.replace(",", "").replace("$", "").strip())
+            return Decimal(text.replace(",", "").replace("$", "").replace("\u2212", "-").strip())
         except InvalidOperation:
             return None
 

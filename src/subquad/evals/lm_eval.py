@@ -18,7 +18,7 @@ from subquad.engine.generate import Limits, generate
 from subquad.engine.sampler import SamplingConfig
 from subquad.evals.scoring import Request, score_continuations
 from subquad.evals.tasks import encode_pair
-from subquad.evals.text import begin_tokens
+from subquad.evals.text import begin_tokens, begun
 from subquad.models.load import load_model
 
 
@@ -103,7 +103,7 @@ class SubquadLM(LM):  # pyright: ignore
         settings: dict[str, list[tuple[int, list[int]]]] = {}
         for i, request in enumerate(requests):
             prompt, options = request.args
-            tokens = begin_tokens(self.tokenizer) + self.tokenizer.encode(prompt, add_special_tokens=False)
+            tokens = begun(self.tokenizer, self.tokenizer.encode(prompt, add_special_tokens=False))
             settings.setdefault(json.dumps(options, sort_keys=True), []).append((i, tokens))
         texts = [""] * len(requests)
         for written, group in settings.items():

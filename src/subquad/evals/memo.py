@@ -1,18 +1,21 @@
 """Figures kept on disk, so that a teacher is measured once however many students are held against it.
 
 A figure is found under the hash of all that it depends on: the weights, the tokenizer, the tokens and settings of the
-measurement, the device's kind, the version of torch and the source of the code that measures. What has changed in any
-of them has another name, so that no stale figure can be met; old files may be deleted at any time.
+measurement, the device's kind, the precision of float32 products, the versions of what runs it and the source of the
+code that measures. What has changed in any of them has another name; old files may be deleted at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import platform
 import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -76,7 +79,9 @@ def fingerprint(loaded: LoadedModel) -> str:
     words = core.to_str() if core is not None else sorted(tokenizer.get_vocab().items())
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
     weights = [part for name, tensor in sorted(model.state_dict().items()) for part in (name, tensor)]
-    code = (torch.__version__, source())
+    names = ("torch", "triton", "transformers")
+    installed = [(name, version(name)) for name in names if find_spec(name) is not None]
+    code = (platform.python_version(), *installed, torch.get_float32_matmul_precision(), source())
     return digest(model.config, words, tokenizer.chat_template, tokenizer.bos_token_id, device, code, *weights)
 
 

@@ -104,12 +104,13 @@ class NeedleGrid:
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt with its answer."""
+    """One prompt with its answer, and the other numbers that stand in the text."""
 
     length: int
     depth: float
     tokens: tuple[int, ...]
     value: str
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class NeedleResult:
 
     Attributes:
         by: ``generation`` (the greedy answer contains the number, nothing else counts) or ``likelihood`` (the number
-            is likelier than nine others of as many digits: cheaper, and easier).
+            is likelier than nine others of as many digits, those of the distractors first: cheaper, and easier).
         length_n, depth_n: cell of each question.
         hit_n: bool, whether it was found.
     """
@@ -186,7 +187,7 @@ def make_questions(tokenizer: Any, hay: str, grid: NeedleGrid, wording: Wording 
                 text = [hay_n[(start + i) % len(hay_n)] for i in range(room)]
                 depths = [depth] + [rng.random() for _ in keys[1:]]
                 body = _insert(text, needles, depths, ends)
-                questions.append(Question(length, depth, (*head, *body, *tail), values[0]))
+                questions.append(Question(length, depth, (*head, *body, *tail), values[0], tuple(values[1:])))
     return questions
 
 
@@ -285,12 +286,13 @@ def _likelier(model: Stack, tokenizer: Any, questions: Sequence[Question]) -> li
 def answer_logprobs(model: Stack, tokenizer: Any, questions: Sequence[Question], *, others: int = 0) -> Tensor:
     """Log-probability of each question's number, and of `others` wrong ones, as float64 ``[questions, 1 + others]``.
 
-    The prompt is read once; its state is forked for the candidates.
+    Wrong are those of other keys in the text, as far as there are any: a number that stands nowhere is no rival of one
+    that was read. The prompt is read once; its state is forked for the candidates.
     """
     candidates: list[list[int]] = []
     for question in questions:
         rng = random.Random(question.value)
-        values = [question.value]
+        values = [question.value, *question.others][: 1 + others]
         while len(values) < 1 + others:
             other = str(rng.randrange(10 ** (len(question.value) - 1), 10 ** len(question.value)))
             values += [other] if other not in values else []

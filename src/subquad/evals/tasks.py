@@ -27,7 +27,7 @@ from subquad.core.errors import DataError
 from subquad.data.sources import OPENERS
 from subquad.evals.scoring import Progress, TokenScores, score_continuations
 from subquad.evals.stats import Interval, bootstrap_mean, bootstrap_ratio, wilson
-from subquad.evals.text import begin_tokens
+from subquad.evals.text import begun
 from subquad.models.stack import Stack
 
 CLOZE = ("context", "continuation")
@@ -206,7 +206,7 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
     shared = 0
     while shared < min(len(prefix), len(whole) - 1) and prefix[shared] == whole[shared]:
         shared += 1
-    context_tokens = begin_tokens(tokenizer) + whole[:shared]
+    context_tokens = begun(tokenizer, whole[:shared])
     if not context_tokens:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:

@@ -36,6 +36,12 @@ def begin_tokens(tokenizer: Any) -> list[int]:
     return [begin] if begin is not None and tokenizer.encode("a")[:1] == [begin] else []
 
 
+def begun(tokenizer: Any, tokens: list[int]) -> list[int]:
+    """Tokens with what the tokenizer puts before any text, unless the text brought it, as some chat templates do."""
+    begin = begin_tokens(tokenizer)
+    return tokens if tokens[:1] == begin else begin + tokens
+
+
 def read_text(spec: str, tokenizer: Any, chars: int | None = None) -> str:
     """The documents of a source as one text, a blank line between them.
 
