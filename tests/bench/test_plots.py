@@ -37,6 +37,23 @@ def test_ours_every_baseline_and_the_limit_over_length() -> None:
     assert chart.log_x and chart.log_y and [name for _, name in chart.ticks] == ["100", "400"]
 
 
+def test_quality_over_bytes_of_kinds_with_several_sizes() -> None:
+    rows = [make_row("convert.some.uniform.ppl_ratio", 2.0, "1", "lower")]
+    for kind, better in (("keep", 0.0), ("windows", 0.1)):
+        for share in (25, 50):
+            rows.append(make_row(f"convert.some.{kind}{share}.ppl_ratio", 1.3 + better - share / 100, "1", "lower"))
+            rows.append(make_row(f"convert.some.{kind}{share}.state_bytes", share * 2**20, "bytes", "lower"))
+    env = environment(torch.device("cpu"), torch.float32)
+    (chart,) = plots(Result("convert.some", "subquad study", env, rows)).values()
+    assert {kind: [x / 2**20 for x, _ in points] for kind, points in chart.series.items()} == {
+        "keep": [25, 50],
+        "windows": [25, 50],
+    }
+    assert chart.series["windows"][0][1] == 1.3 + 0.1 - 0.25
+    alone = Result("convert.some", "subquad study", env, [row for row in rows if "windows" not in row.id])
+    assert plots(alone) == {}
+
+
 def saved(made: Result, folder: Path) -> Path:
     path = folder / "ops.some.cpu.json"
     made.save(path)

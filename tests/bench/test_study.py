@@ -158,7 +158,6 @@ def test_figures_curves_ratios_and_pictures(study: Study) -> None:
     assert [row[-1] for row in first] == ["windows50", "even"]
     assert [row[-1] for row in second] == ["keep50", "even"]
     charts = plots(result)
-    assert charts["ppl_ratio"].series == {"keep": [(100, 1.3), (200, 1.1)]}
-    assert set(charts["kl"].series) == {"keep50", "keep25", "windows50", "plain"}
+    assert set(charts) == {"kl"} and set(charts["kl"].series) == {"keep50", "keep25", "windows50", "plain"}
     page = write_page(study, result, "subquad study").read_text()
-    assert "windows50.kl: " in page and "[1, 1.2]" in page and page.count("<svg") == 3
+    assert "windows50.kl: " in page and "[1, 1.2]" in page and page.count("<svg") == 2

@@ -30,7 +30,7 @@ def plots(result: Result) -> dict[str, Chart]:
 
 
 def _over_bytes(result: Result) -> dict[str, Chart]:
-    """Each of `QUALITIES` over the bytes of state, of kinds of runs with at least two sizes."""
+    """Each of `QUALITIES` over the bytes of state, where at least two kinds of runs have at least two sizes each."""
     rows = {row.id.removeprefix(f"{result.bench}."): row for row in result.rows}
     found: dict[str, dict[str, list[Point]]] = {}
     for id, row in rows.items():
@@ -41,7 +41,7 @@ def _over_bytes(result: Result) -> dict[str, Chart]:
     charts: dict[str, Chart] = {}
     for what, kinds in found.items():
         series = {kind: sorted(points) for kind, points in kinds.items() if len(points) > 1}
-        if series:
+        if len(series) > 1:
             title = f"{QUALITIES[what]} of {result.bench}, over the teacher's"
             sizes = sorted({x for points in series.values() for x, _ in points})
             ticks = [(x, f"{x / 2**20:.0f}") for i, x in enumerate(sizes) if i == 0 or x > 1.2 * sizes[i - 1]]
