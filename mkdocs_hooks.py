@@ -48,8 +48,9 @@ def reading_order(pages: list[str]) -> list[Any]:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put a method's card under the title of its page, and have charts where the site keeps them."""
-    markdown = markdown.replace("](../bench/results/", "](results/")
     parts = Path(page.file.src_uri).with_suffix("").parts
+    up = "../" * (len(parts) - 1)
+    markdown = markdown.replace(f"]({up}../bench/results/", f"]({up}results/")
     if len(parts) == 3 and parts[0] == "methods" and parts[1] in FAMILIES and parts[2] in methods(parts[1]):
         title, _, body = markdown.partition("\n")
         return f"{title}\n\n{card_table(methods(parts[1])[parts[2]])}\n{body}"

@@ -61,6 +61,7 @@ def test_heads_are_chosen_nested_and_convert_reads_them(
     inspect("heads", model, text, keep=[0.25, 0.5], search="greedy", picks=2, distractors=1, as_json=file, report=page)
     found = json.loads(file.read_text())
     assert list(found["kept"]) == ["0.5", "0.25"]
+    assert found["heads"] == {str(i): 2 for i in range(LAYERS)}
     assert [row["kept"] for row in found["rounds"]] == [2, 4]
     assert found["alone"] == []
     few, many = ({(i, h) for i, heads in found["kept"][k].items() for h in heads} for k in ("0.25", "0.5"))

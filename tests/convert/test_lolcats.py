@@ -7,13 +7,18 @@ import torch
 
 from subquad.convert.lolcats import RECIPE
 from subquad.convert.transplant import transplant
-from subquad.convert.transplant.placement import parse_options, place
+from subquad.convert.transplant.placement import parse_options, place, place_heads
 from subquad.data import TokenStream, parse_source
+from subquad.models.config import ModelConfig
 from subquad.models.load import load_model
+from subquad.models.stack import Stack
 from subquad.train.checkpoint import RunFolder
 from subquad.train.pipeline import Models, fit
+from subquad.train.stages import matching
 
-MAPS = ("k_map_weight", "k_map_bias", "q_map_weight", "q_map_bias")
+LAYER = {"mixer": "attention", "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "rotary": {"theta": 1e4, "dim": 8}}
+
+MAPS = ("k_map_weight", "k_map_bias", "q_map_weight", "q_map_bias", "q_map_fade")
 PROJECTIONS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")
 
 
@@ -25,6 +30,18 @@ def test_settings_are_the_published_ones():
     assert (transfer.rate.lr, adapt.rate.lr, transfer.share, adapt.share) == (1e-2, 1e-4, 0.5, 0.5)
     assert adapt.options == {"rank": 8, "alpha": 16.0}
     assert RECIPE.batch * RECIPE.seq == 8 * 1024
+
+
+def test_adapters_are_found_where_some_heads_stay():
+    """A layer that keeps some heads is `parallel`, and its parts have projections of their own."""
+    teacher = Stack(ModelConfig(64, 32, 48, (LAYER,) * 2)).requires_grad_(False)
+    student = transplant(teacher, place_heads([2, 2], {1: [0]}, "windowed_linear", {"window": 8, "features": 8}))
+    found = matching((name for name, _ in student.named_parameters()), RECIPE.phases[1].train)
+    parts = ("blocks.0.mixer.", "blocks.1.mixer.parts.0.", "blocks.1.mixer.parts.1.")
+    assert sorted(found) == sorted(
+        n for n, _ in student.named_parameters() if n.startswith(parts) and n.endswith(PROJECTIONS)
+    )
+    assert len(found) == 12
 
 
 def test_what_each_phase_changes(tiny_teacher, tiny_text, tmp_path):

@@ -380,7 +380,10 @@ def test_bad_input(tmp_path, teacher_folder, capfd):
             "--stage align.tokens many: expected a number of tokens",
         ),
         ([*base, *budget, "--data", "pydoc", "--stage", "align.train=nothing"], "train nothing: no such parameter"),
-        ([*base, *budget, "--data", "pydoc", "--resume"], "got none; start without --resume"),
+        (
+            [*base, *budget, "--data", "pydoc", "--resume"],  # of the run above, stopped before its first step
+            "--resume: expected the settings of the run, got others: recipe.align.train ['nothing'] (now ['*'])",
+        ),
     ]:
         assert main(arguments) == 2, arguments
         shown = capfd.readouterr().err.strip().splitlines()[-1]

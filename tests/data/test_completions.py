@@ -34,6 +34,9 @@ LAST = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '</s>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ '<end>' }}{% endif %}"
 )
+# Nothing closes a turn, and the next one's header is a special token.
+OPEN = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+OPEN_WITH_END = f"{OPEN}<end>"
 
 
 def tokenizer(template=None):
@@ -71,6 +74,8 @@ TALK = turns("an a?", "an apple", "a\nb", " a pear \n")
         (CHATML, ["an apple<|im_end|>", " a pear \n<|im_end|>"]),
         (INST, [" an apple</s>", " a pear</s>"]),
         (LAST, ["an apple</s>", " a pear \n</s>"]),
+        (OPEN, ["an apple", " a pear \n<end>"]),
+        (OPEN_WITH_END, ["an apple", " a pear \n<end>"]),
         # Nothing closes a turn there but the end of the document.
         (None, ["an apple", " a pear \n<end>"]),
     ],
@@ -85,7 +90,8 @@ def test_an_answer_is_found_whatever_else_reads_the_same():
         assert labels(talk, tokenizer(CHATML)) == [f"{said}<|im_end|>"]
     # A turn of the user's at the end is nobody's label, and neither is the end token behind it.
     assert labels(turns("a", "b", "c"), tokenizer(CHATML)) == ["b<|im_end|>"]
-    assert labels(turns("a", "b", "c"), tokenizer()) == ["b"]
+    for open_turns in (OPEN, OPEN_WITH_END, None):
+        assert labels(turns("a", "b", "c"), tokenizer(open_turns)) == ["b"]
 
 
 def test_a_token_counts_if_a_character_of_it_does():

@@ -2,17 +2,18 @@
 
 import importlib.util
 import json
+import math
 
 import pytest
 import torch
 
 from subquad.cli import main
-from subquad.core.errors import ConfigError, DataError
+from subquad.core.errors import ConfigError, DataError, DivergenceError
 from subquad.models.checkpoint import save_pretrained
 from subquad.models.config import ModelConfig
 from subquad.models.load import load_model
 from subquad.models.stack import Stack
-from subquad.train.dpo import Preference, read_pairs
+from subquad.train.dpo import Preference, last_step, read_pairs
 
 ATTENTION = {"mixer": "attention", "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "rotary": {"theta": 1e4, "dim": 8}}
 MAMBA = {"mixer": "mamba2", "n_heads": 2, "key_dim": 8, "value_dim": 8}
@@ -53,6 +54,16 @@ def test_pairs(tmp_path):
         read_pairs(tmp_path / "pairs.jsonl")
     with pytest.raises(ConfigError, match=r"dpo: expected beta, lr, epochs > 0"):
         Preference(beta=0)
+
+
+def test_a_step_that_is_not_finite_ends_it():
+    log = [{"loss": 0.7, "grad_norm": 2.0}, {"loss": 0.5, "grad_norm": 1.0, "note": "x"}, {"train_runtime": 3.0}]
+    assert last_step(log) == {"loss": 0.5, "grad_norm": 1.0}
+    for name, value in (("loss", math.nan), ("grad_norm", math.inf)):
+        with pytest.raises(
+            DivergenceError, match=f"dpo: expected a finite {name}, got {value} in step 1 of 2; nothing"
+        ):
+            last_step([log[0] | {name: value}, *log[1:]])
 
 
 def test_without_trl_it_says_what_to_install(tmp_path, hybrid, monkeypatch, capfd):

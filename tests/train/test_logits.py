@@ -23,28 +23,36 @@ class Bytes:
     eos_token_id = 0
     chat_template = None
 
+    def __init__(self, last=61):
+        self.last = last
+
     def __call__(self, text, *, add_special_tokens, verbose):
-        return {"input_ids": [[c % 61 + 1 for c in t.encode()] for t in text]}
+        return {"input_ids": [[c % self.last + 1 for c in t.encode()] for t in text]}
 
     def get_vocab(self):
         return {chr(i): i for i in range(64)}
 
 
-def stream(batch=BATCH, time=TIME, seed=0, name="m"):
+def stream(batch=BATCH, time=TIME, seed=0, name="m", last=61, fraction=0.05):
     texts = [f"document {i} says " + " ".join(str(i * j % 97) for j in range(30)) for i in range(60)]
-    return TokenStream([Source(name, lambda: iter(texts))], Bytes(), batch=batch, time=time, seed=seed)
+    source = Source(name, lambda: iter(texts))
+    return TokenStream([source], Bytes(last), batch=batch, time=time, seed=seed, fraction=fraction)
 
 
-@pytest.fixture
-def teacher():
+def make_teacher():
     torch.manual_seed(0)
     model = Stack(ModelConfig(vocab_size=64, d_model=16, d_mlp=32, layers=(FULL, FULL)))
     torch.nn.init.normal_(model.lm_head.weight)
     return model
 
 
-def origin(source, k=K):
-    return Origin.of("a teacher", Bytes(), 64, k, source)
+@pytest.fixture
+def teacher():
+    return make_teacher()
+
+
+def origin(source, k=K, teacher=None):
+    return Origin.of("a teacher", teacher or make_teacher(), k, source)
 
 
 def log_p(teacher, tokens_bt):
@@ -131,17 +139,24 @@ def test_a_cache_serves_only_its_origin(teacher, tmp_path):
     source = stream()
     first = origin(source)
     fill(tmp_path, teacher, source, first, BATCH * TIME)
-    for other, message in (
+    LogitCache(tmp_path).origin.check(Origin(**(vars(first) | {"teacher": "another name"})), tmp_path)
+    other = make_teacher()
+    with torch.no_grad():
+        other.blocks[1].mixer.qkv.k_proj.weight[3, 2] += 1e-3
+    for another, message in (
         (origin(stream(seed=3)), "expected seed 0 as cached, got 3"),
         (origin(stream(time=10)), "expected time 12 as cached, got 10"),
         (origin(stream(name="n")), r"expected sources \('m',\) as cached, got \('n',\)"),
         (origin(source, k=6), "expected k 5 as cached, got 6"),
-        (Origin(**(vars(first) | {"teacher": "another"})), "expected teacher a teacher as cached, got another"),
+        (origin(stream(fraction=0.1)), "expected held_out 0.05 as cached, got 0.1"),
+        # The same vocabulary, cut otherwise.
+        (origin(stream(last=60)), "expected tokenizer [0-9a-f]+ as cached, got [0-9a-f]+"),
+        (origin(stream(), teacher=other), r"expected teacher a teacher \([0-9a-f]{12}\) as cached, got a teacher \("),
     ):
         with pytest.raises(DataError, match=message):
-            LogitWriter(tmp_path, other)
+            LogitWriter(tmp_path, another)
         with pytest.raises(DataError, match=message):
-            LogitCache(tmp_path).origin.check(other, tmp_path)
+            LogitCache(tmp_path).origin.check(another, tmp_path)
     for wrong in (next(stream(seed=3)), next(stream(time=10))):
         with pytest.raises(DataError, match="give the same data, seed and sequence length"):
             LogitCache(tmp_path).of(wrong.tokens_bt)
@@ -164,7 +179,7 @@ def test_damage_is_seen(teacher, tmp_path):
     with pytest.raises(CheckpointError, match=f"expected {len(content)} bytes, got 0"):
         LogitCache(tmp_path)
     manifest.write_text(json.dumps(json.loads(text) | {"schema": 9}))
-    with pytest.raises(CheckpointError, match="expected schema 1, got 9"):
+    with pytest.raises(CheckpointError, match="expected schema 2, got 9"):
         LogitCache(tmp_path)
     manifest.write_text("{")
     with pytest.raises(CheckpointError, match="expected JSON"):
@@ -177,7 +192,7 @@ def test_bytes_a_token_and_large_vocabularies(teacher, tmp_path):
     top = top_k(torch.randn(rows, time, 6), torch.randn(70_000, 6), K)
     for vocabulary, each in ((2**16, 2), (70_000, 4)):
         folder = tmp_path / str(vocabulary)
-        writer = LogitWriter(folder, Origin("t", "h", vocabulary, K, ("m",), 0, time))
+        writer = LogitWriter(folder, Origin("t", "w", "h", vocabulary, K, ("m",), 0, time, 0.05))
         ids = top.ids_btk.clamp(max=vocabulary - 1)
         writer.add(tokens, logits.TopK(ids, top.log_p_btk, top.log_tail_bt), {})
         writer.flush()
@@ -270,6 +285,12 @@ def test_the_stage_refuses_what_it_was_not_cached_for(teacher, tmp_path):
     fill(tmp_path, teacher, source, origin(source), BATCH * TIME)
     with pytest.raises(DataError, match="expected seed 0 as cached, got 1"):
         make_stage("distill_cached", cached_work(teacher, stream(seed=1)), {"cache": str(tmp_path)})
+    with pytest.raises(DataError, match="expected tokenizer"):
+        make_stage("distill_cached", cached_work(teacher, stream(last=60)), {"cache": str(tmp_path)})
+    other = make_teacher()
+    torch.nn.init.normal_(other.lm_head.weight)
+    with pytest.raises(DataError, match=r"expected teacher a teacher \(.*\) as cached, got the teacher \("):
+        make_stage("distill_cached", cached_work(other, stream()), {"cache": str(tmp_path)})
     wide = tmp_path / "wide"
     fill(wide, teacher, stream(), Origin(**(vars(origin(source)) | {"vocabulary": 99})), BATCH * TIME)
     with pytest.raises(DataError, match="expected a vocabulary of at most 64, got 99"):

@@ -204,7 +204,8 @@ def test_pace_share_of_the_peak_and_cost(tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 2))
     monkeypatch.setattr(loops.time, "monotonic", lambda: next(clock))
     folder = RunFolder(tmp_path)
-    folder.append([{"stage": "before", "step": 1, "seconds": 60.0}, {"stage": "before", "step": 2, "seconds": 100.0}])
+    folder.append({"stage": "before", "step": i, "tokens": 8 * i, "seconds": 50.0 * i} for i in (1, 2))
+    assert folder.spent() == {"before": (16, 100.0)}
     shown = []
     habits = Habits(price_per_hour=36.0, log_steps=4)
     loop(tmp_path, steps=12, display=shown.append, flops_per_token=30.0, habits=habits).run()

@@ -372,8 +372,6 @@ def test_override():
         with pytest.raises(ConfigError) as error:
             override(recipe, [setting])
         assert message in str(error.value)
-    with pytest.raises(ConfigError, match="give --tokens, or a stage its own: --stage align.tokens=100k"):
-        recipe.budgets(None)
     with pytest.raises(ConfigError, match="phases of different names"):
         Recipe((Phase("align", Rate(1.0)), Phase("align", Rate(1.0))))
 

@@ -165,6 +165,7 @@ def quickstart(
         seq=CONTEXT,
         measure_tokens=todo.measure_tokens,
         eval_tokens=todo.windows * CONTEXT,
+        eval_context=CONTEXT,
     )
     here = Surroundings(device, habits=Habits(log_steps=1), display=display, say=say)
     done = convert(settings, out, surroundings=here)

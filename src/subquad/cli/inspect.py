@@ -175,6 +175,8 @@ class Found:
             "all cut": self._row(self.yardstick.everything),
             "alone": alone,
             "rounds": course,
+            # Whoever uses the choice can see whether his model is this one.
+            "heads": {str(i): attention.config.n_kv_heads for i, attention in self.cut.attentions.items()},
             "kept": {f"{share:g}": self.cut.kept_heads(sets["chosen"].kept) for share, sets in self.sets.items()},
             "joint": {
                 f"{share:g}": {

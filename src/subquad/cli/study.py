@@ -31,6 +31,8 @@ def run(
     """
     from functools import partial
 
+    import torch
+
     from subquad.bench.plots import refresh_plots
     from subquad.bench.results import environment
     from subquad.bench.study import collect, read_study, run_study, write_page
@@ -39,14 +41,15 @@ def run(
     found = read_study(study, out, data)
     if dry:
         for each in found.runs.values():
-            for command in (each.convert, each.evaluate):
+            for command in (each.convert, each.difference, each.evaluate):
                 if command:
                     typer.echo(shlex.join(["subquad", *command]))
         return
     failed = run_study(found, only or [], jobs=jobs, say=partial(typer.echo, err=True))
     if any(map(found.ended, found.runs)):
         command = shlex.join(["subquad", *sys.argv[1:]])
-        result = collect(found, command, environment(*placement("", "")))
+        where, kind = placement("", "")
+        result = collect(found, command, environment(where, kind or torch.float32))
         page = write_page(found, result, command)
         typer.echo(f"report: {page}")
         if as_json is not None:

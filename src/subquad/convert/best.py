@@ -13,7 +13,8 @@ CARD = Card(
     gives="the most of the teacher for the attention that is kept: which heads keep it is measured, not guessed",
     status="incubating",
     claim="at a quarter of the attention, 1.10 x the teacher's perplexity and 93 % of its multi-key needles",
-    measured="not measured yet",
+    measured="of the KL that windows of equal bytes leave, 40 % less at a quarter and 53 % less at half the attention",
+    result="convert.best_5m.json",
 )
 
 # Everything that attends, and every norm. MLPs, embedding and head stay the teacher's own: a quarter less work for each

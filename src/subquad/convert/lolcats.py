@@ -39,7 +39,7 @@ RECIPE = Recipe(
                 "*.mixer.*q_proj.weight",
                 "*.mixer.*k_proj.weight",
                 "*.mixer.*v_proj.weight",
-                "*.mixer.o_proj.weight",
+                "*.mixer.*o_proj.weight",
             ),
             options={"rank": 8, "alpha": 16.0},
         ),

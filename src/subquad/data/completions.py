@@ -24,8 +24,9 @@ MARK = "\ue000answer\ue000"
 def completions(document: Document, tokenizer: Tokenizer) -> tuple[str, list[Span]]:
     """A conversation as text, as `render` gives it, and where in it the assistant speaks.
 
-    A span is what the assistant says and the special token that closes its turn. Where nothing closes the last turn,
-    its span goes one character beyond the text: the end token that separates documents then counts. A template needs no
+    A span is what the assistant says and the special token that closes its turn: one that stands behind the last answer
+    too, since behind others it may open the next turn. Where nothing closes the last turn, its span goes one character
+    beyond the text: the end token that separates documents then counts. A template needs no
     marks of its own: it is rendered once more with each answer replaced, and what stays tells where the answer stood.
 
     Raises:
@@ -38,17 +39,25 @@ def completions(document: Document, tokenizer: Tokenizer) -> tuple[str, list[Spa
             "name the fields (#PROMPT+RESPONSE), or leave ,completions out"
         )
     text = render(document, tokenizer)
-    spans = [_span(document, i, text, tokenizer) for i, turn in enumerate(document) if turn["role"] == "assistant"]
-    if not spans:
+    answers = [i for i, turn in enumerate(document) if turn["role"] == "assistant"]
+    if not answers:
         roles = ", ".join(turn["role"] for turn in document) or "nothing"
         raise DataError(f"completions: expected a turn with the role assistant, got {roles}; drop the record")
-    return text, spans
+    _, behind = _around(document[: answers[-1] + 1], answers[-1], tokenizer)
+    closing = next((c for c in _specials(tokenizer) if behind.lstrip().startswith(c)), None)
+    return text, [_span(document, i, text, closing, tokenizer) for i in answers]
 
 
-def _span(conversation: Conversation, i: int, text: str, tokenizer: Tokenizer) -> Span:
-    said = conversation[i]["content"]
+def _around(conversation: Conversation, i: int, tokenizer: Tokenizer) -> tuple[str, str]:
+    """What stands before turn `i` and what stands behind it."""
     marked = render([*conversation[:i], conversation[i] | {"content": MARK}, *conversation[i + 1 :]], tokenizer)
     before, _, after = marked.partition(MARK)
+    return before, after
+
+
+def _span(conversation: Conversation, i: int, text: str, closing: str | None, tokenizer: Tokenizer) -> Span:
+    said = conversation[i]["content"]
+    before, after = _around(conversation, i, tokenizer)
     said = next((s for s in (said, said.strip()) if text == before + s + after), None)
     if said is None:
         raise DataError(
@@ -56,8 +65,7 @@ def _span(conversation: Conversation, i: int, text: str, tokenizer: Tokenizer) -
             f"{conversation[i]['content'][:40]!r}; drop the record, or leave ,completions out"
         )
     end = len(before) + len(said)
-    closing = next((c for c in _specials(tokenizer) if after.lstrip().startswith(c)), None)
-    if closing is not None:
+    if closing is not None and after.lstrip().startswith(closing):
         return len(before), end + after.index(closing) + len(closing)
     return len(before), end if after.strip() else len(text) + 1
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from subquad.core.errors import DataError
-from subquad.data.sources import Document, Source
+from subquad.data.sources import Source
 
 LENGTH = 13
 """Words of an n-gram, as in arXiv 2005.14165, appendix C."""
@@ -18,6 +18,9 @@ LENGTH = 13
 # Scripts that put no spaces between words count by character, as in most measures of translation.
 _UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[^\W_{_UNSPACED}]+|[{_UNSPACED}]")
+
+READ_CHARS = 1_000_000_000
+"""Characters of a source that are read at most, for one may never end: a minute or two."""
 
 _BUCKETS = 1 << 24
 _MANY_CHARS = 1 << 22
@@ -33,7 +36,9 @@ class Overlap:
         source, text: their names.
         grams: different n-grams of the evaluation text.
         found: how many of them stand in the source too.
-        example: one that does.
+        example: one that does, or "".
+        chars: characters of the source that were read.
+        whole: whether these are all of it.
     """
 
     source: str
@@ -41,29 +46,36 @@ class Overlap:
     grams: int
     found: int
     example: str
+    chars: int
+    whole: bool
 
     @property
     def share(self) -> float:
         """Share of the n-grams that were found."""
         return self.found / self.grams
 
+    @property
+    def figure(self) -> str:
+        """What was found, and in how much."""
+        read = f"{'all' if self.whole else 'the first'} {self.chars:,} characters"
+        return f"{self.found:,} of {self.grams:,} {LENGTH}-grams ({self.share:.2%}) in {read}"
+
     def __str__(self) -> str:
-        return (
-            f"{self.text}: {self.found:,} of {self.grams:,} {LENGTH}-grams ({self.share:.2%}) stand in the training "
-            f"data {self.source}, e.g. {self.example!r}"
-        )
+        example = f", e.g. {self.example!r}" if self.example else ""
+        return f"{self.text} stands in the training data {self.source}: {self.figure}{example}"
 
 
-def check_overlap(sources: Sequence[Source], evals: Mapping[str, str]) -> list[Overlap]:
-    """The overlap of each source with each evaluation text, where there is one; the largest share first.
+def check_overlap(sources: Sequence[Source], evals: Mapping[str, str], *, chars: int = READ_CHARS) -> list[Overlap]:
+    """The overlap of each source with each evaluation text, none included; the largest share first.
 
-    Texts are compared by their n-grams of 13 words, without case and punctuation. A source is read through once and
-    never held; what is remembered is a hash of each n-gram of the evaluation texts, 64 bits wide, so that a false find
+    Texts are compared by their n-grams of 13 words, without case and punctuation. A source is read once and never
+    held; what is remembered is a hash of each n-gram of the evaluation texts, 64 bits wide, so that a false find
     among 1e8 n-grams and 1e6 remembered ones has a probability of about 1e-5.
 
     Args:
         sources: what is trained on.
         evals: evaluation texts by name.
+        chars: of a source no document is read after the one that reaches so many characters.
 
     Raises:
         DataError: an evaluation text of less than one n-gram.
@@ -75,49 +87,67 @@ def check_overlap(sources: Sequence[Source], evals: Mapping[str, str]) -> list[O
     if not grams:
         return []
     wanted_n = np.unique(np.concatenate(list(grams.values())))
-    found = {source.name: _found(source, wanted_n) for source in sources}
     overlaps: list[Overlap] = []
-    for text, known_n in grams.items():
-        for source, seen_n in found.items():
-            shared_n = np.intersect1d(known_n, seen_n, assume_unique=True)
+    for source in sources:
+        reading = _Reading(source, chars)
+        seen_n = _found(reading, wanted_n)
+        for text, known_n in grams.items():
+            shared_n, example = np.intersect1d(known_n, seen_n, assume_unique=True), ""
             if len(shared_n):
                 words = _words(evals[text])
                 at = int(np.flatnonzero(np.isin(_hashes(words), shared_n))[0])
                 example = " ".join(words[at : at + LENGTH])
-                overlaps.append(Overlap(source, text, len(known_n), len(shared_n), example))
+            read = reading.chars, reading.whole
+            overlaps.append(Overlap(source.name, text, len(known_n), len(shared_n), example, *read))
     return sorted(overlaps, key=lambda o: -o.share)
 
 
-def _found(source: Source, wanted_n: Hashes) -> Hashes:
-    """Those of `wanted_n` that stand in `source`."""
+class _Reading:
+    """The documents of a source as plain text, as far as they are read.
+
+    Attributes:
+        chars: read so far.
+        whole: whether there are no more.
+    """
+
+    def __init__(self, source: Source, most: int) -> None:
+        self.source, self.most, self.chars, self.whole = source, most, 0, False
+
+    def __iter__(self) -> Iterator[str]:
+        for document in self.source.open():
+            if self.chars >= self.most:
+                return
+            # Without a chat template, whose words would part what an evaluation text joins.
+            text = document if isinstance(document, str) else "\n".join(turn["content"] for turn in document)
+            self.chars += len(text)
+            yield text
+        self.whole = True
+
+
+def _found(texts: Iterable[str], wanted_n: Hashes) -> Hashes:
+    """Those of `wanted_n` that stand in `texts`."""
     # Nearly every n-gram is a miss, and a table of one byte for each of many buckets tells most of them apart.
     table = np.zeros(_BUCKETS, dtype=np.bool_)
     table[wanted_n % _BUCKETS] = True
     found: list[Hashes] = []
-    for words in _batches(source):
+    for words in _batches(texts):
         hashes_n = _hashes(words)
         maybe_n = hashes_n[table[hashes_n % _BUCKETS]]
         found.append(np.intersect1d(maybe_n, wanted_n))
     return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)
 
 
-def _batches(source: Source) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """The words of many documents at once, and between two of them what is no word of any text."""
     words: list[str] = []
     size = 0
-    for document in source.open():
-        text = _plain(document)
+    for text in texts:
         size += len(text)
         words += [*_words(text), "\0"]
         if size >= _MANY_CHARS:
             yield words
             words, size = [], 0
     yield words
-
-
-def _plain(document: Document) -> str:
-    """Without a chat template, whose words would part what an evaluation text joins."""
-    return document if isinstance(document, str) else "\n".join(turn["content"] for turn in document)
 
 
 def _words(text: str) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from subquad.core.errors import CheckpointError, ConfigError, SubquadError
+from subquad.data.tokenizers import same_tokenizer
 from subquad.models.checkpoint import from_pretrained, is_checkpoint
 from subquad.models.difference import apply_difference, read_manifest
 from subquad.models.teachers import LoadedModel, license_of, load_teacher, load_tokenizer
@@ -51,7 +52,7 @@ def load_model(
 def check_pair(teacher: LoadedModel, start: LoadedModel) -> None:
     """Refuse a teacher whose next-token distribution can't be compared with that of the model a student starts from.
 
-    The two may differ in width, depth and mixers, but token for token they must speak of the same vocabulary.
+    The two may differ in width, depth and mixers, but they must cut a text into the same tokens of the same ids.
 
     Args:
         teacher: gives the distribution.
@@ -63,16 +64,7 @@ def check_pair(teacher: LoadedModel, start: LoadedModel) -> None:
     for one in (teacher, start):
         if one.tokenizer is None:
             raise ConfigError(f"{one.spec}: expected a tokenizer beside the weights, got none; add its files")
-    theirs, ours = teacher.tokenizer.get_vocab(), start.tokenizer.get_vocab()
-    if theirs != ours:
-        token = min(
-            (token for token, _ in theirs.items() ^ ours.items()), key=lambda t: (theirs.get(t, len(theirs)), t)
-        )
-        raise ConfigError(
-            f"{start.name}: expected the tokenizer of the teacher {teacher.name}, got another: token {token!r} is "
-            f"{theirs.get(token, 'not')} there and {ours.get(token, 'not')} here; start from a smaller model of the "
-            "teacher's own family"
-        )
+    same_tokenizer(teacher.tokenizer, start.tokenizer, (f"the teacher {teacher.name}", start.name))
     rows = (teacher.model.config.vocab_size, start.model.config.vocab_size)
     if rows[0] != rows[1]:
         raise ConfigError(

@@ -121,6 +121,10 @@ class RunFolder:
         whole = self.log.read_text(encoding="utf-8").split("\n")[:-1]
         return [json.loads(line) for line in whole]
 
+    def spent(self) -> dict[str, tuple[int, float]]:
+        """Tokens and seconds of every stage in the log, by its name."""
+        return {line["stage"]: (line["tokens"], line["seconds"]) for line in self.lines()}
+
     def rewind(self, stages: Iterable[str], stage: str, step: int) -> None:
         """Drop from the log what came after `step` of `stage`, which a resumed run writes again.
 

@@ -24,9 +24,7 @@ class Line:
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        """Start showing."""
-        if self.console.is_terminal:
-            self._bar.start()
+        """Show from the first figure on: a process that is told nothing shows nothing."""
         return self
 
     def __exit__(
@@ -49,6 +47,7 @@ class Line:
                 self._tasks[progress.stage], self._last = None, progress.seconds
                 self.say(f"{progress.stage:8} {progress.share:4.0%} {figures}")
             return
+        self._bar.start()
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bar.add_task(progress.stage, total=1.0, figures="")
         self._bar.update(self._tasks[progress.stage], completed=progress.share, figures=figures)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from subquad.core.errors import ConfigError, DataError, UnsupportedError
+from subquad.core.errors import ConfigError, DataError, DivergenceError, UnsupportedError
 from subquad.core.layout import Layout
 from subquad.models.checkpoint import check_target, save_pretrained
 from subquad.models.load import load_model
@@ -109,6 +110,7 @@ def prefer(
         UnsupportedError: ``trl`` is not installed.
         ConfigError: a model without a tokenizer.
         DataError: as in `read_pairs`.
+        DivergenceError: as in `last_step`; nothing is saved.
     """
     if importlib.util.find_spec("trl") is None:
         raise UnsupportedError("dpo needs trl, which is not installed; pip install subquad[dpo]")
@@ -148,6 +150,7 @@ def prefer(
             use_cpu=device.type == "cpu",
             save_strategy="no",
             logging_steps=1,
+            logging_nan_inf_filter=False,  # which would show an earlier loss instead
             report_to=[],
             disable_tqdm=True,
             seed=settings.seed,
@@ -165,6 +168,23 @@ def prefer(
             processing_class=tokenizer,
         )
         trainer.train()
-        steps = [line for line in trainer.state.log_history if "loss" in line]
+        figures = last_step(trainer.state.log_history)
     save_pretrained(ours.model, out, tokenizer)
-    return {k: float(v) for k, v in steps[-1].items() if isinstance(v, (int, float))}
+    return figures
+
+
+def last_step(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The figures of the last of the logged steps.
+
+    Raises:
+        DivergenceError: the loss or the gradient of one of them is not finite.
+    """
+    steps = [{k: float(v) for k, v in line.items() if isinstance(v, (int, float))} for line in log if "loss" in line]
+    for number, step in enumerate(steps, 1):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(step.get(name, 0.0)):
+                raise DivergenceError(
+                    f"dpo: expected a finite {name}, got {step[name]} in step {number} of {len(steps)}; nothing was "
+                    "saved; lower --lr"
+                )
+    return steps[-1]

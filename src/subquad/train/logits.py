@@ -17,12 +17,14 @@ from torch import Tensor
 from subquad.core.errors import CheckpointError, ConfigError, DataError
 from subquad.core.state import precise
 from subquad.data import TokenStream
+from subquad.data.tokenizers import SAMPLES
+from subquad.models.difference import digest
 from subquad.models.stack import Runner, Stack, plainly
 from subquad.ops import launch
 from subquad.train.checkpoint import write_atomically
 from subquad.train.precision import autocast
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 2**20
 # Logits that live at a time while the first k of them are looked for.
@@ -87,9 +89,10 @@ def top_k(hidden_btd: Tensor, head_vd: Tensor, k: int) -> TopK:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of what every id stands for."""
+    """A hash of what every id stands for, and of how texts are cut on which published tokenizers differ."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+    cut = tokenizer(list(SAMPLES), add_special_tokens=False, verbose=False)["input_ids"]
+    return hashlib.sha256(json.dumps([vocabulary, tokenizer.eos_token_id, cut]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -97,27 +100,39 @@ class Origin:
     """What a cache was made from; it serves nothing else.
 
     Attributes:
-        teacher: its name.
+        teacher: its name, for people; one teacher may have several, and its weights tell.
+        weights: the `digest` of the teacher, in the dtype it was loaded in.
         tokenizer: from `tokenizer_hash`.
         vocabulary: number of tokens.
         k: tokens kept of each distribution.
-        sources, seed, time: those of the stream.
+        sources, seed, time, held_out: those of the stream.
     """
 
     teacher: str
+    weights: str
     tokenizer: str
     vocabulary: int
     k: int
     sources: tuple[str, ...]
     seed: int
     time: int
+    held_out: float
 
     @staticmethod
-    def of(teacher: str, tokenizer: Any, vocabulary: int, k: int, stream: TokenStream) -> Origin:
-        """That of what `teacher` says about `stream`."""
-        state = stream.state_dict()
-        sources = tuple(state["sources"])
-        return Origin(teacher, tokenizer_hash(tokenizer), vocabulary, k, sources, state["seed"], state["time"])
+    def of(name: str, teacher: Stack, k: int, stream: TokenStream) -> Origin:
+        """That of what `teacher`, as it was loaded, says about `stream`."""
+        state, documents = stream.state_dict(), stream.documents
+        return Origin(
+            name,
+            digest(teacher),
+            tokenizer_hash(documents.tokenizer),
+            teacher.config.vocab_size,
+            k,
+            tuple(state["sources"]),
+            state["seed"],
+            state["time"],
+            documents.fraction,
+        )
 
     def check(self, other: Origin, where: Path) -> None:
         """Refuse another origin.
@@ -127,8 +142,11 @@ class Origin:
         """
         for name, mine in asdict(self).items():
             theirs = getattr(other, name)
-            if mine != theirs:
-                raise DataError(f"{where}: expected {name} {mine} as cached, got {theirs}; give the same or cache anew")
+            if name == "teacher" or mine == theirs:
+                continue
+            if name == "weights":
+                name, mine, theirs = "teacher", *(f"{o.teacher} ({o.weights[:12]})" for o in (self, other))
+            raise DataError(f"{where}: expected {name} {mine} as cached, got {theirs}; give the same or cache anew")
 
 
 def keys_of(tokens_bt: Tensor) -> list[int]:
@@ -241,8 +259,8 @@ class LogitCache:
 
     @property
     def tokens(self) -> int:
-        """Tokens about which it knows what the teacher said."""
-        return self.origin.time * len(self._rows)
+        """Tokens of the stream, from its start, about which it knows what the teacher said."""
+        return self.origin.time * sum(shard["rows"] for shard in self._shards)
 
     def verify(self) -> None:
         """Read every byte and compare checksums.
@@ -295,7 +313,7 @@ def fill(
         folder: of the cache; made if needed.
         teacher: on its device, see `subquad.train.precision.frozen`.
         stream: at its start.
-        origin: from `Origin.of` this teacher and stream.
+        origin: from `Origin.of` this teacher, as it was loaded, and this stream.
         tokens: rounded up to whole batches.
         run: how the teacher's blocks are called.
         shard_tokens: about how many a file holds; at most so many are lost by a crash.

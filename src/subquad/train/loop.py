@@ -7,9 +7,10 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -172,6 +173,7 @@ class Loop:
         say: Callable[[str], None] | None = None,
         processes: Processes | None = None,
         flops_per_token: float | None = None,
+        beside: Mapping[str, Any] | None = None,
     ) -> None:
         """Train `stage`.
 
@@ -185,6 +187,7 @@ class Loop:
             say: told in a line what is settled on the way.
             processes: that train together; None is this one alone.
             flops_per_token: of the stage's arithmetic, for its share of the device's peak.
+            beside: what every checkpoint holds besides, by name.
         """
         self.stage, self.budget, self.rate, self.folder = stage, budget, rate, folder
         self.habits, self.display, self.say = habits or Habits(), display, say
@@ -195,8 +198,10 @@ class Loop:
         self.seconds = 0.0
         self.flops_per_token = flops_per_token
         self._peak = peak_flops(stage.device) * self.processes.world if flops_per_token else None
-        earlier = {line["stage"]: line["seconds"] for line in folder.lines() if line["stage"] != stage.name}
-        self._earlier_seconds = sum(earlier.values())
+        self._beside = dict(beside or {})
+        # The first process alone writes there, and perhaps at this moment.
+        earlier = folder.spent() if self.processes.main else {}
+        self._earlier_seconds = sum(seconds for name, (_, seconds) in earlier.items() if name != stage.name)
         self._saved, self._save_seconds, self._logged = 0, 0.0, (0, 0.0)
         self._trying = 0
         self._held: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
@@ -264,13 +269,16 @@ class Loop:
                 "weights": self.stage.weights(),
                 "stage_state": self.stage.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
+                **self._beside,
             },
             keep=self.processes.main,
         )
-        if self.processes.main:
-            self.folder.save(content, later=later)
         if not later:
+            # The others wait for the disk too: whoever ends before it is done may have the first one ended.
+            self.processes.first(lambda: self.folder.save(content))
             self._save_seconds = time.monotonic() - began
+        elif self.processes.main:
+            self.folder.save(content, later=True)
         self._saved = self.steps
 
     def step(self) -> None:
@@ -364,22 +372,47 @@ class Loop:
 
 
 @contextmanager
+def stopping_at_once(folder: Path) -> Generator[None]:
+    """Let SIGINT and SIGTERM end what is done before and after the training; a `Loop` finishes its step first.
+
+    Args:
+        folder: that a later call goes on in.
+
+    Raises:
+        StoppedError: at a signal.
+    """
+
+    def stop() -> None:
+        raise StoppedError(f"stopped, with what is done in {folder}; give the same command with --resume to go on")
+
+    with _on_signal(stop):
+        yield
+
+
+@contextmanager
 def _stop_signals() -> Generator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets, so that a step is never torn; a second signal acts as before."""
+    """An event that SIGINT or SIGTERM sets, so that a step is never torn."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    with _on_signal(stop.set):
         yield stop
+
+
+@contextmanager
+def _on_signal(act: Callable[[], None]) -> Generator[None]:
+    """Call `act` at SIGINT or SIGTERM; a second signal acts as before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, _: object) -> None:
-        stop.set()
         signal.signal(number, before[signal.Signals(number)])
+        act()
 
     for s in before:
         signal.signal(s, ask)
     try:
-        yield stop
+        yield
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

@@ -120,9 +120,17 @@ def relative_error(y_btd: Tensor, target_btd: Tensor, layout: Layout) -> Tensor:
         target_btd: what it should have been; no gradient.
         layout: padding doesn't count.
     """
+    target_btd = target_btd.detach()
+    return squared_error(y_btd, target_btd, layout) / squared_norm(target_btd, layout)
+
+
+def squared_error(y_btd: Tensor, target_btd: Tensor, layout: Layout) -> Tensor:
+    """``||y - y*||^2`` over the tokens of a block, the part of `relative_error` that adds up over parts of a batch."""
     wide = precise(y_btd.dtype)
-    y_btd, target_btd = y_btd.to(wide), target_btd.detach().to(wide)
-    error_bt, norm_bt = (y_btd - target_btd).square().sum(-1), target_btd.square().sum(-1)
-    if layout.padded:
-        error_bt, norm_bt = error_bt * layout.valid_bt, norm_bt * layout.valid_bt
-    return error_bt.sum() / norm_bt.sum()
+    return squared_norm(y_btd.to(wide) - target_btd.to(wide), layout)
+
+
+def squared_norm(x_btd: Tensor, layout: Layout) -> Tensor:
+    """``||x||^2`` over the tokens of a block, in at least float32; padding doesn't count."""
+    norm_bt = x_btd.to(precise(x_btd.dtype)).square().sum(-1)
+    return (norm_bt * layout.valid_bt if layout.padded else norm_bt).sum()

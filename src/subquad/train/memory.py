@@ -93,7 +93,7 @@ def plan_memory(
     large enough to keep the device busy, and recomputed ones only where that makes up for the time it takes.
 
     Args:
-        teacher, student: on `device`, before anything was trained.
+        teacher, student: on `device`, with what a stage has copied of them, before anything was trained.
         trained: parameters of the student that will be.
         batch: sequences of a batch, of this process.
         seq: tokens of a sequence.
@@ -106,7 +106,7 @@ def plan_memory(
         ConfigError: not even one sequence fits; says what would.
     """
     free = free_bytes(device) if free is None else free
-    needs = measure(teacher, student, trained, seq, device, shards=shards, layerwise=layerwise)
+    needs = measure(student, trained, seq, device, batch=batch, shards=shards, layerwise=layerwise)
     usable = int((1 - MARGIN) * free)
 
     busy = busy_tokens(teacher, student, trained, seq, device)
@@ -151,12 +151,12 @@ def _refusal(needs: Needs, seq: int, device: torch.device, usable: int, layerwis
 
 
 def measure(
-    teacher: Stack,
     student: Stack,
     trained: Collection[nn.Parameter],
     seq: int,
     device: torch.device,
     *,
+    batch: int = 1,
     shards: int = 1,
     layerwise: bool = False,
 ) -> Needs:
@@ -170,12 +170,10 @@ def measure(
     # The gradient, both moments, and, while a step clips and updates, at most one more copy of a gradient.
     fixed = 3 * parameters // shards + max((p.numel() * p.element_size() for p in trained), default=0)
     if layerwise:
-        # One layer's graph at a time, and of it the largest; beside it the teacher at that layer.
-        row = 2 * largest + 4 * stream
-        return Needs(fixed + max(once for once, _ in blocks), row, row)
-    if device.type == "cuda":
-        # A frozen teacher computes with copies of its matrices in bfloat16.
-        fixed += sum(2 * m.weight.numel() for m in teacher.modules() if isinstance(m, nn.Linear))
+        # One layer's graph at a time, and of it the largest; beside it the teacher at that layer, whose stream, input,
+        # output and next stream are those of the whole batch.
+        row = 2 * largest
+        return Needs(fixed + 4 * batch * stream + max(once for once, _ in blocks), row, row)
     fixed += 2 * 4 * student.lm_head.weight.numel()  # the head's gradient, as it is summed and as it is handed on
     # Hidden states of both after the last norm, and the gradients of the student's on the way back.
     ends = 6 * stream
@@ -209,7 +207,10 @@ def _saved(block: Block, rows: int, model: Stack, seq: int, device: torch.device
         return x
 
     needed = [p for p in block.parameters() if not p.requires_grad]
-    x_btd = torch.randn(rows, seq, model.config.d_model, device=device, dtype=model.dtype, requires_grad=True)
+    # Drawn apart, so that the training after it draws what it would have drawn.
+    own_draws = torch.Generator(device).manual_seed(0)
+    shape = (rows, seq, model.config.d_model)
+    x_btd = torch.randn(shape, device=device, dtype=model.dtype, generator=own_draws, requires_grad=True)
     for p in needed:
         p.requires_grad_(True)
     try:

@@ -69,7 +69,7 @@ def adamw(
                 decay = rate.weight_decay if matrices else 0.0
                 groups.append({"params": chosen, "weight_decay": decay, "peak": rate.lr * factor})
     if not groups:
-        raise ConfigError("expected parameters to train, got none; loosen the patterns of --train")
+        raise ConfigError("expected parameters to train, got none; loosen the phase's patterns: --stage PHASE.train=*")
     # The fused form takes the rate from the device's side of the queue and waits for nothing.
     return torch.optim.AdamW(groups, lr=rate.lr, betas=rate.betas, fused=device.type == "cuda")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from subquad.core.errors import ConfigError
 from subquad.models.stack import Stack
 
+T = TypeVar("T")
+# How long the others wait for what the first one does alone, as sampling or evaluating.
+PATIENCE = timedelta(days=7)
 # Elements of gradients that are summed in one call.
 BUCKET = 2**26
 # Time for gloo's threads to let go of what they exchanged.
@@ -38,12 +42,14 @@ class Processes:
         device: of this process.
         rank, world: which of how many it is.
         mesh: of all of them; None when alone.
+        hosts: all of them once more, for what takes the first one long; None when alone.
     """
 
     device: torch.device
     rank: int = 0
     world: int = 1
     mesh: DeviceMesh | None = None
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -68,6 +74,42 @@ class Processes:
         own = batch // self.world
         first, rows = self.rank * own, min(rows or own, own)
         return [slice(first + i, min(first + i + rows, first + own)) for i in range(0, own, rows)]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` gives in the first process, the only one that calls it, handed to all; so is its error.
+
+        Args:
+            make: gives what can be pickled.
+        """
+        if self.world == 1:
+            return make()
+        found: list[Any] = [None, None]
+        if self.main:
+            try:
+                found[0] = make()
+            except Exception as error:
+                found[1] = error
+        dist.broadcast_object_list(found, 0, group=self.hosts, device=torch.device("cpu"))
+        if found[1] is not None:
+            raise found[1]
+        return found[0]  # type: ignore[no-any-return]
+
+    def ahead(self, make: Callable[[], T]) -> T:
+        """What `make` gives in each process; the first one's call ends before the others begin.
+
+        So that what it fetches or writes is there for them.
+        """
+        made: list[T] = []
+        self.first(lambda: made.append(make()))
+        return made[0] if made else make()
+
+    def least(self, x: int) -> int:
+        """The smallest of all processes' `x`."""
+        if self.world == 1:
+            return x
+        found = torch.tensor(x, dtype=torch.int64)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return int(found)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all processes' `x`."""
@@ -129,7 +171,8 @@ def joined(device: torch.device) -> Generator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     mesh = init_device_mesh(device.type, (world,))
-    yield Processes(device, dist.get_rank(), world, mesh)
+    hosts = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=PATIENCE))
+    yield Processes(device, dist.get_rank(), world, mesh, hosts)
     dist.barrier()
     dist.destroy_process_group()
     # gloo's threads need the interpreter to let go of the last exchange; one that asks for it while the interpreter

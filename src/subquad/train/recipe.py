@@ -58,13 +58,24 @@ class Phase:
             )
 
     def budget(self, tokens: int | None) -> Budget | None:
-        """What it may use when the whole recipe may use `tokens`; None leaves the phase out."""
+        """What it may use when the whole recipe may use `tokens`; None leaves the phase out.
+
+        Raises:
+            ConfigError: it has a share of tokens that nobody gave; only 0 leaves such a phase out.
+        """
         own = self.tokens
-        if own is None and self.share is not None and tokens is not None:
-            own = round(self.share * tokens)
-        if own == 0 or (own is None and self.minutes is None):
+        if own is None and self.share is not None and (tokens is not None or self.share == 0):
+            own = round(self.share * (tokens or 0))
+        if own == 0 or self.minutes == 0:
             return None
-        return Budget(own, self.minutes)
+        if own is not None or self.minutes is not None:
+            return Budget(own, self.minutes)
+        if self.share is not None:
+            raise ConfigError(
+                f"phase {self.name}: expected --tokens, of which it takes {self.share:.3g}, got none; give --tokens, "
+                f"or the phase its own: --stage {self.name}.tokens=100k (0 leaves it out)"
+            )
+        return None
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Recipe:
             whose loss of sight costs most.
         keep: share of the attention that stays, where nobody says another.
         batch, seq: sequences of a batch and tokens of a sequence, where nobody says others.
-        calibrate: fit decay, write strength and output scale of each layer before training.
+        calibrate: fit decay, write strength, output scale and output projection of each layer before training.
     """
 
     phases: tuple[Phase, ...]
@@ -92,21 +103,30 @@ class Recipe:
     calibrate: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse phases that can't be told apart, stages and ways of placing that are not known."""
+        """Refuse phases that can't be told apart or go back, stages and ways of placing that are not known."""
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
             raise ConfigError(f"recipe: expected phases of different names, got {', '.join(names)}; rename one")
         if self.place not in PLACES:
             raise ConfigError(f"recipe: unknown place {self.place!r}{nearest(self.place, PLACES)}")
-        whole = ""
+        whole, converted = "", 0.0
         for phase in self.phases:
-            if not load_stage(phase.stage).layerwise:
-                whole = whole or phase.name
-            elif whole:
+            if load_stage(phase.stage).layerwise:
+                if whole:
+                    raise ConfigError(
+                        f"recipe: expected phase {phase.name} before {whole}, got it after: it learns layer by layer "
+                        "from the teacher's stream, and the student has one of its own by then; move it up"
+                    )
+                continue
+            whole = whole or phase.name
+            # Only stepwise leaves layers to the teacher; later it would set aside what has learned already.
+            share = float(phase.options.get("converted", 1.0)) if phase.stage == "stepwise" else 1.0
+            if share < converted:
                 raise ConfigError(
-                    f"recipe: expected phase {phase.name} before {whole}, got it after: it learns layer by layer from "
-                    "the teacher's stream, and the student has one of its own by then; move it up"
+                    f"recipe: expected phase {phase.name} to convert at least {converted:g} of the layers, as one "
+                    f"before it does, got {share:g}; raise {phase.name}.converted"
                 )
+            converted = share
 
     @property
     def mixers(self) -> tuple[str, ...]:
@@ -114,20 +134,42 @@ class Recipe:
         return (self.mixer,) if isinstance(self.mixer, str) and self.mixer else tuple(self.mixer)
 
     def budgets(self, tokens: int | None) -> dict[str, Budget]:
-        """Budget of every phase that has one, by name, in order.
+        """Budget of every phase that has one, by name, in order; none at all where 0 was asked for.
 
         Raises:
-            ConfigError: nothing has one.
+            ConfigError: nothing has one, or a phase has a share of `tokens` that nobody gave.
         """
         found = {phase.name: phase.budget(tokens) for phase in self.phases}
         budgets = {name: budget for name, budget in found.items() if budget is not None}
-        if not budgets and all(phase.tokens is None for phase in self.phases):
+        if not budgets and 0 not in (tokens, *(x for phase in self.phases for x in (phase.tokens, phase.minutes))):
             first = self.phases[0].name if self.phases else "align"
+            got = "none" if tokens is None else f"--tokens {tokens} and no phase with a share of them"
             raise ConfigError(
-                f"expected a budget, got none; give --tokens, or a stage its own: --stage {first}.tokens=100k "
-                "(0 for no training)"
+                f"expected a budget, got {got}; give a stage its own: --stage {first}.tokens=100k (0 for no training)"
             )
         return budgets
+
+    def schedule(self, tokens: int | None, seq: int) -> list[str]:
+        """What every phase will do, a line each.
+
+        Args:
+            tokens: as in `budgets`.
+            seq: tokens of a sequence, of phases that have no length of their own.
+
+        Raises:
+            ConfigError: as in `budgets`.
+        """
+        budgets, lines = self.budgets(tokens), list[str]()
+        for phase in self.phases:
+            if phase.name not in budgets:
+                lines.append(f"{phase.name}: left out")
+                continue
+            budget = budgets[phase.name]
+            ends = [] if budget.tokens is None else [f"{budget.tokens:,} tokens"]
+            ends += [] if budget.minutes is None else [f"{budget.minutes:g} minutes"]
+            size = f"in sequences of {phase.seq or seq:,}"
+            lines.append(f"{phase.name}: {' or '.join(ends)} {size}, rate {phase.rate.lr:g}")
+        return lines
 
     def layerwise(self, tokens: int | None) -> bool:
         """Whether nothing but the new mixers is trained, each for its own layer."""
@@ -137,6 +179,30 @@ class Recipe:
 
 # For whoever names mixers and budgets and no recipe.
 PLAIN = Recipe((Phase("align", Rate(1e-3)), Phase("distill", Rate(1e-3))))
+
+
+def cached(recipe: Recipe, folder: str) -> Recipe:
+    """`recipe` with every phase of the stage distill reading the teacher's logits from `folder`: no teacher runs there.
+
+    Raises:
+        ConfigError: no such phase, or one whose loss can't be had of a cache.
+    """
+    if all(phase.stage != "distill" for phase in recipe.phases):
+        names = ", ".join(phase.stage for phase in recipe.phases)
+        raise ConfigError(f"--teacher-logits: expected a recipe with a stage distill, got {names}; leave it out")
+
+    def changed(phase: Phase) -> Phase:
+        if phase.stage != "distill":
+            return phase
+        options = dict(phase.options)
+        if (options.pop("temperature", 1), options.pop("reverse", 0)) != (1, 0):
+            raise ConfigError(
+                f"--teacher-logits: expected phase {phase.name} at temperature 1 and reverse 0, got {phase.options}; "
+                "other losses need the whole distribution, and so the teacher"
+            )
+        return dataclasses.replace(phase, stage="distill_cached", options={"cache": folder, **options})
+
+    return dataclasses.replace(recipe, phases=tuple(map(changed, recipe.phases)))
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:

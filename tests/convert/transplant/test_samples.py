@@ -1,5 +1,6 @@
 """The teacher's own samples: the same whatever interrupts them, and read back as what they are."""
 
+import copy
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from subquad.convert.transplant.samples import is_own, own_samples, rows_at_once, write_samples
+from subquad.convert.transplant.samples import _Part, is_own, own_samples, rows_at_once, write_samples
 from subquad.core.errors import DataError
 from subquad.data import Source, TokenStream
 from subquad.engine.generate import Limits, generate
@@ -68,34 +69,56 @@ def test_answers_are_those_of_the_teacher_alone(tmp_path, teacher, tokenizer):
 
 
 @pytest.mark.parametrize("prompts", [None, questions()])
-def test_an_interrupted_call_loses_nothing_and_ends_the_same(tmp_path, teacher, tokenizer, prompts):
+def test_an_interrupted_call_loses_nothing_and_ends_the_same(tmp_path, teacher, tokenizer, prompts, monkeypatch):
     options = {"documents": 9, "length": 90, "prompts": prompts, "rows": 2, "seed": 3}
     write_samples(teacher, tokenizer, tmp_path / "whole.jsonl", **options)
     path, part = tmp_path / "a.jsonl", tmp_path / "a.jsonl.unfinished"
-    shown = []
+    shown, add = [], _Part.add
 
-    def stop(progress):
-        shown.append(progress)
-        raise KeyboardInterrupt
+    def stop(self, number, record):
+        add(self, number, record)
+        if len(self.records) == 3:
+            raise KeyboardInterrupt
 
-    few = options | {"documents": 3}
+    monkeypatch.setattr(_Part, "add", stop)
     with pytest.raises(KeyboardInterrupt):
-        write_samples(teacher, tokenizer, path, **few, display=stop)
-    assert not path.exists() and len(shown) == 1
-    assert (shown[0].step, shown[0].share) == (3, 1.0)
-    kept = part.read_text().splitlines()
-    assert len(kept) == 4
+        write_samples(teacher, tokenizer, path, **options)
+    monkeypatch.undo()
+    assert not path.exists() and len(part.read_text().splitlines()) == 3
+    with pytest.raises(DataError, match=r"a.jsonl: expected samples with seed 4, got 3; give the same settings, move"):
+        write_samples(teacher, tokenizer, path, **options | {"seed": 4})
     with part.open("a") as file:
         file.write('[8, {"te')  # the power went here
-    shown.clear()
     write_samples(teacher, tokenizer, path, **options, display=shown.append)
     assert shown[-1].step == 9 and shown[-1].share == 1.0
     assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
     assert not part.exists()
-    # What stands there under other terms is not taken up.
-    part.write_text("\n".join(kept) + "\n")
-    write_samples(teacher, tokenizer, path, **options | {"seed": 4})
-    assert path.read_text() != (tmp_path / "whole.jsonl").read_text()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_samples_of_something_else_are_refused(tmp_path, teacher, tokenizer, finished):
+    path, options = tmp_path / "a.jsonl", {"documents": 3, "length": 40, "seed": 3}
+    write_samples(teacher, tokenizer, path, **options)
+    before = path.read_text()
+    if not finished:
+        path.rename(tmp_path / "a.jsonl.unfinished")
+    for change in ({"documents": 4}, {"length": 41}, {"seed": 4}, {"temperature": 0.5}):
+        ((name, value),) = change.items()
+        with pytest.raises(DataError, match=f"expected samples with {name} {value}, got "):
+            write_samples(teacher, tokenizer, path, **options | change)
+    with pytest.raises(DataError, match="expected samples with prompts questions, got None"):
+        write_samples(teacher, tokenizer, path, prompts=questions(), **options)
+    other = copy.deepcopy(teacher)
+    other.norm.weight[0] += 1e-3
+    with pytest.raises(DataError, match="expected samples with teacher [0-9a-f]+, got [0-9a-f]+;"):
+        write_samples(other, tokenizer, path, **options)
+    if finished:
+        write_samples(teacher, tokenizer, path, **options)
+        assert path.read_text() == before
+    # Nobody knows what these were drawn from.
+    (tmp_path / "a.terms.json").unlink()
+    with pytest.raises(DataError, match="expected samples with teacher [0-9a-f]+, got no record of it"):
+        write_samples(teacher, tokenizer, path, **options)
 
 
 def test_a_source_of_answers_trains_on_them_only(tmp_path, teacher, tokenizer):
@@ -106,10 +129,12 @@ def test_a_source_of_answers_trains_on_them_only(tmp_path, teacher, tokenizer):
     out = tmp_path / "out"
     source = own_samples(spec, teacher, tokenizer, out, documents=99, length=120, seed=2)
     assert (source.name, source.weight, source.completions) == (spec, 2.0, True)
-    (path,) = out.iterdir()
+    (path,) = out.glob("*.jsonl")
     before = path.read_text()
-    own_samples(spec, teacher, tokenizer, out, documents=99, length=120, seed=99)
+    own_samples(spec, teacher, tokenizer, out, documents=99, length=120, seed=2)
     assert path.read_text() == before
+    with pytest.raises(DataError, match="expected samples with seed 99, got 2"):
+        own_samples(spec, teacher, tokenizer, out, documents=99, length=120, seed=99)
     stream = TokenStream([source], tokenizer, batch=1, time=16, fraction=0.0, chunk_tokens=64)
     batch = next(stream)
     assert batch.wanted_bt is not None and bool(batch.wanted_bt.any())

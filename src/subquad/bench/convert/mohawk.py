@@ -9,10 +9,9 @@ import torch
 from subquad.bench.conversions import measure
 from subquad.bench.harness import Bench
 from subquad.convert.mohawk import RECIPE
-from subquad.core.layout import Layout
 from subquad.mixers.attention import Attention
 from subquad.mixers.mamba2 import Mamba2
-from subquad.train.stages.matrix import distance
+from subquad.train.stages.matrix import squared_frobenius
 
 
 def run(bench: Bench) -> None:
@@ -25,7 +24,7 @@ def run(bench: Bench) -> None:
     one_tt = torch.eye(t, dtype=torch.float64)
     with torch.no_grad():
         signs_bthn = every_tn[None, :, None].expand(2, t, 4, 2**t)
-        got_h, _ = distance(mixer, attention, x_btd, signs_bthn, Layout.dense(2, t))
+        got_h = squared_frobenius(mixer.mix_values(x_btd, signs_bthn) - attention.mix_values(x_btd, signs_bthn))
         ones_btht = one_tt[None, :, None].expand(2, t, 4, t)
         apart_btht = mixer.mix_values(x_btd, ones_btht) - attention.mix_values(x_btd, ones_btht)
         want_h = apart_btht.square().sum((0, 1, 3))

@@ -96,7 +96,7 @@ def _each(loss: Loss, hidden_btd: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stored(top: TopK, tokens_bt: Tensor, v: int, folder: Path) -> tuple[TopK, int]:
     """`top` as it comes back from a disk, and its bytes there."""
-    writer = LogitWriter(folder, Origin(TEACHER, "", v, top.ids_btk.shape[-1], (), 0, tokens_bt.shape[1]))
+    writer = LogitWriter(folder, Origin(TEACHER, "", "", v, top.ids_btk.shape[-1], (), 0, tokens_bt.shape[1], 0.0))
     writer.add(tokens_bt, top, {})
     writer.flush()
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -79,11 +79,14 @@ def account(conversion: Conversion, out: Path, *, command: str, batch: int = 8, 
             f"teacher {speeds['teacher'][context]:,.0f}, batch {batch}",
         ),
     ]
+    facts = folder.facts()
+    spent = facts["training"]
+    price = f"{spent['minutes']:,.1f} minutes" + (f", cost {spent['cost']:,.2f}" if "cost" in spent else "")
+    headline.append(("trained on", f"{spent['tokens']:,} tokens", price))
     quality = Section("Quality", [position_chart(scores)], "Held-out documents, which no training has seen.")
     cost = Section("Cost", [memory_chart(states), speed_chart(speeds, batch=batch)])
     sections = [*training(folder.lines(), sorted(conversion.placement)), quality, cost]
     title = f"Conversion of {conversion.teacher.name}"
-    facts = folder.facts()
     settings = {"settings": facts["settings"], "versions": facts["versions"]}
     write_report(Report(title, summary, command, headline, sections, settings), out / "report.html")
 
@@ -100,7 +103,8 @@ def training(lines: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> list[
         mine = [line for line in lines if line["stage"] == stage]
         figures = [name for name in ("kl", "cross_entropy") if name in mine[0]] or ["loss"]
         curves = {name: smooth([(line["tokens"], line[name]) for line in mine]) for name in figures}
-        label = "relative error" if stage == "align" else "nats a token"
+        # Stages that learn layer by layer log an error of each, and all others a loss of the whole.
+        label = "relative error" if "layers" in mine[0] else "nats a token"
         parts: list[Any] = [loss_chart(f"Loss of {stage}", curves, y_label=label)]
         if "layers" in mine[0]:
             few = max(1, len(mine) // 10)
@@ -109,7 +113,7 @@ def training(lines: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> list[
                 name: {layer: sum(line["layers"][at] for line in part) / len(part) for at, layer in enumerate(layers)}
                 for name, part in ends.items()
             }
-            parts.append(alignment_chart(errors, note="Share of the layer's output that is off: |y - y*|² / |y*|²."))
+            parts.append(alignment_chart(errors, note="Share of what is compared that is off: |x - x*|² / |x*|²."))
         sections.append(Section(f"Stage {stage}", parts))
     return sections
 

@@ -16,6 +16,8 @@ from subquad.ops.qkv import QKV
 from subquad.train.stages.align import listen
 
 SCORES_AT_ONCE = 2**24
+# In the teacher's forward.
+TOKENS_AT_ONCE = 4096
 # First tokens of a document on which attention is parked (arXiv 2309.17453); median and entropy leave them out.
 PARKED = 4
 
@@ -64,7 +66,8 @@ def measure(
         sums[i].append(_one(x_btd.float(), sources[i], layout))
 
     for tokens_bt in batches:
-        listen(teacher, tokens_bt.to(teacher.device), layers, heard)
+        rows = max(1, TOKENS_AT_ONCE // tokens_bt.shape[1])
+        listen(teacher, tokens_bt.to(teacher.device), layers, heard, rows=rows)
     out: dict[int, AttentionStats] = {}
     for i, found in sums.items():
         mean_hx = torch.stack(found).mean(0)

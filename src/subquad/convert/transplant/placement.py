@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from subquad.core.config import misfit
-from subquad.core.errors import ConfigError, nearest
+from subquad.core.errors import ConfigError, UnsupportedError, nearest
 from subquad.core.registry import load, methods
 
 
@@ -27,14 +27,14 @@ def place(
 
     Raises:
         ConfigError: an unknown mixer or layer, a layer given twice, or layers named in two ways or in none.
+        UnsupportedError: a mixer without a mapping from attention.
     """
     known = methods("mixers")
     placed: dict[int, str] = {}
     sharing: list[str] = []
     for spec in mixers:
         slug, colon, own = spec.partition(":")
-        if slug not in known:
-            raise ConfigError(f"--mixer {spec}: unknown mixer {slug!r}{nearest(slug, known)}")
+        _check_mixer(spec, slug)
         if not colon:
             sharing.append(slug)
             continue
@@ -54,6 +54,15 @@ def place(
     chosen = spread(n_layers, keep) if keep is not None else parse_layers(layers or "", n_layers)
     free = [i for i in chosen if i not in placed]
     return dict(sorted((placed | {i: sharing[at % len(sharing)] for at, i in enumerate(free)}).items()))
+
+
+def _check_mixer(spec: str, slug: str) -> None:
+    known = methods("mixers")
+    if slug not in known:
+        raise ConfigError(f"--mixer {spec}: unknown mixer {slug!r}{nearest(slug, known)}")
+    if not known[slug].from_attention:
+        can = ", ".join(name for name, card in known.items() if card.from_attention)
+        raise UnsupportedError(f"--mixer {spec}: expected one with a mapping from attention, got {slug}; take {can}")
 
 
 def parse_layers(text: str, n_layers: int) -> list[int]:
@@ -103,17 +112,16 @@ def place_heads(
     ``parallel`` of attention in these and `slug` in the others.
 
     Args:
-        n_kv_heads: of each layer of the teacher.
+        n_kv_heads: of each layer of the teacher; 0 of one that is no attention, and stays as it is.
         kept: the heads that stay attention, by layer; of a layer that is not named none stays.
         slug: the mixer of the other heads.
         options: fields of its config.
 
     Raises:
         ConfigError: an unknown mixer, a layer or a head that is not there or named twice, or nothing to convert.
+        UnsupportedError: a mixer without a mapping from attention.
     """
-    known = methods("mixers")
-    if slug not in known:
-        raise ConfigError(f"--mixer {slug}: unknown mixer {slug!r}{nearest(slug, known)}")
+    _check_mixer(slug, slug)
     for i, heads in kept.items():
         there = range(n_kv_heads[i]) if 0 <= i < len(n_kv_heads) else range(0)
         if len(set(heads)) < len(heads) or not set(heads) <= set(there):

@@ -18,6 +18,7 @@ from subquad.data.sources import Conversation, Document, Source, parse_source, r
 from subquad.engine.generate import Limits
 from subquad.engine.many import generate_many
 from subquad.engine.sampler import SamplingConfig
+from subquad.models.difference import digest
 from subquad.models.stack import Stack
 from subquad.train.checkpoint import write_atomically
 from subquad.train.loop import Display, Progress
@@ -43,7 +44,7 @@ def own_samples(
     seed: int = 0,
     display: Display | None = None,
 ) -> Source:
-    """The source of the teacher's samples that `spec` names, which are drawn now unless `folder` has them.
+    """The source of the teacher's samples that `spec` names, which are drawn now as far as `folder` has not got them.
 
     Args:
         spec: see `is_own`; with options as every source.
@@ -58,10 +59,9 @@ def own_samples(
     # The name tells of which prompts, so that answers to several files lie side by side.
     name = "samples" if prompts is None else f"answers-{hashlib.blake2b(place.encode(), digest_size=4).hexdigest()}"
     path = folder / f"{name}.jsonl"
-    if not path.exists():
-        write_samples(
-            teacher, tokenizer, path, documents=documents, length=length, prompts=prompts, seed=seed, display=display
-        )
+    write_samples(
+        teacher, tokenizer, path, documents=documents, length=length, prompts=prompts, seed=seed, display=display
+    )
     # Called as it was asked for, wherever the folder is moved to before a resume.
     return Source(spec, parse_source(str(path)).open, **options)
 
@@ -84,13 +84,14 @@ def write_samples(
     Without prompts each begins with the tokenizer's start token (or its end token, where it has no start), and is a
     record with ``text``. With prompts the teacher answers them through its chat template, and a record holds
     ``messages``, the answer last, and ``finish``: ``end``, or ``length`` for one that was cut off. Samples go to a file
-    beside `path` as they come, and a call after an interruption draws only what is missing there. The same seed gives
-    the same texts, on a GPU but for rounding, in whatever order and company they are drawn.
+    beside `path` as they come, and a call after an interruption draws only what is missing there. Another file beside
+    it, ``.terms.json``, says what they were drawn from. The same seed gives the same texts, on a GPU but for rounding,
+    in whatever order and company they are drawn.
 
     Args:
         teacher: the model.
         tokenizer: its tokenizer.
-        path: a file that is there afterwards whole, or not at all.
+        path: a file that is there afterwards whole, or not at all; nothing is drawn where it is there before.
         documents: how many; with prompts at most one for each of them, chosen at random.
         length: most tokens of one; a prompt has at most half of it, or is left out, and an answer the other half.
         prompts: text is what the user says; of a conversation the last answer is left out and given anew.
@@ -100,8 +101,22 @@ def write_samples(
         display: told about the progress.
 
     Raises:
-        DataError: no start and no end token to begin with, or no prompt that is short enough.
+        DataError: no start and no end token to begin with, no prompt that is short enough, or samples at `path` that
+            were drawn from something else.
     """
+    _settle(
+        path,
+        {
+            "teacher": digest(teacher),
+            "prompts": prompts and prompts.name,
+            "documents": documents,
+            "length": length,
+            "seed": seed,
+            "temperature": temperature,
+        },
+    )
+    if path.exists():
+        return
     if prompts is None:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
@@ -112,9 +127,7 @@ def write_samples(
         conversations, contexts = _contexts(prompts, tokenizer, documents, length // 2, seed)
     new = length - (1 if prompts is None else length // 2)
     limits = Limits(max_new_tokens=new, end_tokens=_ends(teacher, tokenizer))
-    terms = {"length": length, "seed": seed, "temperature": temperature, "prompts": prompts and prompts.name}
-
-    part = _Part(path, terms)
+    part = _Part(path)
     # Longest first: prompts of like length are read together, and the time left is not guessed too low.
     missing = sorted((i for i in range(len(contexts)) if i not in part.records), key=lambda i: (-len(contexts[i]), i))
     if missing:
@@ -196,24 +209,43 @@ def _before_answer(conversation: Conversation, tokenizer: Any) -> str:
     return f"{render(conversation, tokenizer)}\n\n"
 
 
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.unfinished")
+
+
+def _settle(path: Path, terms: dict[str, Any]) -> None:
+    """Write down what the samples at `path` are drawn from, or refuse those that are there from something else."""
+    record = path.with_suffix(".terms.json")
+    if not path.exists() and not _unfinished(path).exists():
+        text = json.dumps(terms, indent=1) + "\n"
+        write_atomically(record, lambda file: file.write(text.encode()))
+        return
+    there: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    for name, mine in terms.items():
+        if there.get(name) != mine:
+            raise DataError(
+                f"{path}: expected samples with {name} {mine}, got {there.get(name, 'no record of it')}; "
+                "give the same settings, move the samples away, or choose another --out"
+            )
+
+
 class _Part:
     """Records as they come, in a file of their own until all are there."""
 
-    def __init__(self, path: Path, terms: dict[str, Any]) -> None:
-        """Take up what an interrupted call under the same `terms` left."""
-        self.path, self.part = path, path.with_name(f"{path.name}.unfinished")
+    def __init__(self, path: Path) -> None:
+        """Take up what an interrupted call left."""
+        self.path, self.part = path, _unfinished(path)
         self.records: dict[int, dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(terms), *self._left(json.dumps(terms))]
+        lines = list(self._left())
         write_atomically(self.part, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
         self.file = self.part.open("a", encoding="utf-8")
 
-    def _left(self, terms: str) -> Iterator[str]:
+    def _left(self) -> Iterator[str]:
         if not self.part.exists():
             return
-        first, *lines = self.part.read_text(encoding="utf-8").split("\n")
         # The last line was not written whole, if it is not empty.
-        for line in lines[:-1] if first == terms else ():
+        for line in self.part.read_text(encoding="utf-8").split("\n")[:-1]:
             number, record = json.loads(line)
             self.records[number] = record
             yield line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
+from subquad.models.flops import forward, training_apart
 from subquad.models.stack import Block, Stack
-from subquad.train.losses import relative_error
+from subquad.train.losses import squared_error, squared_norm
 from subquad.train.stages import StudentStage, Work
 
 Listener = Callable[[int, Tensor, Tensor, Layout], None]
@@ -21,8 +22,18 @@ Listener = Callable[[int, Tensor, Tensor, Layout], None]
 
 
 @torch.no_grad()
-def listen(teacher: Stack, tokens_bt: Tensor, layers: Sequence[int], heard: Listener) -> None:
-    """Run the teacher and report input and output of the mixers of `layers`; what lies above the last is not run."""
+def listen(
+    teacher: Stack, tokens_bt: Tensor, layers: Sequence[int], heard: Listener, *, rows: int | None = None
+) -> None:
+    """Run the teacher and report input and output of the mixers of `layers`; what lies above the last is not run.
+
+    Args:
+        teacher: the model.
+        tokens_bt: dense token ids.
+        layers: indices.
+        heard: told about all rows of a layer at once, lowest layer first.
+        rows: go through a block together; None is all.
+    """
     index = {id(block): i for i, block in enumerate(teacher.blocks)}
     last, wanted = max(layers), set(layers)
 
@@ -32,12 +43,42 @@ def listen(teacher: Stack, tokens_bt: Tensor, layers: Sequence[int], heard: List
         if i > last:
             return x_btd
         x_normed_btd = block.norm1(x_btd)
-        y_btd = block.mixer(x_normed_btd, layout)
+        y_btd = by_rows(block.mixer, layout, rows, x_normed_btd)
         if i in wanted:
             heard(i, x_normed_btd, y_btd, layout)
-        return block.feed(x_btd, y_btd) if i < last else x_btd
+        if i == last:
+            return x_btd
+
+        def feed(x_btd: Tensor, y_btd: Tensor, _: Layout) -> Tensor:
+            return block.feed(x_btd, y_btd)
+
+        return by_rows(feed, layout, rows, x_btd, y_btd)
 
     teacher.hidden(tokens_bt, run=run)
+
+
+def split_rows(layout: Layout, rows: int | None, *tensors: Tensor) -> Iterator[tuple[Layout, tuple[Tensor, ...]]]:
+    """Some rows of a dense block at a time: their layout, and these rows of each of `tensors`.
+
+    Args:
+        layout: of the whole block; the layouts of the parts are kept with it, so that all layers share them.
+        rows: at a time; None is all.
+        tensors: ``[b, ...]``.
+    """
+    b, t = layout.shape
+    if rows is None or rows >= b:
+        yield layout, tensors
+        return
+    sizes = [min(rows, b - start) for start in range(0, b, rows)]
+    device = layout.lengths_b.device
+    parts = layout.once(("rows", rows), lambda: [Layout.dense(size, t, device=device) for size in sizes])
+    yield from zip(parts, zip(*(x.split(sizes) for x in tensors), strict=True), strict=True)
+
+
+def by_rows(run: Callable[..., Tensor], layout: Layout, rows: int | None, *tensors: Tensor) -> Tensor:
+    """``run(*tensors, layout)``, some rows at a time."""
+    parts = [run(*some, at) for at, some in split_rows(layout, rows, *tensors)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -52,7 +93,8 @@ class Align(StudentStage):
     """Minimise the sum over layers of ``||mixer(x) - attention(x)||^2 / ||attention(x)||^2``, x from the teacher.
 
     Layers learn in parallel and apart: no gradient crosses from one to another, and each layer's graph lives only while
-    the teacher stands at that layer.
+    the teacher stands at that layer, for the machine's rows at a time. Numerator and denominator are those of the whole
+    batch, whatever the parts.
 
     With several `passes`, a round of batches is kept in memory and seen that often before the next round is read: on
     a CPU the teacher's forward is the cost. Targets in bfloat16 put the error off by about 1e-5, far below any loss.
@@ -89,6 +131,7 @@ class Align(StudentStage):
         self.source, self.passes = work.source.eval(), config.passes
         self.layers = sorted(work.layers)
         self.mixers = {i: work.student.blocks[i].mixer for i in self.layers}
+        # Of the whole batch, whatever the number of processes: the order of the batches follows from it.
         size = 2 * 2 * len(self.layers) * self.tokens_per_step * work.student.config.d_model
         if config.passes > 1 and size > config.cache_gb * 2**30:
             raise ConfigError(
@@ -98,9 +141,7 @@ class Align(StudentStage):
         self.round = 1 if config.passes == 1 else int(config.cache_gb * 2**30) // size
         if work.steps is not None:  # no round larger than its passes can be held
             self.round = max(1, min(self.round, -(-work.steps // config.passes)))
-        trained = {id(p) for p in self.new}
-        sets = [[p for p in mixer.parameters() if id(p) in trained] for mixer in self.mixers.values()]
-        self.clipped = [s for s in sets if s]
+        self.clipped = self.by_layer()
         # Compiled beside the model, not in it: who uses the student afterwards gets it as it was.
         compiled = work.machine.compiled
         self._read = {i: torch.compile(m, dynamic=False) if compiled else m for i, m in self.mixers.items()}
@@ -137,7 +178,7 @@ class Align(StudentStage):
         return {"loss": layers.mean(), "layers": layers}
 
     def _capture(self, heard: Listener | None) -> None:
-        """Run the teacher on the next batch, report to `heard`, and keep the batch if it will be seen again."""
+        """Run the teacher on this process's rows of the next batch, report to `heard`, and keep what is seen again."""
         cached = Cached([], [])
 
         def both(i: int, x_btd: Tensor, y_btd: Tensor, layout: Layout) -> None:
@@ -147,16 +188,30 @@ class Align(StudentStage):
             if heard is not None:
                 heard(i, x_btd, y_btd, layout)
 
-        listen(self.source, next(self.stream).to(self.device).tokens_bt, self.layers, both)
+        tokens_bt = next(self.stream).to(self.device).tokens_bt
+        (own,) = self.processes.parts(len(tokens_bt))
+        listen(self.source, tokens_bt[own], self.layers, both, rows=self.machine.rows)
         if self.passes > 1:
             self._cache.append(cached)
 
     def _learn(self, i: int, x_btd: Tensor, y_btd: Tensor, layout: Layout) -> Tensor:
-        with torch.enable_grad():
-            loss = relative_error(self._read[i](x_btd, layout), y_btd, layout)
-            if loss.requires_grad:  # the patterns may leave a layer as it is
-                loss.backward()
-        return loss.detach()
+        """Add the gradients of a layer; this process's share of its relative error over the whole batch."""
+        norm = self.processes.sum(squared_norm(y_btd, layout))
+        total = torch.zeros_like(norm)
+        for at, (x_part_btd, y_part_btd) in split_rows(layout, self.machine.rows, x_btd, y_btd):
+            with torch.enable_grad():
+                loss = squared_error(self._read[i](x_part_btd, at), y_part_btd, at) / norm
+                if loss.requires_grad:  # the patterns may leave a layer as it is
+                    loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def flops_per_token(self) -> float:
+        """The teacher's forward up to the last layer, once for all passes, and each mixer's forward and backward."""
+        seq = self.stream.time
+        heard = forward(self.source, seq, layers=max(self.layers) + 1, head=False)
+        trained = [*self.new, *self.old]
+        return heard / self.passes + sum(training_apart(m, seq, trained) for m in self.mixers.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Where the round began, and how far it is."""

@@ -13,6 +13,7 @@ from subquad.core.attention import RotarySpec
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.core.state import precise
+from subquad.models.flops import forward, training
 from subquad.ops import rope
 from subquad.train.losses import scored_bt, token_cross_entropy, token_kl
 from subquad.train.precision import frozen
@@ -27,6 +28,7 @@ class Distill(StudentStage):
     """
 
     name = "distill"
+    spreads = True
 
     @dataclass(frozen=True)
     class Config:
@@ -66,11 +68,9 @@ class Distill(StudentStage):
         """One batch, in parts."""
         batch = next(self.stream).to(self.device)
         tokens_bt, wanted_bt = batch.tokens_bt, batch.wanted_bt
-        rows = self.work.machine.rows or len(tokens_bt)
         whole = scored_bt(Layout.dense(*tokens_bt.shape, device=self.device), wanted_bt).sum()
         sums: dict[str, Tensor] = {}
-        for start in range(0, len(tokens_bt), rows):
-            part = slice(start, start + rows)
+        for part in self.parts(len(tokens_bt)):
             figures = self._part(tokens_bt[part], None if wanted_bt is None else wanted_bt[part], whole)
             sums = {name: sums.get(name, 0) + x for name, x in figures.items()}
         return sums
@@ -103,9 +103,14 @@ class Distill(StudentStage):
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         return {"loss": loss.detach(), **figures}
 
+    def flops_per_token(self) -> float:
+        """The teacher's forward, and the student's forward and backward."""
+        seq = self.stream.time
+        return forward(self.teacher, seq) + training(self.student, seq, [*self.new, *self.old])
+
     def _run(self, block: Callable[[Tensor, Layout], Tensor], x_btd: Tensor, layout: Layout) -> Tensor:
         block = self._compiled.get(id(block), block)
-        if self.work.machine.recompute and torch.is_grad_enabled():
+        if self.machine.recompute and torch.is_grad_enabled():
             return checkpoint(block, x_btd, layout, use_reentrant=False)  # type: ignore[no-any-return]
         return block(x_btd, layout)
 

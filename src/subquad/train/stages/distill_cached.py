@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +14,9 @@ from subquad.core.attention import RotarySpec
 from subquad.core.errors import ConfigError, DataError
 from subquad.core.layout import Layout
 from subquad.core.state import precise
+from subquad.models.flops import training
 from subquad.ops import rope
-from subquad.train.logits import LogitCache, TopK
+from subquad.train.logits import LogitCache, Origin, TopK
 from subquad.train.losses import scored_bt, token_cross_entropy, token_kl_top
 from subquad.train.stages import StudentStage, Work
 
@@ -28,6 +29,7 @@ class DistillCached(StudentStage):
     """
 
     name = "distill_cached"
+    spreads = True
 
     @dataclass(frozen=True)
     class Config:
@@ -51,7 +53,7 @@ class DistillCached(StudentStage):
 
         Raises:
             CheckpointError: there is none, or it is damaged.
-            DataError: it was made of another stream, or has another vocabulary.
+            DataError: it was made of another teacher, tokenizer or stream, or has another vocabulary.
         """
         super().__init__(work)
         self.config, self.student = config, work.student
@@ -62,9 +64,7 @@ class DistillCached(StudentStage):
             raise DataError(
                 f"{folder}: expected a vocabulary of at most {vocabulary}, got {origin.vocabulary}; cache anew"
             )
-        stream = work.stream.state_dict()
-        mine = replace(origin, sources=tuple(stream["sources"]), seed=stream["seed"], time=stream["time"])
-        origin.check(mine, folder)
+        origin.check(Origin.of("the teacher", work.teacher, origin.k, work.stream), folder)
         compiled, blocks = work.machine.compiled, self.student.blocks
         self._compiled = {id(block): torch.compile(block, dynamic=False) for block in blocks} if compiled else {}
         rotaries = (getattr(m, "rotary", None) for m in self.student.modules())
@@ -77,11 +77,9 @@ class DistillCached(StudentStage):
         top = self.cache.of(batch.tokens_bt).to(self.device)
         batch = batch.to(self.device)
         tokens_bt, wanted_bt = batch.tokens_bt, batch.wanted_bt
-        rows = self.work.machine.rows or len(tokens_bt)
         whole = scored_bt(Layout.dense(*tokens_bt.shape, device=self.device), wanted_bt).sum()
         sums: dict[str, Tensor] = {}
-        for start in range(0, len(tokens_bt), rows):
-            part = slice(start, start + rows)
+        for part in self.parts(len(tokens_bt)):
             some_bt = None if wanted_bt is None else wanted_bt[part]
             figures = self._part(tokens_bt[part], some_bt, top.rows(part), whole)
             sums = {name: sums.get(name, 0) + x for name, x in figures.items()}
@@ -102,9 +100,13 @@ class DistillCached(StudentStage):
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         return {"loss": loss.detach(), **figures}
 
+    def flops_per_token(self) -> float:
+        """The student's forward and backward; the teacher has run before."""
+        return training(self.student, self.stream.time, [*self.new, *self.old])
+
     def _run(self, block: Callable[[Tensor, Layout], Tensor], x_btd: Tensor, layout: Layout) -> Tensor:
         block = self._compiled.get(id(block), block)
-        if self.work.machine.recompute and torch.is_grad_enabled():
+        if self.machine.recompute and torch.is_grad_enabled():
             return checkpoint(block, x_btd, layout, use_reentrant=False)  # type: ignore[no-any-return]
         return block(x_btd, layout)
 

@@ -13,9 +13,10 @@ from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.core.mixer import Mixer
 from subquad.core.state import precise
+from subquad.models.flops import forward, mixing, training_apart
 from subquad.models.stack import Stack
 from subquad.train.stages import StudentStage, Work
-from subquad.train.stages.align import listen
+from subquad.train.stages.align import by_rows, listen, split_rows
 
 
 def probes(x_btd: Tensor, heads: int, width: int, generator: torch.Generator) -> Tensor:
@@ -34,28 +35,14 @@ def heads_of(mixer: Mixer) -> int:
     return getattr(config, "n_heads", 1)
 
 
-def distance(mixer: Mixer, attention: Mixer, x_btd: Tensor, v_bthv: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Unbiased estimates of ``|M - M*|_F^2`` and ``|M*|_F^2`` of every head, summed over the rows; ``[h]`` each.
+def squared_frobenius(mixed_bthv: Tensor) -> Tensor:
+    """Unbiased estimate of ``|A|_F^2`` of every head, ``[h]``, summed over the rows, from ``A v`` for `probes` v.
 
-    Neither matrix is built: both mixers mix the same `probes`, in time and memory linear in t where theirs are.
-
-    Args:
-        mixer: has M.
-        attention: has M*; no gradient.
-        x_btd: input of both.
-        v_bthv: from `probes`.
-        layout: where the tokens stand.
-
-    Raises:
-        UnsupportedError: one of them has no mixing matrix.
+    A need not be built: mixers mix the probes, in time and memory linear in t where theirs are. It may be a difference
+    of two matrices, as long as both have mixed the same probes.
     """
-    with torch.no_grad():
-        target_bthv = attention.mix_values(x_btd, v_bthv, layout)
-    y_bthv = mixer.mix_values(x_btd, v_bthv, layout)
-    wide, width = precise(y_bthv.dtype), v_bthv.shape[-1]
-    y_bthv, target_bthv = y_bthv.to(wide), target_bthv.to(wide)
-    error_h, norm_h = ((z * z).sum((0, 1, 3)) / width for z in (y_bthv - target_bthv, target_bthv))
-    return error_h, norm_h
+    mixed_bthv = mixed_bthv.to(precise(mixed_bthv.dtype))
+    return (mixed_bthv * mixed_bthv).sum((0, 1, 3)) / mixed_bthv.shape[-1]
 
 
 class Matrix(StudentStage):
@@ -63,7 +50,8 @@ class Matrix(StudentStage):
 
     M is a mixer's matrix over tokens and M* the attention's, both from the teacher's own stream, and both known by what
     they do to random signs: ``E |M v - M* v|^2 = |M - M*|_F^2``. What stands behind the mixing (values, gate, norm,
-    output projection) gets no gradient.
+    output projection) gets no gradient. Both norms are those of the whole batch, which goes through in parts of the
+    machine's rows.
     """
 
     name = "matrix"
@@ -99,9 +87,7 @@ class Matrix(StudentStage):
         self.pairs = {i: (work.student.blocks[i].mixer, self.source.blocks[i].mixer) for i in work.layers}
         for i, (mixer, attention) in self.pairs.items():
             self._try(i, mixer, attention)
-        trained = {id(p) for p in self.new}
-        sets = [[p for p in mixer.parameters() if id(p) in trained] for mixer, _ in self.pairs.values()]
-        self.clipped = [s for s in sets if s]
+        self.clipped = self.by_layer()
         self._at = 0
 
     @classmethod
@@ -127,21 +113,45 @@ class Matrix(StudentStage):
         losses: list[Tensor] = []
         # By the step, so that a resumed run draws what it would have drawn.
         generator = torch.Generator(self.device).manual_seed((self.config.seed << 32) + self._at)
+        tokens_bt = next(self.stream).to(self.device).tokens_bt
+        (own,) = self.processes.parts(len(tokens_bt))
 
         def heard(i: int, x_btd: Tensor, _: Tensor, layout: Layout) -> None:
-            mixer, attention = self.pairs[i]
-            v_bthv = probes(x_btd, heads_of(attention), self.config.probes, generator)
-            with torch.enable_grad():
-                error_h, norm_h = distance(mixer, attention, x_btd, v_bthv, layout)
-                loss = (error_h / norm_h).mean()
-                if loss.requires_grad:  # the patterns may leave a layer as it is
-                    loss.backward()  # pyright: ignore[reportUnknownMemberType]
-            losses.append(loss.detach())
+            # For all rows of the batch, so that a row's are the same whichever process has it.
+            every_btd = x_btd[:1].expand(len(tokens_bt), -1, -1)
+            v_bthv = probes(every_btd, heads_of(self.pairs[i][1]), self.config.probes, generator)[own]
+            losses.append(self._learn(i, x_btd, v_bthv, layout))
 
-        listen(self.source, next(self.stream).to(self.device).tokens_bt, self.work.layers, heard)
+        listen(self.source, tokens_bt[own], self.work.layers, heard, rows=self.machine.rows)
         self._at += 1
         layers = torch.stack(losses)
         return {"loss": layers.mean(), "layers": layers}
+
+    def _learn(self, i: int, x_btd: Tensor, v_bthv: Tensor, layout: Layout) -> Tensor:
+        """Add the gradients of a layer; this process's share of its loss over the whole batch."""
+        mixer, attention = self.pairs[i]
+        rows = self.machine.rows
+        target_bthv = by_rows(attention.mix_values, layout, rows, x_btd, v_bthv)
+        norm_h = self.processes.sum(squared_frobenius(target_bthv))
+        total = torch.zeros((), device=norm_h.device, dtype=norm_h.dtype)
+        for at, (x, v, target) in split_rows(layout, rows, x_btd, v_bthv, target_bthv):
+            with torch.enable_grad():
+                mixed_bthv = mixer.mix_values(x, v, at)
+                wide = precise(mixed_bthv.dtype)
+                loss = (squared_frobenius(mixed_bthv.to(wide) - target.to(wide)) / norm_h).mean()
+                if loss.requires_grad:  # the patterns may leave a layer as it is
+                    loss.backward()  # pyright: ignore[reportUnknownMemberType]
+            total = total + loss.detach()
+        return total
+
+    def flops_per_token(self) -> float:
+        """The teacher's forward up to the last layer, its mixing of the probes, and each mixer's forward and backward.
+
+        Probes are counted as if they were values of the mixers' own width.
+        """
+        seq, trained = self.stream.time, [*self.new, *self.old]
+        heard = forward(self.source, seq, layers=max(self.pairs) + 1, head=False)
+        return heard + sum(training_apart(m, seq, trained) + mixing(a, seq) for m, a in self.pairs.values())
 
     def state_dict(self) -> dict[str, Any]:
         """The stream's position and the number of steps, which the probes are drawn by."""

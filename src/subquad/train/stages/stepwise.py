@@ -11,7 +11,7 @@ from torch import Tensor
 from subquad.core.errors import ConfigError
 from subquad.models.stack import Stack
 from subquad.train.precision import frozen
-from subquad.train.stages import StudentStage, Work
+from subquad.train.stages import Machine, StudentStage, Work
 from subquad.train.stages.distill import Distill
 
 
@@ -62,6 +62,7 @@ class Stepwise(StudentStage):
 
         Raises:
             ConfigError: a pattern that matches nothing in the layers that hold their new mixer.
+            UnsupportedError: parameters that are spread over processes.
         """
         super().__init__(work)
         config = config or self.Config()
@@ -77,15 +78,28 @@ class Stepwise(StudentStage):
         waiting = [i for i in work.layers if i not in layers]
         source = frozen(work.source) if self.device.type == "cuda" and waiting else work.source
         model = halfway(work.student, source.eval(), waiting)
-        inner = replace(work, student=model, layers=tuple(layers), train=names)
+        # What trains at which rate is settled above, where patterns are those of all layers.
+        inner = replace(work, student=model, layers=tuple(layers), train=names, new=())
         self._inner = Distill(inner, Distill.Config(labels=config.labels))
-        self.names, self.new, self.old, self.clipped = list(names), self._inner.new, [], self._inner.clipped
+        chosen = {id(p) for p in (*self._inner.new, *self._inner.old)}
+        self.names = list(names)
+        self.new, self.old = ([p for p in group if id(p) in chosen] for group in (self.new, self.old))
+        self.clipped = [[*self.new, *self.old]]
 
     @classmethod
     def eligible(cls, student: Stack, layers: Sequence[int]) -> list[str]:
         """The new mixers' own."""
         mixers = tuple(f"blocks.{i}.mixer." for i in layers)
         return [name for name, _ in student.named_parameters() if name.startswith(mixers)]
+
+    def arrange(self, machine: Machine) -> None:
+        """The same for the stage that does the work."""
+        super().arrange(machine)
+        self._inner.arrange(machine)
+
+    def flops_per_token(self) -> float:
+        """Those of distilling the half-converted student."""
+        return self._inner.flops_per_token()
 
     def step(self) -> dict[str, Tensor]:
         """One batch."""

@@ -13,6 +13,7 @@ from subquad.core.attention import RotarySpec
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.core.state import precise
+from subquad.models.flops import training
 from subquad.ops import rope
 from subquad.train import lora
 from subquad.train.losses import scored_bt, token_cross_entropy
@@ -26,6 +27,7 @@ class Supervise(StudentStage):
     """
 
     name = "supervise"
+    spreads = True
 
     @dataclass(frozen=True)
     class Config:
@@ -50,9 +52,12 @@ class Supervise(StudentStage):
 
         Raises:
             ConfigError: a pattern that matches nothing, no linear layer among the names, or a rank above its sides.
+            UnsupportedError: adapters on parameters that are spread over processes.
         """
-        super().__init__(work)
         self.config = config or self.Config()
+        # An adapter adds a whole matrix to its weight; and where only adapters train, there is little else to spread.
+        self.spreads = not self.config.rank
+        super().__init__(work)
         self.student = work.student
         self._adapted: tuple[str, ...] = ()
         if self.config.rank:
@@ -96,11 +101,9 @@ class Supervise(StudentStage):
         """One batch, in parts."""
         batch = next(self.stream).to(self.device)
         tokens_bt, wanted_bt = batch.tokens_bt, batch.wanted_bt
-        rows = self.work.machine.rows or len(tokens_bt)
         whole = scored_bt(Layout.dense(*tokens_bt.shape, device=self.device), wanted_bt).sum()
         loss = torch.zeros((), device=self.device)
-        for start in range(0, len(tokens_bt), rows):
-            part = slice(start, start + rows)
+        for part in self.parts(len(tokens_bt)):
             loss = loss + self._part(tokens_bt[part], None if wanted_bt is None else wanted_bt[part], whole)
         return {"loss": loss, "cross_entropy": loss}
 
@@ -115,9 +118,13 @@ class Supervise(StudentStage):
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         return loss.detach()
 
+    def flops_per_token(self) -> float:
+        """The student's forward and backward; of an adapted weight, only the adapter's gradient."""
+        return training(self.student, self.stream.time, [*self.new, *self.old])
+
     def _run(self, block: Callable[[Tensor, Layout], Tensor], x_btd: Tensor, layout: Layout) -> Tensor:
         block = self._compiled.get(id(block), block)
-        if self.work.machine.recompute and torch.is_grad_enabled():
+        if self.machine.recompute and torch.is_grad_enabled():
             return checkpoint(block, x_btd, layout, use_reentrant=False)  # type: ignore[no-any-return]
         return block(x_btd, layout)
 
