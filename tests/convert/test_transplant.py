@@ -13,9 +13,10 @@ import torch
 
 from subquad.cli import main
 from subquad.convert.transplant import rebuild, transplant
-from subquad.convert.transplant.conversion import Settings, Surroundings, convert
+from subquad.convert.transplant.conversion import convert
 from subquad.convert.transplant.measure import measure
 from subquad.convert.transplant.placement import parse_layers, parse_options, place, spread
+from subquad.convert.transplant.settings import Settings, Surroundings
 from subquad.core.attention import AttentionStats
 from subquad.core.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from subquad.core.layout import Layout

@@ -13,7 +13,8 @@ import torch
 from subquad.bench.results import Result, Row, environment, make_row
 from subquad.convert.transplant import transplant
 from subquad.convert.transplant.account import MEMORY_CONTEXTS, training
-from subquad.convert.transplant.conversion import Conversion, Settings, Surroundings, convert
+from subquad.convert.transplant.conversion import convert
+from subquad.convert.transplant.settings import Conversion, Settings, Surroundings
 from subquad.core.errors import ConfigError
 from subquad.data import held_out_text
 from subquad.data.sources import parse_source

@@ -14,7 +14,7 @@ from subquad.cli._placement import Device, placement
 from subquad.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from subquad.convert.transplant.conversion import Conversion
+    from subquad.convert.transplant.settings import Conversion
     from subquad.train.recipe import Recipe
 
 
@@ -82,7 +82,8 @@ def run(
     import dataclasses
 
     from subquad.convert.transplant.account import account
-    from subquad.convert.transplant.conversion import Settings, Surroundings, convert
+    from subquad.convert.transplant.conversion import convert
+    from subquad.convert.transplant.settings import Settings, Surroundings
     from subquad.train.display import Line
     from subquad.train.loop import Habits
     from subquad.train.parallel import joined

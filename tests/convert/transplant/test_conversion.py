@@ -3,8 +3,9 @@
 import pytest
 
 from subquad.cli import main
-from subquad.convert.transplant import conversion, transplant
-from subquad.convert.transplant.conversion import Settings, Surroundings, convert
+from subquad.convert.transplant import inputs, transplant
+from subquad.convert.transplant.conversion import convert
+from subquad.convert.transplant.settings import Settings, Surroundings
 from subquad.core.errors import ConfigError, DataError, UnsupportedError
 from subquad.models.checkpoint import save_pretrained
 from subquad.models.load import load_model
@@ -85,7 +86,7 @@ def test_sequences_beyond_the_batch_or_a_model_are_refused(tiny_teacher, tiny_te
 
 
 def test_what_can_not_be_converted_is_refused_before_anything_is_sampled(hybrid, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "own_samples", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(inputs, "own_samples", lambda *_, **__: 1 / 0)
     with pytest.raises(
         UnsupportedError, match="layer 0: expected attention to convert, got Mamba2; choose other layers"
     ):

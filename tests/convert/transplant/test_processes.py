@@ -13,7 +13,8 @@ import torch
 
 from subquad.cli import main
 from subquad.convert.transplant import conversion, samples
-from subquad.convert.transplant.conversion import Settings, Surroundings, convert
+from subquad.convert.transplant.conversion import convert
+from subquad.convert.transplant.settings import Settings, Surroundings
 from subquad.core.errors import ConfigError
 from subquad.models.load import load_model
 from subquad.train.checkpoint import RunFolder

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from subquad.convert.transplant.conversion import Conversion, describe
+from subquad.convert.transplant.conversion import describe
+from subquad.convert.transplant.settings import Conversion
 from subquad.evals.perplexity import perplexity_ratio
 from subquad.evals.report import (
     Report,

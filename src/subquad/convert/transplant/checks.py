@@ -14,7 +14,7 @@ from subquad.models.teachers import LoadedModel
 from subquad.train.logits import LogitCache, Origin
 
 if TYPE_CHECKING:
-    from subquad.convert.transplant.conversion import Settings
+    from subquad.convert.transplant.settings import Settings
 
 
 def check_settings(settings: Settings) -> None:

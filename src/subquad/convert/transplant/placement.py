@@ -8,9 +8,59 @@ import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from subquad.convert.transplant.measure import attention_of
+from subquad.convert.transplant.settings import Settings
 from subquad.core.config import misfit
 from subquad.core.errors import ConfigError, UnsupportedError, nearest
 from subquad.core.registry import load, methods
+from subquad.mixers.attention import Attention
+from subquad.models.stack import Stack
+
+
+def placed(settings: Settings, source: Stack) -> dict[int, Mapping[str, Any]]:
+    """The new mixer of each converted layer, with its options, as `transplant` takes it.
+
+    Raises:
+        ConfigError: as in `place`, `parse_options` and `place_heads`, or heads that were chosen for another model.
+        UnsupportedError: a mixer without a mapping from attention, or a layer that is no attention.
+    """
+    n_layers = len(source.blocks)
+    slugs = settings.mixers or settings.recipe.mixers
+
+    def options(used: Collection[str]) -> dict[str, dict[str, Any]]:
+        # A recipe's are for its own mixers, whoever named them.
+        own = parse_options(settings.recipe.options, settings.recipe.mixers)
+        given = parse_options(settings.options, used)
+        return {slug: own.get(slug, {}) | given[slug] for slug in used}
+
+    if settings.heads is not None:
+        if len(slugs) != 1 or ":" in slugs[0] or settings.layers is not None:
+            got = f"{', '.join(slugs) or 'none'} and {settings.layers or 'no layers'}"
+            raise ConfigError(
+                f"--heads: expected one --mixer for the heads that go, and no --layers, got {got}; leave the others out"
+            )
+        kept = {int(i): heads for i, heads in settings.heads.items()}
+        mixers = [block.mixer for block in source.blocks]
+        counts = [mixer.config.n_kv_heads if isinstance(mixer, Attention) else 0 for mixer in mixers]
+        there = {i: count for i, count in enumerate(counts) if count}
+        if settings.heads_of is not None and there != {int(i): count for i, count in settings.heads_of.items()}:
+            raise ConfigError(
+                f"--heads: expected a choice for {sum(counts)} key/value heads in {len(there)} attention layers, got "
+                f"one for {sum(settings.heads_of.values())} in {len(settings.heads_of)}; use a file made for this model"
+            )
+        return place_heads(counts, kept, slugs[0], options(slugs)[slugs[0]])
+    keep = settings.keep if settings.keep is not None or settings.layers is not None else settings.recipe.keep
+    if settings.recipe.place == "chosen" and settings.layers is None and keep:
+        raise ConfigError(
+            f"--keep {keep:g}: this recipe's heads are chosen, expected --heads FILE, got none; make it with: subquad "
+            f"inspect heads {settings.start or settings.teacher} --keep {keep:g} --search greedy --json heads.json; or "
+            "name --layers"
+        )
+    chosen = place(n_layers, slugs, layers=settings.layers, keep=keep)
+    for i in chosen:
+        attention_of(source, i)  # refuses now what `transplant` would, and not behind hours of samples
+    by_slug = options(sorted(set(chosen.values())))
+    return {i: {"mixer": slug, **by_slug[slug]} for i, slug in chosen.items()}
 
 
 def place(
