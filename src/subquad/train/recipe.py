@@ -166,7 +166,7 @@ class Recipe:
                 continue
             budget = budgets[phase.name]
             ends = [] if budget.tokens is None else [f"{budget.tokens:,} tokens"]
-            ends += [] if budget.minutes is None else [f"{budget.minutes:g} minutes"]
+            ends += [] if budget.minutes is None else [f"{budget.minutes:.3g} minutes"]
             size = f"in sequences of {phase.seq or seq:,}"
             lines.append(f"{phase.name}: {' or '.join(ends)} {size}, rate {phase.rate.lr:g}")
         return lines
