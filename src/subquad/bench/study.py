@@ -370,7 +370,7 @@ def write_page(study: Study, result: Result, command: str) -> Path:
     values: dict[str, dict[str, Row]] = {}
     for row in result.rows:
         run, _, id = row.id.removeprefix(f"{study.name}.").partition(".")
-        if run in study.runs:
+        if run in study.runs and not id.startswith("kl.t"):  # the course of the KL is in its picture
             values.setdefault(id, {})[run] = row
     runs = [name for name in study.runs if study.ended(name)]
     cells = [[id, *(_cell(of[run]) if run in of else "" for run in runs)] for id, of in values.items()]
@@ -414,4 +414,4 @@ def verdicts(study: Study, result: Result) -> list[Table]:
 
 def _cell(row: Row) -> str:
     limits = f" [{row.interval[0]:.4g}, {row.interval[1]:.4g}]" if row.interval else ""
-    return f"{row.value:.4g}{limits}"
+    return f"{row.value:,.0f}" if row.unit == "bytes" else f"{row.value:.4g}{limits}"
