@@ -87,8 +87,11 @@ def _short(result: Result, row: Row) -> str:
 
 def _cells(row: Row) -> tuple[str, str, str, str]:
     baseline = "" if row.baseline_value is None else f"{row.baseline}: {_figure(row.baseline_value, row.unit)}"
+    value = _figure(row.value, row.unit)
+    if row.interval:
+        value += f" [{row.interval[0]:.4g}, {row.interval[1]:.4g}]"
     return (
-        _figure(row.value, row.unit),
+        value,
         baseline,
         "" if row.ratio is None else f"{row.ratio:.2f}",
         "" if row.limit_share is None else f"{row.limit_share:.0%}",
