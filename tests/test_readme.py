@@ -68,7 +68,7 @@ def test_readme_is_short_and_names_the_two_commands_that_ci_runs():
     shell = "\n".join(blocks(README, "bash")).splitlines()
     assert len(README.splitlines()) <= 150
     install, quickstart = "pip install . -c constraints/cpu.txt", "subquad quickstart"
-    install_tests, tests = 'pip install ".[test]" -c constraints/cpu.txt', "pytest"
+    install_tests, tests = 'pip install ".[test]" -c constraints/cpu.txt', "pytest -n auto"
     assert {f"{install} && {quickstart}", f"{install_tests} && {tests}"} <= set(shell)
     for command in (install, quickstart, install_tests, tests):
         assert re.search(rf"^[^#\n]*{re.escape(command)}( |$)", ci, re.MULTILINE), f".ci/run does not run {command}"

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from subquad.core.errors import ConfigError, DataError, DivergenceError, SubquadError, UnsupportedError
 from subquad.core.registry import methods
-from subquad.engine import generate as engine
-from subquad.engine.generate import Generation, Limits, generate, prefill, stream
+from subquad.engine import request
+from subquad.engine.generate import Generation, Limits, generate, stream
+from subquad.engine.prefill import prefill
 from subquad.engine.sampler import SamplingConfig
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
@@ -158,8 +159,8 @@ def test_the_state_is_allocated_once_and_a_constant_one_ignores_the_length(
 
     monkeypatch.setattr(Stack, "read", spy)
     generate(model, [[1, 2, 3]], limits=Limits(max_new_tokens=30))
-    assert len(pools) == 30
-    prompt, *steps = pools  # the prompt is read against an empty state of its own
+    assert len(pools) == 31
+    prompt, *steps = pools  # the prompt but its last token is read against an empty state of its own
     assert len(set(steps)) == 1
     assert prompt <= steps[0]
     slug = model.config.layers[0]["mixer"]
@@ -182,7 +183,8 @@ def test_a_finished_half_of_the_batch_leaves_it(attention: Stack, monkeypatch: p
     got = generate(attention, [PROMPTS[0], PROMPTS[3]], limits=Limits(max_new_tokens=12, end_tokens=[end]))
     assert len(got[0].tokens) == 1
     assert len(got[1].tokens) > 2
-    assert sizes == [2, *[1] * (len(got[1].tokens) - 1)]
+    # The prompts but their last tokens, a first round of both, then one alone.
+    assert sizes == [2, 2, *[1] * (len(got[1].tokens) - 1)]
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -275,6 +277,6 @@ def test_logits_that_are_not_finite_stop_with_the_row(attention: Stack) -> None:
 
 def test_a_mixer_that_looks_ahead_is_refused(attention: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     card = dataclasses.replace(methods("mixers")["attention"], causal=False)
-    monkeypatch.setattr(engine, "methods", lambda family: {"attention": card})
+    monkeypatch.setattr(request, "methods", lambda family: {"attention": card})
     with pytest.raises(UnsupportedError, match="^layer 0: expected a causal mixer"):
-        engine.generate(attention, [[1]])
+        generate(attention, [[1]])

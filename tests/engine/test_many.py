@@ -7,8 +7,9 @@ import torch
 
 from subquad.core.errors import ConfigError, DivergenceError
 from subquad.core.registry import methods
-from subquad.engine.generate import Limits, generate
-from subquad.engine.many import Lanes, generate_many
+from subquad.engine.engine import Engine
+from subquad.engine.generate import Limits, generate, generate_many
+from subquad.engine.request import Request
 from subquad.engine.sampler import SamplingConfig
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
@@ -39,14 +40,14 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", MIXERS)
-@pytest.mark.parametrize(("rows", "steps"), [(3, 4), (1, 1), (20, 16)])
-def test_a_prompt_gets_what_it_would_get_alone(name: str, rows: int, steps: int) -> None:
+@pytest.mark.parametrize(("rows", "rounds"), [(3, 4), (1, 1), (20, 16)])
+def test_a_prompt_gets_what_it_would_get_alone(name: str, rows: int, rounds: int) -> None:
     """Float64 and noise of its own, so that its tokens are the same in any company; some end early, some at once."""
     model = build(MIXERS[name])
     limits = Limits(max_new_tokens=11, end_tokens=range(0, V, 12), chunk=4)
     sampling = SamplingConfig(temperature=1.0, seed=3)
     expected = generate(model, prompts(), limits=limits, sampling=sampling)
-    got = dict(generate_many(model, prompts(), rows=rows, limits=limits, sampling=sampling, steps=steps))
+    got = dict(generate_many(model, prompts(), rows=rows, limits=limits, sampling=sampling, rounds=rounds))
     assert [got[i] for i in range(len(LENGTHS))] == expected
     assert len(got) == len(LENGTHS)
     assert len({len(g.tokens) for g in expected}) > 2
@@ -65,7 +66,7 @@ def test_penalties_start_anew_with_each_prompt() -> None:
 def test_answers_come_as_they_end() -> None:
     """A row that is free is filled before the others have ended."""
     model = build(ATTENTION)
-    order = [i for i, _ in generate_many(model, prompts(), rows=2, limits=Limits(max_new_tokens=6), steps=2)]
+    order = [i for i, _ in generate_many(model, prompts(), rows=2, limits=Limits(max_new_tokens=6), rounds=2)]
     assert order == sorted(order)
 
 
@@ -79,10 +80,9 @@ def test_logits_that_are_not_finite() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": 0}, "rows and steps of at least 1, got 0 and 1"),
-        ({"rows": 1, "steps": 0}, "got 1 and 0"),
-        ({"rows": 1, "limits": Limits(stop=["x"])}, "expected no stop strings"),
-        ({"rows": 1, "sampling": [SamplingConfig(temperature=i) for i in range(len(LENGTHS))]}, "their seed only"),
+        ({"rows": 0}, "rows: expected at least 1, got 0"),
+        ({"rows": 1, "rounds": 0}, "chunk and rounds of at least 1, got 1, .* and 0"),
+        ({"rows": 1, "limits": Limits(stop=["x"])}, "expected a tokenizer"),
     ],
 )
 def test_what_can_not_be(options: dict[str, Any], message: str) -> None:
@@ -90,15 +90,28 @@ def test_what_can_not_be(options: dict[str, Any], message: str) -> None:
         list(generate_many(build(ATTENTION), prompts(), **options))
 
 
+def test_prompts_of_other_settings_go_side_by_side() -> None:
+    model = build(ATTENTION)
+    settings = [
+        SamplingConfig(temperature=0.5 * (i % 3), top_k=7 * (i % 2), repetition_penalty=1 + 0.3 * (i == 5), seed=i)
+        for i in range(len(LENGTHS))
+    ]
+    limits = Limits(max_new_tokens=9)
+    got = dict(generate_many(model, prompts(), rows=2, limits=limits, sampling=settings, rounds=2))
+    for i, (prompt, config) in enumerate(zip(prompts(), settings, strict=True)):
+        assert [got[i]] == generate(model, [prompt], limits=limits, sampling=[config])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", MIXERS)
 def test_on_a_gpu_a_step_is_one_graph_and_gives_the_same(name: str) -> None:
     model = build(MIXERS[name]).float().cuda()
     limits, sampling = Limits(max_new_tokens=40), SamplingConfig(temperature=1.0, seed=3)
-    lanes = Lanes(model, 3, 64, limits, sampling)
-    lanes.put([0, 1, 2], prompts()[:3], [3, 4, 5])
-    lanes.advance(1)
-    assert lanes.captured
+    engine = Engine(model, rows=4, capacity=64)
+    for prompt in prompts()[:3]:
+        engine.submit(Request(prompt, limits, sampling))
+    engine.step()
+    assert engine.captured
     expected = generate(model, prompts(), limits=limits, sampling=sampling)
     got = dict(generate_many(model, prompts(), rows=3, limits=limits, sampling=sampling))
     # Other shapes of a batch round otherwise, which in float32 turns a draw once in a long while.

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from subquad.bench.results import Result, Row, load_result
-from subquad.evals.figures import Chart, Point, short, svg
+from subquad.evals.figures import Chart, Point, short, standalone
 
 OVER_LENGTH = re.compile(r"(?P<what>\w+)\.t(?P<t>\d+)")
 TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
@@ -15,13 +15,6 @@ TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
 OF_RUN = re.compile(r"(?P<kind>[a-z_]*[a-z])_?\d*\.(?P<what>\w+)")
 QUALITIES = {"ppl_ratio": "Perplexity", "zeroshot_retention": "Tasks", "needle_retention": "Needles found"}
 COURSE = re.compile(r"(?P<run>\w+)\.kl\.t(?P<t>\d+)")
-# As in the reports; a picture has no page to take its colours from.
-STYLE = """<style>
-:root { --text: #1b1f24; --muted: #59636e; --line: #d5dae0; font-family: system-ui, sans-serif;
-  --series-0: #59636e; --series-1: #1f6feb; --series-2: #c2410c; --series-3: #15803d; --series-4: #8b3fd1; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6eaef; --muted: #a3adb8; --line: #38414b;
-  --series-0: #a3adb8; --series-1: #58a6ff; --series-2: #fb923c; --series-3: #4ade80; --series-4: #c792f5; } }
-</style>"""
 
 
 def plots(result: Result) -> dict[str, Chart]:
@@ -106,8 +99,7 @@ def refresh_plots(path: Path, *, write: bool = True) -> list[Path]:
             continue
         stale.append(target)
         if write:
-            head, tag, rest = svg(chart, what).partition(">")
-            target.write_text(f"{head}{tag}\n{STYLE}{rest}", encoding="utf-8")
+            target.write_text(standalone(chart, what), encoding="utf-8")
     return stale
 
 

@@ -6,19 +6,22 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from subquad.cli._placement import Device, DType, placement
+from subquad.cli._placement import Device, DType, placement, writable
 from subquad.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from subquad.engine.draft import Drafter
     from subquad.engine.generate import Generation, Limits, Piece
     from subquad.engine.sampler import SamplingConfig
+    from subquad.engine.trace import Look
     from subquad.models.load import LoadedModel
+    from subquad.models.stack import Stack
 
 # A conversation as chat templates take it.
 Messages = list[dict[str, Any]]
@@ -52,6 +55,19 @@ def run(
         bool, typer.Option("--json", help="One JSON object a prompt: text, tokens, log-probabilities, why it ended.")
     ] = False,
     allow_long: Annotated[bool, typer.Option("--allow-long", help="Go beyond the context of training.")] = False,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Guess tokens, which the model verifies: SLUG,KEY=VALUE,... of subquad ls decode, such as "
+            "draft_model,model=SMALL; of several each guesses where the one before has nothing to say."
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int, typer.Option(min=0, help="Guesses a prompt and round; 0: by what they bring, down to none.")
+    ] = 0,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write what was guessed, what stood and what it cost to this JSON, and a chart.")
+    ] = None,
     device: Device = "",
     dtype: DType = "",
 ) -> None:
@@ -61,7 +77,11 @@ def run(
         raise ConfigError("expected a prompt, got none; give one behind the model, or --file")
     if stream and (as_json or len(asked) > 1):
         raise ConfigError("--stream: expected one prompt and no --json; leave it out")
+    if draft_tokens and not draft:
+        raise ConfigError(f"--draft-tokens: expected a --draft, got none for {draft_tokens} guesses; name a drafter")
+    writable("--trace", trace)
 
+    from subquad.engine.draft import parse_drafter
     from subquad.engine.generate import Limits
     from subquad.engine.sampler import SamplingConfig
     from subquad.models.load import load_model
@@ -83,12 +103,23 @@ def run(
     limits = Limits(max_new_tokens, sorted(own - {None}), tuple(stop or ()), allow_long)
     streams = not as_json and len(asked) == 1 if stream is None else stream
 
+    def small(name: str) -> Stack:
+        from subquad.data.tokenizers import same_tokenizer
+
+        other = load_model(name, dtype=kind, device=where)
+        if other.tokenizer is not None and loaded.tokenizer is not None:
+            same_tokenizer(loaded.tokenizer, other.tokenizer, (loaded.name, other.name))
+        return other.model
+
+    guess = Guess(parse_drafter(draft, small) if draft else None, draft_tokens or None)
     clock = Clock()
     for first in range(0, len(asked), batch_size):
         rows = range(first, min(first + batch_size, len(asked)))
         batch = [tokens[row] for row in rows]
         show = _write if streams else None
-        results = continue_batch(loaded, batch, limits, replace(sampling, seed=seed + first), as_json, clock, show)
+        results = continue_batch(
+            loaded, batch, limits, replace(sampling, seed=seed + first), as_json, clock, show, guess
+        )
         for row, result in zip(rows, results, strict=True):
             if as_json:
                 typer.echo(json.dumps(report(asked[row], tokens[row], result), ensure_ascii=False))
@@ -99,6 +130,48 @@ def run(
             else:
                 typer.echo(f"# {row + 1}: {title(asked[row])}\n{result.text}\n")
     typer.echo(f"{loaded.name}: {clock}", err=True)
+    if guess.drafter is not None:
+        typer.echo(f"drafts: {summary(guess.looks)}", err=True)
+    if trace is not None:
+        write_trace(trace, guess.looks)
+        typer.echo(f"trace: {trace} and {trace.with_suffix('.svg')}", err=True)
+
+
+@dataclass
+class Guess:
+    """What guesses tokens, how many, and what came of it."""
+
+    drafter: Drafter | None
+    tokens: int | None
+    looks: list[Look] = field(default_factory=list)
+
+
+def summary(looks: Sequence[Look]) -> str:
+    """One line for people on what guesses brought."""
+    guessed, kept, tokens = (sum(getattr(look, what) for look in looks) for what in ("guessed", "kept", "tokens"))
+    rounds = sum(look.rows * look.rounds for look in looks)
+    share = f", {kept / guessed:.0%}" if guessed else ""
+    return f"{kept} of {guessed} guesses stood{share}; {tokens / max(rounds, 1):.2f} tokens a prompt and round"
+
+
+def write_trace(path: Path, looks: Sequence[Look]) -> None:
+    """Write the looks as JSON, and beside it a chart of guesses, of those that stood, and of tokens a second."""
+    from subquad.evals.figures import Chart, standalone
+
+    path.write_text(json.dumps({"looks": [asdict(look) for look in looks]}, indent=1) + "\n", encoding="utf-8")
+    bins = (
+        [looks[i * len(looks) // 40 : (i + 1) * len(looks) // 40] for i in range(40)]
+        if len(looks) > 40
+        else [[look] for look in looks]
+    )
+    at, series = 0, {"guessed": list[tuple[float, float]](), "stood": [], "given": []}
+    for part in bins:
+        at += sum(look.rounds for look in part)
+        rounds = max(1, sum(look.rows * look.rounds for look in part))
+        for name, what in (("guessed", "guessed"), ("stood", "kept"), ("given", "tokens")):
+            series[name].append((at, sum(getattr(look, what) for look in part) / rounds))
+    chart = Chart("Tokens a prompt and round", "rounds", "tokens a prompt and round", series)
+    path.with_suffix(".svg").write_text(standalone(chart, "drafts"), encoding="utf-8")
 
 
 @dataclass
@@ -127,6 +200,7 @@ def continue_batch(
     logprobs: bool,
     clock: Clock,
     show: Any,
+    guess: Guess,
 ) -> list[Generation]:
     """Generate for one batch, timed; `show` gets each piece of text."""
     from subquad.engine.generate import generate
@@ -147,7 +221,10 @@ def continue_batch(
         sampling=sampling,
         tokenizer=loaded.tokenizer,
         logprobs=logprobs,
+        drafter=guess.drafter,
+        draft_tokens=guess.tokens,
         on_piece=on_piece,
+        on_look=guess.looks.append,
     )
     clock.read += sum(map(len, batch))
     clock.read_s += first[0] - start

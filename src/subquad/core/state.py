@@ -20,7 +20,7 @@ from subquad.core.errors import CheckpointError, ConfigError
 PRECISIONS = ("model", "high", "index")
 
 
-def axes(names: str, *, shard: str | None = None, precision: str = "model") -> Any:
+def axes(names: str, *, shard: str | None = None, precision: str = "model", grows: str | None = None) -> Any:
     """Declare a state tensor.
 
     Args:
@@ -28,16 +28,22 @@ def axes(names: str, *, shard: str | None = None, precision: str = "model") -> A
         shard: the axis that tensor parallelism splits, or None when every rank holds the whole tensor.
         precision: ``model`` follows the model's dtype, ``high`` is that but never below float32, ``index`` is
             an integer and never cast.
+        grows: the axis that is as long as the capacity, filled from its beginning, or None.
     """
     assert names.split()[0] == "b"
+    assert grows is None or grows in names.split()
     assert precision in PRECISIONS
     assert shard is None or shard in names.split()
-    return dataclasses.field(metadata={"axes": names, "shard": shard, "precision": precision})
+    return dataclasses.field(metadata={"axes": names, "shard": shard, "precision": precision, "grows": grows})
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which recurrences accumulate: `dtype`, but at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _axis(declaration: dict[str, Any]) -> int:
+    return declaration["axes"].split().index(declaration["grows"])
 
 
 _KINDS: dict[str, type[State]] = {}
@@ -125,9 +131,35 @@ class State:
 
         return self.map(move)
 
+    def first(self, n: int) -> Self:
+        """The first `n` rows, sharing their memory: what is written there is written here."""
+        return self.map(lambda t, _: t[:n])
+
+    def cut(self, tokens: int) -> Self:
+        """A capacity of at most `tokens`, sharing memory: all that a state that has seen no more tokens holds."""
+
+        def shorten(t: Tensor, declaration: dict[str, Any]) -> Tensor:
+            axis = declaration["grows"]
+            return t if axis is None else t.narrow(_axis(declaration), 0, min(tokens, t.shape[_axis(declaration)]))
+
+        return self.map(shorten)
+
+    def clear_(self, rows: Tensor) -> None:
+        """Empty `rows` in place, as `Mixer.init_state` makes them."""
+        for _, t in self.tensors():
+            t.index_fill_(0, rows, 0)
+
     def write_(self, rows: Tensor | None, other: State) -> None:
-        """Overwrite `rows` (all when None) with `other`'s, in place; its shapes must be this state's."""
-        for (name, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
+        """Overwrite `rows` (all when None) with `other`'s, in place; its shapes must be this state's.
+
+        Of a smaller capacity only the beginning is written, and what stands behind it stays.
+        """
+        declared: list[dict[str, Any]] = []
+        self.map(lambda t, declaration: (declared.append(declaration), t)[1])
+        for (name, mine), (_, theirs), declaration in zip(self.tensors(), other.tensors(), declared, strict=True):
+            if declaration["grows"] is not None:
+                axis = _axis(declaration)
+                mine = mine.narrow(axis, 0, min(mine.shape[axis], theirs.shape[axis]))
             if mine.shape[1:] != theirs.shape[1:]:
                 raise ConfigError(
                     f"state {name}: expected shape {tuple(mine.shape[1:])} a row, got {tuple(theirs.shape[1:])}; "

@@ -6,7 +6,7 @@ min-p. The distribution that remains after the last of them is the p of speculat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,8 +92,24 @@ class History(State):
         if self.count_bv.shape[1]:
             self.count_bv.scatter_add_(1, tokens_b[:, None], n_b[:, None].to(self.count_bv.dtype))
 
+    def after(self, tokens_b: Tensor) -> History:
+        """The history if every row went on with `tokens_b`; this one stays as it is."""
+        ahead = History(self.step_b + 1, self.prompt_bv, self.count_bv.clone())
+        if self.count_bv.shape[1]:
+            ahead.count_bv.scatter_add_(1, tokens_b[:, None], torch.ones_like(ahead.count_bv[:, :1]))
+        return ahead
 
-Processor = Callable[[Tensor, History], Tensor]
+
+# What the processors read of a row.
+COLUMNS: Mapping[str, Callable[[SamplingConfig], float]] = {
+    "repetition": lambda c: float(c.repetition_penalty),
+    "presence": lambda c: float(c.presence_penalty),
+    "frequency": lambda c: float(c.frequency_penalty),
+    "temperature": lambda c: float(c.temperature or 1),
+    "top_k": lambda c: c.top_k,
+    "tail": lambda c: 1 - float(c.top_p),
+    "min_p": lambda c: float(c.min_p),
+}
 
 
 def penalise_repetition(logits_bv: Tensor, seen_bv: Tensor, penalty: Tensor | float) -> Tensor:
@@ -134,40 +150,6 @@ def keep_min_p(logits_bv: Tensor, p: Tensor | float) -> Tensor:
     return logits_bv.masked_fill(prob_bv < p * prob_bv.amax(-1, keepdim=True), -torch.inf)
 
 
-def processors(configs: Sequence[SamplingConfig], device: torch.device | str | None = None) -> list[Processor]:
-    """What stands between the model's logits and the distribution, in order; what no row asks for is left out.
-
-    Args:
-        configs: one a row; each row is processed with its own values.
-        device: of the logits.
-    """
-
-    def column(values: Iterable[float]) -> Tensor:
-        return torch.tensor([[v] for v in values], device=device)
-
-    chain: list[Processor] = []
-    if any(c.repetition_penalty != 1 for c in configs):
-        penalty_b1 = column(float(c.repetition_penalty) for c in configs)
-        chain.append(lambda x, h: penalise_repetition(x, h.prompt_bv | (h.count_bv > 0), penalty_b1))
-    if any(c.presence_penalty or c.frequency_penalty for c in configs):
-        presence_b1 = column(float(c.presence_penalty) for c in configs)
-        frequency_b1 = column(float(c.frequency_penalty) for c in configs)
-        chain.append(lambda x, h: penalise_counts(x, h.count_bv, presence_b1, frequency_b1))
-    if any(c.temperature not in (0, 1) for c in configs):
-        temperature_b1 = column(float(c.temperature or 1) for c in configs)
-        chain.append(lambda x, h: x / temperature_b1)
-    if any(c.top_k for c in configs):
-        k_b1, largest = column(c.top_k for c in configs), max(c.top_k for c in configs)
-        chain.append(lambda x, h: keep_top_k(x, k_b1, largest))
-    if any(c.top_p != 1 for c in configs):
-        tail_b1 = column(1 - float(c.top_p) for c in configs)
-        chain.append(lambda x, h: keep_top_p(x, tail_b1))
-    if any(c.min_p for c in configs):
-        min_p_b1 = column(float(c.min_p) for c in configs)
-        chain.append(lambda x, h: keep_min_p(x, min_p_b1))
-    return chain
-
-
 def _mix(x: Tensor) -> Tensor:
     """The finaliser of SplitMix64, a bijection of 64 bits (doi 10.1145/2660193.2660195, mix64 variant 13)."""
     x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
@@ -175,7 +157,15 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & 0x1FFFFFFFF)
 
 
-def gumbel(seed_b: Tensor, step_b: Tensor, vocab_size: int) -> Tensor:
+def _bits(seed_b: Tensor, step_b: Tensor, count: int, stream: int) -> Tensor:
+    golden = -0x61C8864680B583EB
+    key_b = _mix(_mix(seed_b + golden) + step_b * golden)
+    if stream:
+        key_b = _mix(key_b + stream)
+    return _mix(key_b[:, None] + torch.arange(1, count + 1, device=seed_b.device) * golden)
+
+
+def gumbel(seed_b: Tensor, step_b: Tensor, vocab_size: int, stream: int = 0) -> Tensor:
     """Standard Gumbel noise ``[b, v]`` in float32, a function of each row's seed and step, and the token.
 
     There is no generator to carry along: a row draws the same in any batch and after any interruption. The bits are the
@@ -185,18 +175,23 @@ def gumbel(seed_b: Tensor, step_b: Tensor, vocab_size: int) -> Tensor:
         seed_b: int64 seeds.
         step_b: int64, number of tokens already drawn.
         vocab_size: v.
+        stream: noises of different streams are independent.
     """
-    golden = -0x61C8864680B583EB
-    key_b = _mix(_mix(seed_b + golden) + step_b * golden)
-    token_v = torch.arange(1, vocab_size + 1, device=seed_b.device)
-    bits_bv = _mix(key_b[:, None] + token_v * golden)
     # The uniform is never 0, and finest near 0, where log1p turns it into the exponentials that win.
-    uniform_bv = ((bits_bv >> 11 & 0x1FFFFFFFFFFFFF) | 1).to(torch.float32) * 2.0**-53
+    uniform_bv = ((_bits(seed_b, step_b, vocab_size, stream) >> 11 & 0x1FFFFFFFFFFFFF) | 1).to(torch.float32) * 2.0**-53
     return -torch.log(-torch.log1p(-uniform_bv))
 
 
+def uniform(seed_b: Tensor, step_b: Tensor, stream: int) -> Tensor:
+    """A number ``[b]`` in [0, 1) for each row, float32, a function of seed, step and stream as in `gumbel`."""
+    return (_bits(seed_b, step_b, 1, stream)[:, 0] >> 40 & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
 class Sampler:
-    """The next tokens of a batch of rows, each with its own `SamplingConfig`.
+    """The next tokens of rows, each with its own `SamplingConfig`.
+
+    What a row is asked for lies in buffers, so that rows may change while a captured graph reads them; only which
+    processors there are is fixed by the rows together (`features`).
 
     Args:
         configs: one a row.
@@ -204,33 +199,88 @@ class Sampler:
     """
 
     def __init__(self, configs: Sequence[SamplingConfig], device: torch.device | str | None = None) -> None:
-        self.chain = processors(configs, device)
+        self.configs = list(configs)
         self.greedy_b = torch.tensor([c.temperature == 0 for c in configs], device=device)
         self.seed_b = torch.tensor([c.seed for c in configs], device=device)
-        self.draws = any(c.temperature > 0 for c in configs)
+        self._columns = {
+            name: torch.tensor([[make(c)] for c in configs], device=device) for name, make in COLUMNS.items()
+        }
+        self._choose()
+
+    def put(self, rows: Sequence[int], configs: Sequence[SamplingConfig]) -> None:
+        """From now on `rows` are asked for what `configs` say."""
+        for row, config in zip(rows, configs, strict=True):
+            self.configs[row] = config
+        fresh, rows_b = Sampler(configs), torch.tensor(rows, device=self.seed_b.device)
+        mine = (self.greedy_b, self.seed_b, *self._columns.values())
+        for buffer, values in zip(mine, (fresh.greedy_b, fresh.seed_b, *fresh._columns.values()), strict=True):
+            buffer.index_copy_(0, rows_b, values.to(buffer.device))
+        self._choose()
+
+    def _choose(self) -> None:
+        asked = self.configs
+        self.draws = any(c.temperature > 0 for c in asked)
+        # As a power of two, so that the graph of one k serves others.
+        largest = max((c.top_k for c in asked), default=0)
+        self.largest_k = 1 << (largest - 1).bit_length() if largest else 0
+        self._asked = {
+            "repetition": any(c.repetition_penalty != 1 for c in asked),
+            "counts": any(c.presence_penalty or c.frequency_penalty for c in asked),
+            "temperature": any(c.temperature not in (0, 1) for c in asked),
+            "top_k": self.largest_k > 0,
+            "top_p": any(c.top_p != 1 for c in asked),
+            "min_p": any(c.min_p for c in asked),
+        }
+
+    @property
+    def features(self) -> tuple[object, ...]:
+        """All that decides which operations `sample` and `probabilities` run; the rest lies in buffers."""
+        return (self.draws, self.largest_k, *self._asked.values())
+
+    @property
+    def penalises(self) -> bool:
+        """Whether some row needs a history of its tokens."""
+        return self._asked["repetition"] or self._asked["counts"]
 
     def process(self, logits_bv: Tensor, history: History) -> Tensor:
-        """The logits after every processor, in float32 at least."""
-        logits_bv = logits_bv.to(precise(logits_bv.dtype))
-        for processor in self.chain:
-            logits_bv = processor(logits_bv, history)
-        return logits_bv
+        """The logits after every processor, in float32 at least; for the first rows when there are fewer."""
+        x, asked = logits_bv.to(precise(logits_bv.dtype)), self._asked
+        column = {name: values[: len(x)] for name, values in self._columns.items()}
+        if asked["repetition"]:
+            x = penalise_repetition(x, history.prompt_bv | (history.count_bv > 0), column["repetition"])
+        if asked["counts"]:
+            x = penalise_counts(x, history.count_bv, column["presence"], column["frequency"])
+        if asked["temperature"]:
+            x = x / column["temperature"]
+        if asked["top_k"]:
+            x = keep_top_k(x, column["top_k"], self.largest_k)
+        if asked["top_p"]:
+            x = keep_top_p(x, column["tail"])
+        if asked["min_p"]:
+            x = keep_min_p(x, column["min_p"])
+        return x
 
     def probabilities(self, logits_bv: Tensor, history: History) -> Tensor:
         """The distribution ``[b, v]`` that `sample` draws from; a greedy row's has all its mass on one token."""
         processed_bv = self.process(logits_bv, history)
         certain_bv = torch.zeros_like(processed_bv).scatter_(1, processed_bv.argmax(-1, keepdim=True), 1)
-        return torch.where(self.greedy_b[:, None], certain_bv, processed_bv.softmax(-1))
+        return torch.where(self.greedy_b[: len(logits_bv), None], certain_bv, processed_bv.softmax(-1))
 
-    def sample(self, logits_bv: Tensor, history: History) -> Tensor:
+    def sample(self, logits_bv: Tensor, history: History, stream: int = 0) -> Tensor:
         """The next tokens, int64 ``[b]``; -1 where a row's logits hold a NaN or have no finite maximum.
 
         ``argmax(logits + Gumbel noise)`` is distributed as ``softmax(logits)``.
+
+        Args:
+            logits_bv: as the model gives them.
+            history: of the same rows.
+            stream: which of the rows' independent noises; 0 is that of the model's own tokens.
         """
         processed_bv = self.process(logits_bv, history)
         # One reduction tells: the maximum of a row is NaN when any of it is.
         sound_b = processed_bv.amax(-1).isfinite()
         if self.draws:
-            noise_bv = gumbel(self.seed_b, history.step_b, logits_bv.shape[1])
-            processed_bv = processed_bv + noise_bv.masked_fill(self.greedy_b[:, None], 0)
+            rows = len(logits_bv)
+            noise_bv = gumbel(self.seed_b[:rows], history.step_b, logits_bv.shape[1], stream)
+            processed_bv = processed_bv + noise_bv.masked_fill(self.greedy_b[:rows, None], 0)
         return torch.where(sound_b, processed_bv.argmax(-1), -1)

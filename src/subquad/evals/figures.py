@@ -23,6 +23,14 @@ TEXT, MUTED, LINE, *SERIES = STANDINS
 DASHES = ("-", "-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v")
 
+# A picture of its own has no page to take its colours from.
+STYLE = """<style>
+:root { --text: #1b1f24; --muted: #59636e; --line: #d5dae0; font-family: system-ui, sans-serif;
+  --series-0: #59636e; --series-1: #1f6feb; --series-2: #c2410c; --series-3: #15803d; --series-4: #8b3fd1; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6eaef; --muted: #a3adb8; --line: #38414b;
+  --series-0: #a3adb8; --series-1: #58a6ff; --series-2: #fb923c; --series-3: #4ade80; --series-4: #c792f5; } }
+</style>"""
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -169,3 +177,9 @@ def svg(chart: Chart, key: str) -> str:
     text = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", text, count=1)
     text = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", text, count=1)
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(chart.description(), quote=True)}"', 1)
+
+
+def standalone(chart: Chart, name: str) -> str:
+    """The chart as an SVG file of its own, with its colours in it."""
+    head, tag, rest = svg(chart, name).partition(">")
+    return f"{head}{tag}\n{STYLE}{rest}"

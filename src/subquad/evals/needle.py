@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
-from subquad.engine.generate import Limits, generate, prefill
+from subquad.engine.generate import Limits, generate
+from subquad.engine.prefill import prefill
 from subquad.evals.scoring import Progress, score_hidden
 from subquad.evals.stats import Interval, paired_ratio, wilson
 from subquad.evals.text import begin_tokens

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from subquad.core.errors import ConfigError
-from subquad.engine.generate import prefill
+from subquad.engine.prefill import prefill
 from subquad.mixers.attention import Attention
 from subquad.models.stack import Stack
 

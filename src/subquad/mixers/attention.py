@@ -59,8 +59,8 @@ FEW_QUERIES = 16
 class CacheState(State):
     """Keys and values of all tokens, in buffers of a fixed capacity n."""
 
-    k_bgnk: Tensor = axes("b g n k", shard="g")
-    v_bgnk: Tensor = axes("b g n k", shard="g")
+    k_bgnk: Tensor = axes("b g n k", shard="g", grows="n")
+    v_bgnk: Tensor = axes("b g n k", shard="g", grows="n")
     seen_b: Tensor = axes("b", precision="index")
 
 

@@ -15,8 +15,7 @@ import torch
 
 from subquad.core.errors import DataError
 from subquad.data.sources import Conversation, Document, Source, parse_source, render, split_options
-from subquad.engine.generate import Limits
-from subquad.engine.many import generate_many
+from subquad.engine.generate import Limits, generate_many
 from subquad.engine.sampler import SamplingConfig
 from subquad.models.difference import digest
 from subquad.models.stack import Stack

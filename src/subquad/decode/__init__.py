@@ -1,0 +1,1 @@
+"""Ways to decode faster: what guesses tokens for the engine to verify."""

@@ -1,0 +1,180 @@
+"""What guesses the next tokens: the contract of a drafter, and a draft."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from subquad.core.errors import ConfigError, nearest
+from subquad.core.registry import load
+from subquad.engine.sampler import History, Sampler
+from subquad.models.stack import Stack
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Guesses for the tokens that follow each row's last.
+
+    Attributes:
+        tokens_bk: int64 ``[b, k]``.
+        length_b: int64 ``[b]``, how many of them count; 0 where a row has none.
+        q_bkv: the distributions that they were drawn from, or None where nothing was drawn that the row's own noise
+            did not decide: then a guess is kept exactly where it is what the row would draw anyway, and all tokens are
+            those of plain decoding.
+    """
+
+    tokens_bk: Tensor
+    length_b: Tensor
+    q_bkv: Tensor | None = None
+
+    def cut(self, k: int) -> Draft:
+        """At most `k` guesses a row."""
+        q_bkv = None if self.q_bkv is None else self.q_bkv[:, :k]
+        return Draft(self.tokens_bk[:, :k], self.length_b.clamp(max=k), q_bkv)
+
+    @staticmethod
+    def none(rows: int, device: torch.device) -> Draft:
+        """No guess for any row."""
+        empty = torch.zeros(rows, 0, dtype=torch.int64, device=device)
+        return Draft(empty, torch.zeros(rows, dtype=torch.int64, device=device))
+
+
+class Drafter(ABC):
+    """Guesses tokens for the rows of one engine, in fixed buffers and without asking the device.
+
+    Rows are slots, those of the engine. `propose` never changes what `observe` has been told, so that nothing is rolled
+    back: guesses that were not kept are forgotten by themselves.
+    """
+
+    @classmethod
+    @abstractmethod
+    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack], behind: Drafter | None) -> Self:
+        """A drafter as `parse_drafter` describes it.
+
+        Args:
+            options: as they were written.
+            models: loads a model by its name.
+            behind: guesses where this one has nothing to say.
+
+        Raises:
+            ConfigError: an unknown option, a value that can't be, or a drafter behind one that always guesses.
+        """
+
+    @abstractmethod
+    def open(self, target: Stack, rows: int, capacity: int) -> None:
+        """Allocate for `rows` slots of at most `capacity` tokens each, for the engine that takes it.
+
+        Raises:
+            ConfigError: it can't guess for `target`, such as with another vocabulary.
+        """
+
+    @abstractmethod
+    def prepare(self, rows: int, k: int) -> None:
+        """Called before rounds in which `propose` is asked for `k`: what needs the device's answer is done here."""
+
+    @abstractmethod
+    def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Begin anew in `rows`, with all tokens of their prompts."""
+
+    @abstractmethod
+    def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
+        """At most `k` guesses for each of the first `rows` slots, behind all tokens it was told.
+
+        Args:
+            rows: slots.
+            k: at least 1.
+            sampler: of the slots.
+            history: of the first `rows` of them.
+        """
+
+    @abstractmethod
+    def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
+        """What a round gave the first slots.
+
+        Args:
+            tokens_bt: their new tokens, behind those of `put`.
+            n_b: how many of them were kept; 0 where a slot is idle.
+            hidden_btd: the model's stream where each of them was drawn from.
+        """
+
+    @abstractmethod
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """What stands in the slots `sources` goes to `targets`; no slot is in both."""
+
+
+class Transcript:
+    """All tokens of every slot in fixed buffers, as a drafter is told them.
+
+    Attributes:
+        tokens_bn: int64; one column more than is ever filled takes what is not kept.
+        length_b: int64, how many there are.
+    """
+
+    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
+        self.tokens_bn = torch.zeros(rows, capacity + 2, dtype=torch.int64, device=device)
+        self.length_b = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Begin `rows` anew."""
+        device, width = self.length_b.device, max(map(len, prompts))
+        at, padded = torch.tensor(rows, device=device), [[*p, *[0] * (width - len(p))] for p in prompts]
+        self.tokens_bn[at, :width] = torch.tensor(padded, device=device)
+        self.length_b[at] = torch.tensor([len(p) for p in prompts], device=device)
+
+    def add(self, tokens_bt: Tensor, n_b: Tensor) -> None:
+        """The first `n_b` of each of the first rows' tokens come behind what is there."""
+        rows, t = tokens_bt.shape
+        columns_t, length_b = torch.arange(t, device=tokens_bt.device), self.length_b[:rows]
+        kept_bt = columns_t < n_b[:, None]
+        slots_bt = torch.where(kept_bt, length_b[:, None] + columns_t, self.tokens_bn.shape[1] - 1)
+        self.tokens_bn[:rows].scatter_(1, slots_bt, tokens_bt)
+        length_b += n_b
+
+    def read(self, at_bt: Tensor) -> Tensor:
+        """The tokens of the first rows at positions ``[b, t]``; anything where there is none."""
+        return self.tokens_bn[: len(at_bt)].gather(1, at_bt.clamp(0, self.tokens_bn.shape[1] - 1))
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """What stands in the rows `sources` goes to `targets`."""
+        at, to = (torch.tensor(rows, device=self.length_b.device) for rows in (sources, targets))
+        self.tokens_bn[to], self.length_b[to] = self.tokens_bn[at], self.length_b[at]
+
+
+def parse_drafter(specs: Sequence[str], models: Callable[[str], Stack]) -> Drafter:
+    """The drafter that ``SLUG,KEY=VALUE,...`` describes; of several each stands behind the one before it.
+
+    Args:
+        specs: at least one; ``["copyspec,gammas=3+2", "draft_model,model=small"]``.
+        models: loads a model by its name.
+
+    Raises:
+        ConfigError: as in `Drafter.build`, and for an unknown slug.
+    """
+    behind: Drafter | None = None
+    for spec in reversed(specs):
+        slug, *pairs = spec.split(",")
+        options: dict[str, str] = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not equals or key in options:
+                raise ConfigError(f"draft {spec}: expected SLUG,KEY=VALUE,... with each key once, got {pair!r}; fix it")
+            options[key] = value
+        kind: type[Drafter] = load("decode", slug)
+        behind = kind.build(options, models, behind)
+    if behind is None:
+        raise ConfigError("draft: expected at least one drafter, got none; name one, such as copyspec")
+    return behind
+
+
+def take_options(slug: str, options: Mapping[str, str], known: Collection[str], behind: Drafter | None = None) -> None:
+    """Refuse options that a drafter does not know, and `behind` where nothing can stand behind it."""
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"draft {slug}: unknown option {key!r}{nearest(key, known)}")
+    if behind is not None:
+        raise ConfigError(f"draft {slug}: expected no drafter behind one that always guesses, got one; name it last")

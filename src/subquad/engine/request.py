@@ -1,0 +1,148 @@
+"""What is asked of an engine, what comes back, and what is refused before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from subquad.core.errors import ConfigError, DataError, DivergenceError, UnsupportedError
+from subquad.core.registry import methods
+from subquad.engine.sampler import SamplingConfig
+from subquad.models.stack import Stack
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop, and how much to read at once.
+
+    Attributes:
+        max_new_tokens: most tokens of a row.
+        end_tokens: token ids that end a row; None takes the model's own.
+        stop: strings that end a row; need a tokenizer.
+        allow_long: go beyond the context the model was trained for.
+        chunk: columns of the prompts read in one forward pass, which bounds the memory of long prompts.
+    """
+
+    max_new_tokens: int = 128
+    end_tokens: Sequence[int] | None = None
+    stop: Sequence[str] = ()
+    allow_long: bool = False
+    chunk: int = 1024
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how to continue it.
+
+    Attributes:
+        prompt: token ids, at least one.
+        limits: when to stop.
+        sampling: how to choose.
+        tokenizer: gives the text, and finds stop strings; without it the text stays empty.
+    """
+
+    prompt: Sequence[int]
+    limits: Limits = field(default_factory=Limits)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    tokenizer: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens that its row commits: the last one is never read."""
+        return len(self.prompt) + self.limits.max_new_tokens - 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token of a row, as it comes.
+
+    Attributes:
+        row: index of the prompt, or what `Engine.submit` returned.
+        token: the token chosen; an end token is given too.
+        text: what may be shown now: no half characters, and nothing of a stop string or an end token.
+        logprob: log-probability of the token under the model itself, before any processor; NaN unless asked for.
+        finish: why the row ends with this piece: ``end`` (an end token), ``stop`` (a stop string), ``length``,
+            ``diverged`` (logits that are not finite; the token is -1); or None.
+    """
+
+    row: int
+    token: int
+    text: str
+    logprob: float
+    finish: str | None
+
+
+@dataclass
+class Generation:
+    """All that was generated for one prompt; the attributes are those of its pieces."""
+
+    tokens: list[int] = field(default_factory=list[int])
+    text: str = ""
+    logprobs: list[float] = field(default_factory=list[float])
+    finish: str = ""
+
+
+def row_configs(sampling: SamplingConfig | Sequence[SamplingConfig] | None, batch: int) -> list[SamplingConfig]:
+    """One configuration for each of `batch` rows."""
+    if sampling is None or isinstance(sampling, SamplingConfig):
+        one = sampling or SamplingConfig()
+        return [replace(one, seed=one.seed + row) for row in range(batch)]
+    if len(sampling) != batch:
+        raise ConfigError(f"sampling: expected one configuration for {batch} prompts, or {batch}, got {len(sampling)}")
+    return list(sampling)
+
+
+def check_model(model: Stack) -> None:
+    """Refuse a model that can't be read in pieces.
+
+    Raises:
+        UnsupportedError: a layer that looks ahead or can't be read in pieces.
+    """
+    cards = methods("mixers")
+    for i, layer in enumerate(model.config.layers):
+        card = cards[layer["mixer"]]
+        if not (card.causal and card.splittable):
+            raise UnsupportedError(
+                f"layer {i}: expected a causal mixer that can be read in pieces, got {layer['mixer']}; "
+                "score whole texts with it instead"
+            )
+
+
+def check_request(model: Stack, request: Request, name: str) -> None:
+    """Refuse what can't be generated.
+
+    Raises:
+        DataError: an empty prompt, or a token that is not in the vocabulary.
+        ConfigError: a limit that can't be kept, among them the model's context.
+    """
+    prompt, limits = request.prompt, request.limits
+    if limits.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: expected at least 1, got {limits.max_new_tokens}; ask for a token")
+    if limits.chunk < 1:
+        raise ConfigError(f"chunk: expected at least 1, got {limits.chunk}; 1024 is usual")
+    if limits.stop and request.tokenizer is None:
+        raise ConfigError("stop: expected a tokenizer to find strings with, got none; pass one, or use end_tokens")
+    vocab_size, context = model.config.vocab_size, model.config.max_positions
+    if not len(prompt):
+        raise DataError(f"{name}: expected at least one token, got none; begin with the start token")
+    wrong = next((t for t in prompt if not 0 <= t < vocab_size), None)
+    if wrong is not None:
+        raise DataError(
+            f"{name}: expected token ids from 0 to {vocab_size - 1}, got {wrong}; use the model's tokenizer"
+        )
+    if request.tokens > context and not limits.allow_long:
+        room = context - len(prompt) + 1
+        remedy = f"ask for at most {room} new tokens" if room > 0 else f"drop {1 - room} tokens"
+        raise ConfigError(
+            f"{name}: expected at most {context} tokens of context, got {len(prompt)} and "
+            f"{limits.max_new_tokens} new ones; {remedy}, or allow long contexts (--allow-long)"
+        )
+
+
+def diverged(row: int, tokens: int) -> DivergenceError:
+    """What is raised for a prompt whose logits are not finite."""
+    return DivergenceError(
+        f"prompt {row}: expected finite logits, got NaN or infinity after {tokens} new tokens; "
+        "try float32, or check the weights"
+    )

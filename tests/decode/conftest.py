@@ -1,0 +1,46 @@
+"""Tiny models of any mixer, in float64, and prompts of several lengths."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from subquad.core.registry import methods
+from subquad.models.config import ModelConfig
+from subquad.models.stack import Stack
+
+V = 23
+LENGTHS = (5, 1, 9, 3)
+MIXERS = {
+    f"{slug}-{name}": {"mixer": slug, **example}
+    for slug, card in methods("mixers").items()
+    if card.causal and card.splittable
+    for name, example in card.examples.items()
+}
+
+
+def build(layer: dict[str, Any], seed: int = 0, vocab_size: int = V) -> Stack:
+    torch.manual_seed(seed)
+    bare = {k: v for k, v in layer.items() if k != "d_model"}
+    model = Stack(ModelConfig(vocab_size, layer.get("d_model", 32), 48, (bare, bare)))
+    with torch.no_grad():
+        for p in model.parameters():  # far from uniform logits, and no special starts
+            p.add_(0.1 * torch.randn_like(p))
+    return model.double().requires_grad_(False)
+
+
+def named(slug: str) -> Stack:
+    """A small model of the first example of a mixer."""
+    return build(next(layer for name, layer in MIXERS.items() if name.startswith(f"{slug}-")), seed=7)
+
+
+@pytest.fixture
+def models() -> Callable[[str], Stack]:
+    return named
+
+
+@pytest.fixture
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(V, (n,), generator=generator).tolist() for n in LENGTHS]

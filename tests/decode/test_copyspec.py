@@ -1,0 +1,120 @@
+"""Runs of tokens are found where they stood last, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from subquad.core.errors import ConfigError
+from subquad.decode.copyspec import CopySpec
+from subquad.engine.draft import Draft, parse_drafter
+from subquad.engine.generate import Limits, generate
+from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.trace import Look
+from subquad.models.config import ModelConfig
+from subquad.models.stack import Stack
+
+
+def tiny() -> Stack:
+    layer = {"mixer": "attention", "n_heads": 2, "n_kv_heads": 1, "head_dim": 8}
+    return Stack(ModelConfig(vocab_size=50, d_model=16, d_mlp=32, layers=(layer,)))
+
+
+def opened(rows: int, capacity: int, gammas: tuple[int, ...] = (3,)) -> CopySpec:
+    copy = CopySpec(gammas)
+    copy.open(tiny(), rows, capacity)
+    return copy
+
+
+def guesses(copy: CopySpec, rows: int, k: int) -> list[list[int]]:
+    draft: Draft = copy.propose(rows, k, Sampler([SamplingConfig()] * rows), History.start([[0]] * rows, 0))
+    return [row[:n] for row, n in zip(draft.tokens_bk.tolist(), draft.length_b.tolist(), strict=True)]
+
+
+def rescanned(tokens: list[int], gammas: tuple[int, ...], k: int) -> list[int]:
+    """The same by looking through all tokens: the latest earlier occurrence of the longest run asked for first."""
+    for gamma in gammas:
+        for end in range(len(tokens) - 1, gamma - 1, -1):
+            if len(tokens) >= gamma and tokens[end - gamma : end] == tokens[-gamma:]:
+                period = len(tokens) - end
+                return [tokens[end + i % period] for i in range(k)]
+    return []
+
+
+@pytest.mark.parametrize("gammas", [(3,), (1,), (3, 2, 1), (2, 5)])
+def test_guesses_are_those_of_a_rescan_whatever_comes_in_whatever_pieces(gammas: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, capacity = 4, 150
+    copy = opened(rows, 1 << 17, gammas)  # so large a table that no two of its few runs share a bucket
+    texts = [torch.randint(4, (n,), generator=generator).tolist() for n in (1, 2, 9, 30)]
+    copy.put(range(rows), texts)
+    while max(map(len, texts)) < capacity - 8:
+        assert guesses(copy, rows, 5) == [rescanned(text, gammas, 5) for text in texts]
+        tokens_bt = torch.randint(4, (rows, 6), generator=generator)
+        n_b = torch.randint(7, (rows,), generator=generator)
+        copy.observe(tokens_bt, n_b, torch.zeros(rows, 6, 16))
+        for text, new, n in zip(texts, tokens_bt.tolist(), n_b.tolist(), strict=True):
+            text += new[:n]
+
+
+def test_a_row_begins_anew_without_what_stood_there() -> None:
+    copy = opened(2, 20)
+    copy.put([0, 1], [[1, 2, 3, 4, 1, 2, 3], [5] * 6])
+    assert guesses(copy, 2, 2) == [[4, 1], [5, 5]]
+    copy.put([0], [[7, 1, 2, 3]])
+    assert guesses(copy, 2, 2) == [[], [5, 5]]
+    copy.move([1], [0])
+    assert guesses(copy, 1, 3) == [[5, 5, 5]]
+
+
+def test_text_that_repeats_is_given_in_few_rounds() -> None:
+    """A model of one token after another, 0 1 2 ... 9 0 1 ...: after a period all guesses stand."""
+    model = tiny().double().requires_grad_(False)
+    model.embed.weight.zero_()
+    model.lm_head.weight.zero_()
+    for block in model.blocks:
+        block.mixer.o_proj.weight.zero_()
+        block.mlp.down_proj.weight.zero_()
+    for token in range(10):
+        model.embed.weight[token, token] = 1.0
+        model.lm_head.weight[(token + 1) % 10, token] = 1.0
+    looks: list[Look] = []
+    (got,) = generate(model, [[0, 1]], limits=Limits(60), drafter=CopySpec(), draft_tokens=6, on_look=looks.append)
+    assert got.tokens == [(2 + i) % 10 for i in range(60)]
+    # Ten single tokens and two more until a run of three has come again, then seven a round.
+    assert len(looks) <= 12 + -(-48 // 7)
+    assert sum(look.kept for look in looks) == sum(look.guessed for look in looks) == 60 - len(looks)
+
+
+def test_what_stands_behind_guesses_where_no_run_is_found(models: Callable[[str], Stack]) -> None:
+    both = parse_drafter(["copyspec,gammas=2", "draft_model,model=attention"], models)
+    assert isinstance(both, CopySpec)
+    target = models("mamba2")
+    both.open(target, 2, 20)
+    both.put([0, 1], [[1, 2, 3, 1, 2], [4, 5, 6, 7, 8]])
+    sampler = Sampler([SamplingConfig(temperature=1.0)] * 2)
+    both.prepare(2, 2)
+    draft = both.propose(2, 2, sampler, History.start([[0]] * 2, 0))
+    assert draft.length_b.tolist() == [2, 2]
+    assert draft.tokens_bk[0].tolist() == [3, 1]
+    assert draft.q_bkv is not None
+    # What is copied is certain; what is drawn has a distribution.
+    assert draft.q_bkv[0].amax(-1).tolist() == [1.0, 1.0]
+    assert float(draft.q_bkv[1].amax()) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("copyspec,gammas=0", "gammas of at least 1"),
+        ("copyspec,gammas=x", "gammas like 3 or 3\\+2\\+1, got 'x'"),
+        ("copyspec,gama=3", "unknown option 'gama'; did you mean 'gammas'"),
+        ("copyspec,gammas", "expected SLUG,KEY=VALUE"),
+        ("copypec", "unknown method 'copypec' in decode; did you mean 'copyspec'"),
+    ],
+)
+def test_specs_that_mean_nothing(spec: str, message: str, models: Callable[[str], Stack]) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_drafter([spec], models)
