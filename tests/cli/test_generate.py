@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from subquad import cli
-from subquad.cli.generate import encode, read_prompts
+from subquad.cli.generate import encode, read_prompts, twice
 from subquad.core.errors import ConfigError, DataError
 from subquad.engine.generate import Limits, generate
 from subquad.engine.sampler import SamplingConfig
@@ -121,6 +121,28 @@ def test_json_holds_what_the_engine_gives(model: str, capsys: pytest.CaptureFixt
     assert [json.loads(line)["tokens"] for line in together.splitlines()] == [line["tokens"] for line in lines]
 
 
+def test_drafts_change_nothing_and_leave_a_trace(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "new" / "drafts.json"
+    drafts = ["--draft", "copyspec,gammas=2", "--draft", f"draft_model,model={model}", "--draft-tokens", "3"]
+    out, err = run(capsys, model, "abcabcab", "--max-new-tokens", "13", *drafts, "--trace", str(trace))
+    assert out == expected(model, "abcabcab", 13).text + "\n"
+    assert " guesses stood, " in err
+    looks = json.loads(trace.read_text())["looks"]
+    assert sum(look["tokens"] for look in looks) == 13
+    assert 0 < sum(look["kept"] for look in looks) <= sum(look["guessed"] for look in looks)
+    assert trace.with_suffix(".svg").read_text().startswith("<svg")
+
+
+def test_a_prompt_can_be_read_twice(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(capsys, model, "ab", "--max-new-tokens", "5", "--read-twice")
+    assert out == expected(model, "ab\n\nab", 5).text + "\n"
+    assert twice([{"role": "system", "content": "s"}, {"role": "user", "content": "q"}])[1:] == [
+        {"role": "user", "content": "q\n\nq"}
+    ]
+
+
 def test_several_prompts_come_under_their_titles(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run(capsys, model, "a  b", "c", "--max-new-tokens", "4")
     assert out == f"# 1: a b\n{expected(model, 'a  b', 4).text}\n\n# 2: c\n{expected(model, 'c', 4).text}\n\n"
@@ -166,6 +188,8 @@ def test_a_stop_string_and_the_end_token_end_the_text(model: str, capsys: pytest
         (["hi", "there", "--stream"], "--stream: expected one prompt"),
         (["hi", "--file", "nowhere.txt"], "nowhere.txt: expected a text file in UTF-8"),
         (["hi", "--max-new-tokens", "9", "--stop", ""], "stop: expected strings of at least one character"),
+        (["hi", "--draft", "copyspek"], "unknown method 'copyspek' in decode; did you mean 'copyspec'?"),
+        (["hi", "--draft-tokens", "3"], "--draft-tokens: expected a --draft, got none"),
         ([], "expected a prompt, got none"),
     ],
 )

@@ -103,7 +103,11 @@ def test_a_round_is_one_graph_without_a_break(
     torch.compiler.reset()
     drafter = load("decode", slug).build(next(iter(methods("decode")[slug].examples.values())), models, None)
     compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda fn, **options: compiled(fn, backend="aot_eager", **options))
+
+    def quickly(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return compiled(fn, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", quickly)
     model, sampling = build(MIXERS["attention-full"]), SamplingConfig(temperature=1.0, top_k=5, seed=3)
     limits = Limits(max_new_tokens=10, end_tokens=[0])
     options: dict[str, Any] = {"drafter": drafter, "draft_tokens": 2}

@@ -10,7 +10,7 @@ import torch
 from subquad.core.errors import ConfigError
 from subquad.decode.draft_model import DraftModel
 from subquad.engine.draft import parse_drafter
-from subquad.engine.generate import Limits, generate
+from subquad.engine.generate import Generation, Limits, generate
 from subquad.engine.sampler import History, Sampler, SamplingConfig
 from subquad.engine.trace import Look
 from subquad.models.config import ModelConfig
@@ -37,10 +37,21 @@ def test_coupled_draws_are_those_of_plain_decoding(models: Models, prompts: list
     sampling = SamplingConfig(temperature=1.0, top_p=0.95, seed=5)
     limits = Limits(max_new_tokens=20, end_tokens=[4])
     expected = generate(model, prompts, limits=limits, sampling=sampling)
-    coupled = {"drafter": DraftModel(small, coupled=True), "draft_tokens": 3}
-    assert generate(model, prompts, limits=limits, sampling=sampling, **coupled) == expected
-    itself = {"drafter": DraftModel(model, coupled=True), "draft_tokens": 3, "on_look": looks.append}
-    assert generate(model, prompts, limits=limits, sampling=sampling, **itself) == expected
+
+    def coupled(drafter: Stack) -> list[Generation]:
+        looks.clear()
+        return generate(
+            model,
+            prompts,
+            limits=limits,
+            sampling=sampling,
+            drafter=DraftModel(drafter, coupled=True),
+            draft_tokens=3,
+            on_look=looks.append,
+        )
+
+    assert coupled(small) == expected
+    assert coupled(model) == expected
     assert sum(look.kept for look in looks) >= 0.99 * sum(look.guessed for look in looks) - len(prompts)
 
 

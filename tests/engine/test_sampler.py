@@ -223,3 +223,25 @@ def test_values_out_of_range_are_refused_by_name(values: dict[str, float]) -> No
     (name,) = values
     with pytest.raises(ConfigError, match=f"^{name}: expected .*, got "):
         SamplingConfig(**values)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_bias_is_added_first_and_minus_infinity_forbids() -> None:
+    configs = [SamplingConfig(logit_bias={3: 100.0}), SamplingConfig(), SamplingConfig(logit_bias={5: -math.inf})]
+    sampler, history, x = Sampler(configs, vocab_size=V), History.start(PROMPTS, 0), logits()
+    want = x.clone()
+    want[0, 3] += 100.0
+    want[2, 5] = -math.inf
+    assert torch.equal(sampler.process(x, history), want)
+    assert sampler.sample(x, history)[0] == 3
+    # A row that changes loses its bias; another may get one.
+    sampler.put([0, 1], [SamplingConfig(), SamplingConfig(logit_bias={7: 1.5})])
+    want = x.clone()
+    want[1, 7] += 1.5
+    want[2, 5] = -math.inf
+    assert torch.equal(sampler.process(x, history), want)
+
+
+@pytest.mark.parametrize("bias", [{-1: 1.0}, {2: math.inf}, {2: math.nan}])
+def test_a_bias_that_means_nothing_is_refused(bias: dict[int, float]) -> None:
+    with pytest.raises(ConfigError, match="logit_bias: expected token ids"):
+        SamplingConfig(logit_bias=bias)

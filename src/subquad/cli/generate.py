@@ -37,6 +37,10 @@ def run(
     chat: Annotated[
         bool, typer.Option("--chat", help="Prompts are a user's messages: apply the chat template.")
     ] = False,
+    read_twice: Annotated[
+        bool,
+        typer.Option("--read-twice", help="Repeat each prompt, so that a constant state knows what to look for."),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write for a prompt.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw among the k most likely tokens; 0 is all.")] = 0,
@@ -75,6 +79,8 @@ def run(
     asked: list[str | Messages] = [*(prompts or []), *(read_prompts(file) if file is not None else [])]
     if not asked:
         raise ConfigError("expected a prompt, got none; give one behind the model, or --file")
+    if read_twice:
+        asked = [twice(prompt) for prompt in asked]
     if stream and (as_json or len(asked) > 1):
         raise ConfigError("--stream: expected one prompt and no --json; leave it out")
     if draft_tokens and not draft:
@@ -276,6 +282,14 @@ def _json_prompts(path: Path, lines: Sequence[str]) -> Iterator[str | Messages]:
                 f"got {title(line)}; correct the line"
             )
         yield value
+
+
+def twice(prompt: str | Messages) -> str | Messages:
+    """The prompt, or a conversation's last message, and the same again (JRT-prompt, arXiv 2407.05483, section 3.1)."""
+    if isinstance(prompt, str):
+        return f"{prompt}\n\n{prompt}"
+    *before, last = prompt
+    return [*before, last | {"content": f"{last['content']}\n\n{last['content']}"}]
 
 
 def encode(loaded: LoadedModel, prompt: str | Messages, chat: bool) -> list[int]:

@@ -156,6 +156,7 @@ class State:
         """
         declared: list[dict[str, Any]] = []
         self.map(lambda t, declaration: (declared.append(declaration), t)[1])
+        pairs: list[tuple[Tensor, Tensor]] = []
         for (name, mine), (_, theirs), declaration in zip(self.tensors(), other.tensors(), declared, strict=True):
             if declaration["grows"] is not None:
                 axis = _axis(declaration)
@@ -165,6 +166,8 @@ class State:
                     f"state {name}: expected shape {tuple(mine.shape[1:])} a row, got {tuple(theirs.shape[1:])}; "
                     "use a state of the same capacity"
                 )
+            pairs.append((mine, theirs))
+        for mine, theirs in pairs:
             if rows is None:
                 mine.copy_(theirs.detach())
             else:

@@ -83,7 +83,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
-        """At most `k` guesses for each of the first `rows` slots, behind all tokens it was told.
+        """Guesses for each of the first `rows` slots behind all tokens it was told: `k` columns of token ids.
 
         Args:
             rows: slots.
@@ -97,7 +97,7 @@ class Drafter(ABC):
         """What a round gave the first slots.
 
         Args:
-            tokens_bt: their new tokens, behind those of `put`.
+            tokens_bt: their new tokens, behind those of `put`, each an id of the vocabulary.
             n_b: how many of them were kept; 0 where a slot is idle.
             hidden_btd: the model's stream where each of them was drawn from.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from subquad.engine.trace import Look
 from subquad.engine.verify import verify
 from subquad.models.stack import Stack, StackState
 
+LOOKS_KEPT = 4096
 CHUNKS_AT_ONCE = 32
 """Most tokens of prompts in one forward pass, in chunks; it bounds what that holds in memory beside the state."""
 
@@ -63,6 +64,7 @@ class Engine:
         rounds: rounds between two looks; by default 1 on a CPU, where a look is free, and 8 on a GPU.
         prefixes: keeps states of prompts' beginnings for later ones; None keeps nothing.
         logprobs: give the log-probability of each token.
+        on_look: called with what each look at the device found; the last ones are in `looks`.
         compile: fuse a round's operations with torch.compile, at its first call for each number of rows and guesses,
             which takes a minute of a large model's time.
 
@@ -90,6 +92,7 @@ class Engine:
         rounds: int | None = None,
         prefixes: PrefixCache | None = None,
         logprobs: bool = False,
+        on_look: Callable[[Look], None] | None = None,
         compile: bool = False,
     ) -> None:
         check_model(model)
@@ -104,18 +107,20 @@ class Engine:
         if drafter is not None and widest < 1:
             raise ConfigError(f"draft_tokens: expected at least 1 with a drafter, got {widest}; leave the drafter out")
         self.model, self.rows, self.capacity, self.chunk, self.rounds = model, rows, capacity, chunk, rounds
-        self.drafter, self.prefixes, self.logprobs = drafter, prefixes, logprobs
+        self.drafter, self.prefixes, self.logprobs, self.on_look = drafter, prefixes, logprobs, on_look
+        if prefixes is not None:
+            prefixes.bind(model)
         self.pace = Pace(widest, fixed=draft_tokens is not None)
-        self.looks: list[Look] = []
+        self.looks = deque[Look](maxlen=LOOKS_KEPT)
         self._waiting = deque[_Row]()
         self._slots: list[_Row | None] = [None] * rows
         self._submitted = 0
         device, width = model.device, rounds * (widest + 1)
         self._pool = model.init_state(rows, capacity)
-        self._sampler = Sampler([SamplingConfig()] * rows, device)
+        self._sampler = Sampler([SamplingConfig()] * rows, device, model.config.vocab_size)
         self._history = History.start([[0]] * rows, 0, device)
-        self._last_b, self._alive_b, self._left_b, self._fill_b, self._kept_b, self._guessed_b = (
-            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(6)
+        self._last_b, self._alive_b, self._left_b, self._fill_b, self._kept_b, self._judged_b, self._guessed_b = (
+            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(7)
         )
         # One column more than is ever read takes what is not kept.
         self._out_bn = torch.zeros(rows, width + 1, dtype=torch.int64, device=device)
@@ -372,12 +377,13 @@ class Engine:
         hidden_btd, update = self.model.read(tokens_bt, pool, lengths_b)
         logits_btv = self.model.head(hidden_btd)
         tokens_bt, n_b = verify(self._sampler, history, logits_btv, draft)
-        self._kept_b[:n] += (n_b - 1) * alive_b
-        self._guessed_b[:n] += draft.length_b
         kept_b = self._emit(tokens_bt, n_b, logits_btv)
+        self._kept_b[:n] += torch.minimum(n_b - 1, kept_b)
+        self._judged_b[:n] += torch.minimum(torch.minimum(draft.length_b, n_b), kept_b)
+        self._guessed_b[:n] += draft.length_b
         update.commit_(pool, None, kept_b)
         if self.drafter is not None:
-            self.drafter.observe(tokens_bt, kept_b, hidden_btd)
+            self.drafter.observe(tokens_bt.clamp(min=0), kept_b, hidden_btd)
 
     def _emit(self, tokens_bt: Tensor, n_b: Tensor, logits_btv: Tensor) -> Tensor:
         """Write what stands up to a row's end, and return how many tokens that is, 0 for rows that have ended."""
@@ -407,13 +413,13 @@ class Engine:
 
     def _take(self, n: int, k: int, began: float) -> list[Piece]:
         """Look at what came: the one wait for the device."""
-        counts = torch.stack((self._fill_b[:n], self._kept_b[:n], self._guessed_b[:n]), dim=1)
+        counts = torch.stack((self._fill_b[:n], self._kept_b[:n], self._judged_b[:n], self._guessed_b[:n]), dim=1)
         rows = torch.cat((counts, self._out_bn[:n]), dim=1).tolist()
         scores = self._score_bn[:n].tolist()
-        for buffer in (self._fill_b, self._kept_b, self._guessed_b):
+        for buffer in (self._fill_b, self._kept_b, self._judged_b, self._guessed_b):
             buffer.zero_()
         pieces, given, ended = list[Piece](), 0, list[int]()
-        for slot, ((fill, _, _, *tokens), row_scores) in enumerate(zip(rows, scores, strict=True)):
+        for slot, ((fill, _, _, _, *tokens), row_scores) in enumerate(zip(rows, scores, strict=True)):
             row = self._slots[slot]
             if row is None or not fill:
                 continue
@@ -424,10 +430,12 @@ class Engine:
                 ended.append(slot)
         self._leave(ended)
         live = sum(1 for fill, *_ in rows if fill)
-        kept, guessed = sum(row[1] for row in rows), sum(row[2] for row in rows)
-        look = Look(live, k, self.rounds, given, guessed, kept, time.perf_counter() - began)
+        kept, judged, guessed = (sum(row[i] for row in rows) for i in (1, 2, 3))
+        look = Look(live, k, self.rounds, given, guessed, judged, kept, time.perf_counter() - began)
         self.looks.append(look)
         self.pace.learn(look)
+        if self.on_look is not None:
+            self.on_look(look)
         return pieces
 
     def _pieces(self, row: _Row, tokens: Sequence[int], scores: Sequence[float]) -> list[Piece]:

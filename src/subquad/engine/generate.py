@@ -101,20 +101,17 @@ def stream(
         chunk=requests[0].limits.chunk,
         rounds=1,
         logprobs=logprobs,
+        on_look=on_look,
     )
     for request in requests:
         engine.submit(request)
     counts = [0] * len(requests)
     while engine.busy:
-        before = len(engine.looks)
         for piece in engine.step():
             if piece.finish == "diverged":
                 raise diverged(piece.row, counts[piece.row])
             counts[piece.row] += 1
             yield piece
-        if on_look is not None:
-            for look in engine.looks[before:]:
-                on_look(look)
 
 
 def generate_many(

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from subquad.engine.trace import Look
 
-# Weight of a new figure in the running ones.
-NEW = 0.2
-# Plain rounds before one with guesses is tried again, doubled as long as it does not pay.
-PATIENCE, LONGEST = 8, 128
+# What is thought before anything is seen, and as how many guesses it counts.
+FIRST_ACCEPTED, FIRST_COVERED, FIRST_WEIGHT = 0.7, 1.0, 4.0
+# Guesses after which an older one counts half.
+HALF_LIFE = 256.0
+# Weight of a new cost in the running one. What disturbs a machine makes rounds dearer, never cheaper.
+CHEAPER, DEARER = 0.5, 0.1
 # What a round with one guess more is thought to cost, until it is measured: little, so that it is tried.
 GUESS_COST = 0.05
 # Guessing must promise this much.
 MARGIN = 1.02
+# Looks between two that try what is not the best, while guesses pay; and while they do not, at first and at most,
+# with no more guesses than keep such a round within so many plain ones.
+TOUR = 24
+PATIENCE, LONGEST, DEAREST_TRY = 8, 128, 2.0
 
 
 class Pace:
     """Chooses k, the guesses a row and round, among 0, 1, 2, 4, ... up to `most`.
 
     Expected of a round with k guesses are ``1 + c (a + ... + a^k)`` tokens a row, a the share of guesses that stand
-    when it is their turn and c the share of those asked for that were there; both and the seconds of a round at each k
-    are measured as running means. The k of most tokens a second is taken, none unless it is ahead; while none is taken,
-    one try now and then finds out whether that has changed.
+    when it is their turn and c the share of those asked for that were there. Both are measured, older guesses
+    counting less and less, and so are the seconds of a round at each k. The k of most tokens a second is taken, none
+    unless it is ahead; now and then another is tried, so that what has changed is found out.
 
     Args:
         most: largest k; 0 never guesses.
@@ -30,9 +36,20 @@ class Pace:
     def __init__(self, most: int, *, fixed: bool = False) -> None:
         self.most, self.fixed = most, fixed
         self.ladder = [0, *(1 << i for i in range(most.bit_length()) if 1 << i < most), *([most] if most else [])]
-        self.accepted, self.covered = 0.7, 1.0
         self.seconds: dict[int, float] = {}
-        self._plain, self._patience = 0, PATIENCE
+        self._accepted, self._covered = _Share(FIRST_ACCEPTED), _Share(FIRST_COVERED)
+        self._since, self._patience, self._tours = 0, PATIENCE, 0
+        self._last = 0
+
+    @property
+    def accepted(self) -> float:
+        """Share of guesses that stand when it is their turn."""
+        return self._accepted.value
+
+    @property
+    def covered(self) -> float:
+        """Share of the guesses asked for that there were."""
+        return self._covered.value
 
     def choose(self) -> int:
         """The k of the next rounds."""
@@ -41,36 +58,64 @@ class Pace:
         if 0 not in self.seconds:
             return 0
         best = max(self.ladder, key=self._rate)
-        if best and self._rate(best) > MARGIN * self._rate(0):
+        if best and self._rate(best) <= MARGIN * self._rate(0):
+            best = 0
+        if (best > 0) != (self._last > 0):
+            self._since = 0
+        self._last = best
+        self._since += 1
+        if self._since <= (TOUR if best else self._patience):
             return best
-        if self._plain >= self._patience:
-            return self.ladder[1]
-        return 0
+        self._since, self._tours = 0, self._tours + 1
+        return self._other(best)
+
+    def _other(self, best: int) -> int:
+        """What to try in place of the best: none or one of its neighbours, or a number that is not too dear."""
+        if best:
+            at = self.ladder.index(best)
+            near = [self.ladder[i] for i in (at - 1, at + 1) if 0 < i < len(self.ladder)]
+            return [0, *near][self._tours % (1 + len(near))]
+        self._patience = min(2 * self._patience, LONGEST)
+        cheap = [k for k in self.ladder[1:] if self._cost(k) <= DEAREST_TRY * self.seconds[0]] or [self.ladder[1]]
+        return cheap[self._tours % len(cheap)]
 
     def learn(self, look: Look) -> None:
         """Take in what some rounds brought."""
         if self.fixed:
             return
-        cost = look.seconds / look.rounds
-        before = self.seconds.get(look.k)
-        self.seconds[look.k] = cost if before is None else before + NEW * (cost - before)
-        if look.k == 0:
-            self._plain += 1
+        cost, before = look.seconds / look.rounds, self.seconds.get(look.k)
+        if before is None:
+            self.seconds[look.k] = cost
+        else:
+            self.seconds[look.k] = before + (CHEAPER if cost < before else DEARER) * (cost - before)
+        if not look.k:
             return
         asked = look.rows * look.rounds * look.k
-        if asked:
-            self.covered += NEW * (min(look.guessed / asked, 1.0) - self.covered)
-        if look.guessed:
-            # Of the guesses whose turn came: those that stood, and one more in every round that ended early.
-            turned = min(look.guessed, look.kept + max(1, look.rows * look.rounds - look.kept // look.k))
-            self.accepted += NEW * (min(look.kept / turned, 0.98) - self.accepted)
-        pays = self._rate(look.k) > MARGIN * self._rate(0)
-        if self._plain:
-            self._patience = PATIENCE if pays else min(2 * self._patience, LONGEST)
-        self._plain = 0
+        self._covered.add(min(look.guessed, asked), asked)
+        self._accepted.add(look.kept, look.judged)
+        if max(map(self._rate, self.ladder[1:])) > MARGIN * self._rate(0):
+            self._patience = PATIENCE
+
+    def _cost(self, k: int) -> float:
+        return self.seconds.get(k, self.seconds[0] * (1 + GUESS_COST * k))
 
     def _rate(self, k: int) -> float:
-        a = self.accepted
-        tokens = 1 + self.covered * sum(a**i for i in range(1, k + 1))
-        cost = self.seconds.get(k, self.seconds[0] * (1 + GUESS_COST * k))
-        return tokens / max(cost, 1e-9)
+        if 0 not in self.seconds:
+            return 0.0
+        tokens = 1 + self.covered * sum(self.accepted**i for i in range(1, k + 1))
+        return tokens / max(self._cost(k), 1e-9)
+
+
+class _Share:
+    """A share of many, the older counting less."""
+
+    def __init__(self, first: float) -> None:
+        self.some, self.all = first * FIRST_WEIGHT, FIRST_WEIGHT
+
+    @property
+    def value(self) -> float:
+        return self.some / self.all
+
+    def add(self, some: float, of: float) -> None:
+        kept = 0.5 ** (of / HALF_LIFE)
+        self.some, self.all = self.some * kept + some, self.all * kept + of

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from subquad.core.errors import ConfigError
-from subquad.models.stack import StackState
+from subquad.models.stack import Stack, StackState
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,19 @@ class PrefixCache:
         self.hits, self.misses, self.tokens_saved = 0, 0, 0
         self._kept = OrderedDict[bytes, Prefix]()
         self._bytes = 0
+        self._model: Stack | None = None
         # Beginnings that some prompt had, without their states.
         self._met = OrderedDict[bytes, None]()
+
+    def bind(self, model: Stack) -> None:
+        """Keep states of `model` only; called by each engine that takes this cache.
+
+        Raises:
+            ConfigError: it keeps those of another model.
+        """
+        if self._model is not None and self._model is not model:
+            raise ConfigError("prefix cache: expected the model whose states it keeps, got another; make one for each")
+        self._model = model
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +85,15 @@ class PrefixCache:
         return sorted(wanted)
 
     def keep(self, tokens: Sequence[int], state: StackState) -> None:
-        """Take over the `state` of one row that has read `tokens`; what no longer fits goes, itself if need be."""
+        """Take over the `state` of one row that has read `tokens`; what no longer fits goes, itself if need be.
+
+        Raises:
+            ConfigError: tokens that are no whole blocks.
+        """
+        if not tokens or len(tokens) % self.block:
+            raise ConfigError(
+                f"prefix cache: expected whole blocks of {self.block} tokens, got {len(tokens)} tokens; cut them there"
+            )
         key = self._keys(tokens)[-1]
         if key in self._kept or state.nbytes > self.most:
             return

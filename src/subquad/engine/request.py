@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 from subquad.core.errors import ConfigError, DataError, DivergenceError, UnsupportedError
@@ -126,11 +127,17 @@ def check_request(model: Stack, request: Request, name: str) -> None:
     vocab_size, context = model.config.vocab_size, model.config.max_positions
     if not len(prompt):
         raise DataError(f"{name}: expected at least one token, got none; begin with the start token")
-    wrong = next((t for t in prompt if not 0 <= t < vocab_size), None)
+    wrong = next((t for t in prompt if not isinstance(t, Integral) or not 0 <= t < vocab_size), None)
     if wrong is not None:
         raise DataError(
             f"{name}: expected token ids from 0 to {vocab_size - 1}, got {wrong}; use the model's tokenizer"
         )
+    odd = next((t for t in limits.end_tokens or () if not isinstance(t, Integral) or not 0 <= t < 2**63), None)
+    if odd is not None:
+        raise ConfigError(f"end_tokens: expected token ids of at least 0, got {odd}; use the model's tokenizer")
+    beyond = next((t for t in request.sampling.logit_bias if t >= vocab_size), None)
+    if beyond is not None:
+        raise ConfigError(f"logit_bias: expected token ids below {vocab_size}, got {beyond}; use the model's tokenizer")
     if request.tokens > context and not limits.allow_long:
         room = context - len(prompt) + 1
         remedy = f"ask for at most {room} new tokens" if room > 0 else f"drop {1 - room} tokens"

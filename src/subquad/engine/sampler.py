@@ -1,13 +1,13 @@
 """From logits to tokens: processors in a fixed order, and noise that belongs to a row alone.
 
-The order is that of transformers: repetition penalty, presence and frequency penalties, temperature, top-k, top-p,
-min-p. The distribution that remains after the last of them is the p of speculative decoding.
+The order is that of transformers: bias, repetition penalty, presence and frequency penalties, temperature, top-k,
+top-p, min-p. The distribution that remains after the last of them is the p of speculative decoding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class SamplingConfig:
             (arXiv 1909.05858); 1 is none.
         presence_penalty: subtracted from the logits of tokens in the output.
         frequency_penalty: subtracted once for each time a token stands in the output.
+        logit_bias: added to the logits of tokens by id; minus infinity forbids one.
         seed: of this row's noise.
     """
 
@@ -39,6 +40,7 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,6 +59,12 @@ class SamplingConfig:
         expect(0 < self.repetition_penalty < finite, "repetition_penalty", "a number above 0", "1 is no penalty")
         expect(abs(self.presence_penalty) < finite, "presence_penalty", "a finite number", "0 is no penalty")
         expect(abs(self.frequency_penalty) < finite, "frequency_penalty", "a finite number", "0 is no penalty")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not bias < finite:
+                raise ConfigError(
+                    f"logit_bias: expected token ids of at least 0 with a finite number or minus infinity, got "
+                    f"{token}: {bias}; drop it"
+                )
         expect(0 <= self.seed < 2**63, "seed", "an integer in [0, 2**63)", "choose one there")
 
     @property
@@ -177,8 +185,10 @@ def gumbel(seed_b: Tensor, step_b: Tensor, vocab_size: int, stream: int = 0) -> 
         vocab_size: v.
         stream: noises of different streams are independent.
     """
-    # The uniform is never 0, and finest near 0, where log1p turns it into the exponentials that win.
-    uniform_bv = ((_bits(seed_b, step_b, vocab_size, stream) >> 11 & 0x1FFFFFFFFFFFFF) | 1).to(torch.float32) * 2.0**-53
+    # The uniform is never 0, and finest near 0, where log1p turns it into the exponentials that win; nor is it ever
+    # rounded to 1, where the noise would be minus infinity and a token that is certain could lose.
+    bits_bv = (_bits(seed_b, step_b, vocab_size, stream) >> 11 & 0x1FFFFFFFFFFFFF) | 1
+    uniform_bv = (bits_bv.to(torch.float32) * 2.0**-53).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform_bv))
 
 
@@ -196,26 +206,45 @@ class Sampler:
     Args:
         configs: one a row.
         device: of the logits.
+        vocab_size: v, needed where a row has a bias.
     """
 
-    def __init__(self, configs: Sequence[SamplingConfig], device: torch.device | str | None = None) -> None:
-        self.configs = list(configs)
+    def __init__(
+        self, configs: Sequence[SamplingConfig], device: torch.device | str | None = None, vocab_size: int = 0
+    ) -> None:
+        self.configs, self.vocab_size = list(configs), vocab_size
+        self._bias_bv = torch.zeros(len(configs), 0, device=device)
         self.greedy_b = torch.tensor([c.temperature == 0 for c in configs], device=device)
         self.seed_b = torch.tensor([c.seed for c in configs], device=device)
         self._columns = {
             name: torch.tensor([[make(c)] for c in configs], device=device) for name, make in COLUMNS.items()
         }
+        self._lean(range(len(configs)), configs)
         self._choose()
 
     def put(self, rows: Sequence[int], configs: Sequence[SamplingConfig]) -> None:
         """From now on `rows` are asked for what `configs` say."""
         for row, config in zip(rows, configs, strict=True):
             self.configs[row] = config
-        fresh, rows_b = Sampler(configs), torch.tensor(rows, device=self.seed_b.device)
+        plain = [replace(c, logit_bias={}) for c in configs]
+        fresh, rows_b = Sampler(plain), torch.tensor(rows, device=self.seed_b.device)
         mine = (self.greedy_b, self.seed_b, *self._columns.values())
         for buffer, values in zip(mine, (fresh.greedy_b, fresh.seed_b, *fresh._columns.values()), strict=True):
             buffer.index_copy_(0, rows_b, values.to(buffer.device))
+        self._lean(rows, configs)
         self._choose()
+
+    def _lean(self, rows: Sequence[int], configs: Sequence[SamplingConfig]) -> None:
+        """Note the biases of `rows`; there is no room for them before the first."""
+        if any(c.logit_bias for c in configs) and not self._bias_bv.shape[1]:
+            self._bias_bv = torch.zeros(len(self.configs), self.vocab_size, device=self.seed_b.device)
+        if not self._bias_bv.shape[1]:
+            return
+        self._bias_bv[torch.tensor(rows, device=self.seed_b.device)] = 0
+        for row, config in zip(rows, configs, strict=True):
+            if config.logit_bias:
+                at, bias = torch.tensor(list(config.logit_bias)), torch.tensor(list(config.logit_bias.values()))
+                self._bias_bv[row, at.to(self.seed_b.device)] = bias.to(self._bias_bv)
 
     def _choose(self) -> None:
         asked = self.configs
@@ -224,6 +253,7 @@ class Sampler:
         largest = max((c.top_k for c in asked), default=0)
         self.largest_k = 1 << (largest - 1).bit_length() if largest else 0
         self._asked = {
+            "bias": any(c.logit_bias for c in asked),
             "repetition": any(c.repetition_penalty != 1 for c in asked),
             "counts": any(c.presence_penalty or c.frequency_penalty for c in asked),
             "temperature": any(c.temperature not in (0, 1) for c in asked),
@@ -246,6 +276,8 @@ class Sampler:
         """The logits after every processor, in float32 at least; for the first rows when there are fewer."""
         x, asked = logits_bv.to(precise(logits_bv.dtype)), self._asked
         column = {name: values[: len(x)] for name, values in self._columns.items()}
+        if asked["bias"]:
+            x = x + self._bias_bv[: len(x)]
         if asked["repetition"]:
             x = penalise_repetition(x, history.prompt_bv | (history.count_bv > 0), column["repetition"])
         if asked["counts"]:
@@ -261,9 +293,13 @@ class Sampler:
         return x
 
     def probabilities(self, logits_bv: Tensor, history: History) -> Tensor:
-        """The distribution ``[b, v]`` that `sample` draws from; a greedy row's has all its mass on one token."""
+        """The distribution ``[b, v]`` that `sample` draws from; a greedy row's has all its mass on one token.
+
+        NaN in rows whose logits hold a NaN or have no finite maximum.
+        """
         processed_bv = self.process(logits_bv, history)
         certain_bv = torch.zeros_like(processed_bv).scatter_(1, processed_bv.argmax(-1, keepdim=True), 1)
+        certain_bv = certain_bv.masked_fill(~processed_bv.amax(-1, keepdim=True).isfinite(), torch.nan)
         return torch.where(self.greedy_b[: len(logits_bv), None], certain_bv, processed_bv.softmax(-1))
 
     def sample(self, logits_bv: Tensor, history: History, stream: int = 0) -> Tensor:

@@ -14,8 +14,9 @@ class Look:
         k: guesses asked for, a row and round.
         rounds: how many.
         tokens: given by all rows together.
-        guessed: guesses that were verified.
-        kept: guesses that stood.
+        guessed: guesses that were read.
+        judged: those whose turn came: all that stood, and the first that did not.
+        kept: those that stood.
         seconds: they took.
     """
 
@@ -24,5 +25,6 @@ class Look:
     rounds: int
     tokens: int
     guessed: int
+    judged: int
     kept: int
     seconds: float

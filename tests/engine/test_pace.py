@@ -1,0 +1,169 @@
+"""The number of guesses follows what guesses bring and cost, simulated: found, given up, and taken up again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from subquad.engine.pace import LONGEST, Pace
+from subquad.engine.trace import Look
+
+Cost = Callable[[int], float]
+COSTS: dict[str, Cost] = {
+    "cheap": lambda k: 1 + 0.05 * k,
+    "middling": lambda k: 1 + 0.15 * k,
+    "dear": lambda k: 1 + 0.5 * k,
+    "a step and then flat": lambda k: 1.4 + 0.02 * k if k else 1.0,
+}
+
+
+class World:
+    """Rounds whose guesses stand with probability `accepted` each, and that cost what `cost` says."""
+
+    def __init__(self, pace: Pace, cost: Cost, *, rows: int = 8, rounds: int = 8) -> None:
+        self.pace, self.cost, self.rows, self.rounds = pace, cost, rows, rounds
+        self.random = random.Random(0)
+        self.seconds, self.tokens, self.chosen = 0.0, 0, list[int]()
+
+    def run(self, looks: int, accepted: float, *, covered: float = 1.0, slow: float = 1.0) -> None:
+        """Go on for some looks, and forget what was counted before; every round takes `slow` times as long."""
+        self.seconds, self.tokens, self.chosen = 0.0, 0, []
+        for _ in range(looks):
+            k, kept, judged, guessed = self.pace.choose(), 0, 0, 0
+            for _ in range(self.rows * self.rounds if k else 0):
+                if self.random.random() < covered:
+                    guessed += k
+                    stands = 0
+                    while stands < k and self.random.random() < accepted:
+                        stands += 1
+                    kept += stands
+                    judged += min(stands + 1, k)
+            tokens = self.rows * self.rounds + kept
+            seconds = self.rounds * self.cost(k) * slow
+            self.pace.learn(Look(self.rows, k, self.rounds, tokens, guessed, judged, kept, seconds))
+            self.seconds, self.tokens = self.seconds + seconds, self.tokens + tokens
+            self.chosen.append(k)
+
+    def share(self, accepted: float, covered: float = 1.0) -> float:
+        """Tokens a second, as a share of what the best k would give."""
+        best = max(gain(k, accepted, covered) / self.cost(k) for k in self.pace.ladder)
+        return self.tokens / self.rows / self.seconds / best
+
+
+def gain(k: int, accepted: float, covered: float = 1.0) -> float:
+    return 1 + covered * sum(accepted**i for i in range(1, k + 1))
+
+
+@pytest.mark.parametrize(
+    ("most", "ladder"),
+    [(0, [0]), (1, [0, 1]), (2, [0, 1, 2]), (3, [0, 1, 2, 3]), (4, [0, 1, 2, 4]), (5, [0, 1, 2, 4, 5]),
+     (8, [0, 1, 2, 4, 8]), (9, [0, 1, 2, 4, 8, 9])],
+)  # fmt: skip
+def test_the_ladder_doubles_up_to_the_most(most: int, ladder: list[int]) -> None:
+    assert Pace(most).ladder == ladder
+
+
+def test_a_fixed_number_is_kept_whatever_it_brings() -> None:
+    world = World(Pace(5, fixed=True), COSTS["dear"])
+    world.run(50, 0.0)
+    assert set(world.chosen) == {5}
+
+
+def test_none_is_none() -> None:
+    world = World(Pace(0), COSTS["cheap"])
+    world.run(50, 0.9)
+    assert set(world.chosen) == {0}
+
+
+def test_what_a_plain_round_costs_is_measured_first() -> None:
+    pace = Pace(8)
+    assert pace.choose() == 0
+    assert pace.choose() == 0
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (16, 8)])
+@pytest.mark.parametrize("most", [1, 5, 16])
+def test_guesses_that_never_stand_cost_at_most_a_twentieth(cost: str, size: tuple[int, int], most: int) -> None:
+    world = World(Pace(most), COSTS[cost], rows=size[0], rounds=size[1])
+    world.run(2_000, 0.0)
+    assert world.seconds <= 1.05 * 2_000 * size[1]
+    # In the long run only one try in so many looks is left, from time to time.
+    assert sum(k > 0 for k in world.chosen[1_000:]) <= 1_000 // LONGEST + 1
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("accepted", [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95])
+def test_nearly_the_best_number_is_found(cost: str, accepted: float) -> None:
+    """From the sixtieth look on, of 64 rounds each: at least 19 of 20 tokens that the best k would give.
+
+    Neighbours on the ladder are nearly as good where the optimum is flat, so the tokens are compared and not k.
+    """
+    world = World(Pace(8), COSTS[cost])
+    world.run(60, accepted)
+    world.run(400, accepted)
+    assert world.share(accepted) >= 0.95
+
+
+def test_the_best_number_itself_is_found_where_it_is_clear() -> None:
+    for accepted, cost, best in ((0.95, "cheap", 8), (0.3, "middling", 1), (0.3, "dear", 0), (0.8, "dear", 2)):
+        world = World(Pace(8), COSTS[cost])
+        assert max(world.pace.ladder, key=lambda k, a=accepted, c=cost: gain(k, a) / COSTS[c](k)) == best
+        world.run(60, accepted)
+        world.run(200, accepted)
+        assert sum(k == best for k in world.chosen) >= 180
+
+
+def test_a_drafter_that_seldom_has_a_guess_is_rated_by_what_it_covers() -> None:
+    """Always right, but only one time in twenty: too seldom for what a round with room for guesses costs."""
+    world = World(Pace(4), COSTS["a step and then flat"])
+    world.run(60, 0.98, covered=0.05)
+    world.run(400, 0.98, covered=0.05)
+    assert world.share(0.98, 0.05) >= 0.95
+    assert sum(k > 0 for k in world.chosen) < 20
+
+
+@pytest.mark.parametrize("cost", ["cheap", "middling", "a step and then flat"])
+def test_guesses_are_taken_up_again_and_given_up_again(cost: str) -> None:
+    """A try comes every LONGEST looks at least, and a few tries are enough; giving up takes some looks."""
+    world = World(Pace(8), COSTS[cost])
+    for _ in range(2):
+        world.run(1_500, 0.0)
+        assert world.chosen[-1] == 0 or sum(world.chosen[-LONGEST:]) == 1
+        world.run(4 * LONGEST, 0.9)
+        world.run(300, 0.9)
+        assert world.share(0.9) >= 0.95
+        world.run(40, 0.0)
+        world.run(200, 0.0)
+        assert world.seconds <= 1.05 * 200 * world.rounds
+
+
+def test_a_first_look_that_took_long_is_not_believed_for_ever() -> None:
+    """As compilation and first allocations make it: plain rounds look dear, and guesses that never stand a gain."""
+    world = World(Pace(8), COSTS["middling"])
+    world.run(1, 0.0, slow=10)
+    world.run(200, 0.0)
+    world.run(2_000, 0.0)
+    assert world.seconds <= 1.05 * 2_000 * world.rounds
+
+
+def test_rounds_that_have_become_cheaper_all_alike_are_measured_again() -> None:
+    """Many rows end and few are left: each round takes a tenth, with guesses that no longer stand."""
+    world = World(Pace(8), COSTS["middling"])
+    world.run(300, 0.9)
+    assert world.chosen[-1] == 8
+    world.run(200, 0.0, slow=0.1)
+    world.run(2_000, 0.0, slow=0.1)
+    assert world.seconds <= 1.05 * 0.1 * 2_000 * world.rounds
+
+
+@pytest.mark.parametrize("accepted", [0.5, 0.7, 0.8, 0.9])
+@pytest.mark.parametrize("cost", ["cheap", "middling", "a step and then flat"])
+def test_one_row_and_one_round_a_look_are_enough_to_find_it(cost: str, accepted: float) -> None:
+    """Each look tells little here; over 3,000 of them nine of ten tokens that the best k would give."""
+    world = World(Pace(8), COSTS[cost], rows=1, rounds=1)
+    world.run(200, accepted)
+    world.run(3_000, accepted)
+    assert world.share(accepted) >= 0.9
