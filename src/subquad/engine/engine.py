@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -357,10 +358,18 @@ class Engine:
             self._compiled(n, k)
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # One round at a time: all graphs may use the same memory for what they forget.
+            memory = next((other.pool() for other in self._graphs.values()), None)
+            try:
+                with torch.cuda.graph(graph, pool=memory):
+                    self._compiled(n, k)
+            except RuntimeError as error:
+                warnings.warn(f"a round is launched piece by piece, which is slower: {error}", stacklevel=2)
+                self._captures = False
                 self._compiled(n, k)
-            self._graphs[key] = graph
-            graph.replay()
+            else:
+                self._graphs[key] = graph
+                graph.replay()
 
     def _round(self, n: int, k: int) -> None:
         pool, history, alive_b = self._pool.first(n), self._history.first(n), self._alive_b[:n]
