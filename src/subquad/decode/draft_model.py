@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Self
-
-import torch
-from torch import Tensor
 
 from subquad.core.card import Card
 from subquad.core.errors import ConfigError
-from subquad.engine.draft import Draft, Drafter, Transcript, take_options
-from subquad.engine.request import check_model
-from subquad.engine.sampler import History, Sampler
-from subquad.engine.verify import DRAFT_STREAM
+from subquad.engine.draft import Drafter, read_vocab, take_options
+from subquad.engine.model_draft import ModelDrafter
 from subquad.models.stack import Stack
 
 CARD = Card(
@@ -33,109 +28,23 @@ CARD = Card(
     },
 )
 
-# Columns read at once of what the drafter has missed.
-CATCH_UP = 256
 
-
-class DraftModel(Drafter):
-    """A model of any mixers as drafter.
-
-    Its state holds only tokens that were kept. Each guess is drawn behind a read of all guesses before it, against that
-    state; these reads are forgotten, and the tokens that stood are read in the next round, with its first guess. So
-    nothing is copied and nothing rolled back, in a recurrent state as in a cache.
-
-    Args:
-        model: the drafter, on the device of the model that it guesses for.
-        coupled: draw each guess with the noise that the row will draw its own token with (arXiv 2408.07978): all tokens
-            are then those of plain decoding, at any temperature, and a few more guesses fall.
+class DraftModel(ModelDrafter):
+    """A model of any mixers as drafter; see `ModelDrafter`.
 
     Example:
         >>> from subquad.engine.generate import generate
         >>> generate(model, prompts, drafter=DraftModel(small))  # doctest: +SKIP
     """
 
-    def __init__(self, model: Stack, *, coupled: bool = False) -> None:
-        check_model(model)
-        self.model, self.coupled = model, coupled
-
     @classmethod
     def build(cls, options: Mapping[str, str], models: Callable[[str], Stack], behind: Drafter | None) -> Self:
-        """Options: ``model``, and ``coupled=true``; see `Drafter.build`."""
-        take_options("draft_model", options, ("model", "coupled"), behind)
+        """Options: ``model``, ``coupled=true``, and ``vocab=FILE``; see `Drafter.build`."""
+        take_options("draft_model", options, ("model", "coupled", "vocab"), behind)
         coupled = options.get("coupled", "false")
         if "model" not in options or coupled not in ("true", "false"):
             raise ConfigError(
                 f"draft_model: expected model=NAME, and coupled=true or false, got {dict(options)}; "
                 "write draft_model,model=NAME"
             )
-        return cls(models(options["model"]), coupled=coupled == "true")
-
-    def open(self, target: Stack, rows: int, capacity: int) -> None:
-        """Allocate a state of the drafter's own; see `Drafter.open`."""
-        mine, theirs = self.model.config.vocab_size, target.config.vocab_size
-        if mine != theirs:
-            raise ConfigError(
-                f"draft model: expected a vocabulary of {theirs} tokens, got {mine}; use a smaller "
-                "model of the same tokenizer"
-            )
-        if self.model.device != target.device:
-            raise ConfigError(f"draft model: expected it on {target.device}, got {self.model.device}; move it there")
-        self._pool = self.model.init_state(rows, capacity + 1)
-        self._told = Transcript(rows, capacity, target.device)
-
-    @torch.no_grad()
-    def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        """Begin anew; the prompts are read at the next guess. See `Drafter.put`."""
-        self._pool.clear_(torch.tensor(rows, device=self.model.device))
-        self._told.put(rows, prompts)
-
-    @torch.no_grad()
-    def prepare(self, rows: int, k: int) -> None:
-        """Read what was missed while nothing was guessed, but for what the next guess reads anyway."""
-        while True:
-            lag_b = (self._told.length_b - self._pool.seen_b)[:rows]
-            if not rows or int(lag_b.max()) <= k + 1:
-                return
-            self._read(rows, min(CATCH_UP, int(lag_b.max()) - 1), leave=1)
-
-    def _read(self, rows: int, width: int, leave: int = 0) -> Tensor:
-        """Read at most `width` told tokens of each row but the last `leave`; the stream behind the last, ``[b, d]``."""
-        pool = self._pool.first(rows)
-        lengths_b = (self._told.length_b[:rows] - pool.seen_b - leave).clamp(0, width)
-        columns_t = torch.arange(width, device=self.model.device)
-        tokens_bt = self._told.read(pool.seen_b[:, None] + columns_t)
-        hidden_btd, update = self.model.read(tokens_bt, pool, lengths_b)
-        update.commit_(pool, None, lengths_b)
-        last_b11 = (lengths_b - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden_btd.shape[2])
-        return hidden_btd.gather(1, last_b11)[:, 0]
-
-    @torch.no_grad()
-    def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
-        """k reads, the first of what stood since the last time; see `Drafter.propose`."""
-        hidden_bd = self._read(rows, k + 1)
-        guesses: list[Tensor] = []
-        drawn_from: list[Tensor] = []
-        exchange = sampler.draws and not self.coupled
-        for i in range(k):
-            if i:
-                tokens_bt = torch.stack(guesses, dim=1)
-                hidden_bd = self.model.read(tokens_bt, self._pool.first(rows))[0][:, -1]
-            logits_bv = self.model.head(hidden_bd)
-            if exchange:
-                drawn_from.append(sampler.probabilities(logits_bv, history))
-            guess_b = sampler.sample(logits_bv, history, DRAFT_STREAM if exchange else 0).clamp(min=0)
-            guesses.append(guess_b)
-            history = history.after(guess_b)
-        length_b = torch.full((rows,), k, device=self.model.device)
-        return Draft(torch.stack(guesses, 1), length_b, torch.stack(drawn_from, 1) if exchange else None)
-
-    def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
-        """Note them; see `Drafter.observe`."""
-        self._told.add(tokens_bt, n_b)
-
-    @torch.no_grad()
-    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """State and tokens; see `Drafter.move`."""
-        at, to = (torch.tensor(slots, device=self.model.device) for slots in (sources, targets))
-        self._pool.write_(to, self._pool.select(at))
-        self._told.move(sources, targets)
+        return cls(models(options["model"]), coupled=coupled == "true", vocab=read_vocab(options.get("vocab")))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -178,3 +180,20 @@ def take_options(slug: str, options: Mapping[str, str], known: Collection[str], 
             raise ConfigError(f"draft {slug}: unknown option {key!r}{nearest(key, known)}")
     if behind is not None:
         raise ConfigError(f"draft {slug}: expected no drafter behind one that always guesses, got one; name it last")
+
+
+def read_vocab(path: str | None) -> list[int] | None:
+    """The token ids of a JSON file, which hold a drafter to the tokens that come often; None for no file.
+
+    Raises:
+        ConfigError: no such file, or no list of ids in it.
+    """
+    if path is None:
+        return None
+    try:
+        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"vocab {path}: expected a JSON list of token ids, got {error}; check the path") from error
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in cast("list[Any]", ids)):
+        raise ConfigError(f"vocab {path}: expected a JSON list of token ids, got something else; write it anew")
+    return cast("list[int]", ids)

@@ -1,0 +1,123 @@
+"""A model as drafter: it reads what stood, and draws guesses that it forgets again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.core.errors import ConfigError
+from subquad.engine.draft import Draft, Drafter, Transcript
+from subquad.engine.request import check_model
+from subquad.engine.sampler import History, Sampler
+from subquad.engine.verify import DRAFT_STREAM
+from subquad.models.stack import Stack
+
+# Columns read at once of what the drafter has missed.
+CATCH_UP = 256
+
+
+class ModelDrafter(Drafter):
+    """What drafters with a model have in common.
+
+    Its state holds only tokens that were kept. Each guess is drawn behind a read of all guesses before it, against that
+    state; these reads are forgotten, and the tokens that stood are read in the next round, with its first guess. So
+    nothing is copied and nothing rolled back, in a recurrent state as in a cache.
+
+    Args:
+        model: the drafter, on the device of the model that it guesses for.
+        coupled: draw each guess with the noise that the row will draw its own token with (arXiv 2408.07978): all tokens
+            are then those of plain decoding, at any temperature, and a few more guesses fall.
+        vocab: ids of the tokens that may be guessed; its head then computes no others (arXiv 2502.14856).
+    """
+
+    def __init__(self, model: Stack, *, coupled: bool = False, vocab: Sequence[int] | None = None) -> None:
+        check_model(model)
+        self.model, self.coupled, self.vocab = model, coupled, vocab
+
+    def open(self, target: Stack, rows: int, capacity: int) -> None:
+        """Allocate a state of the drafter's own; see `Drafter.open`."""
+        mine, theirs = self.model.config.vocab_size, target.config.vocab_size
+        if mine != theirs:
+            raise ConfigError(
+                f"draft model: expected a vocabulary of {theirs} tokens, got {mine}; use a smaller model of the same "
+                "tokenizer"
+            )
+        if self.model.device != target.device:
+            raise ConfigError(f"draft model: expected it on {target.device}, got {self.model.device}; move it there")
+        self._ids_m: Tensor | None = None
+        if self.vocab is not None:
+            wrong = next((i for i in self.vocab if not 0 <= i < mine), None)
+            if wrong is not None or not self.vocab:
+                raise ConfigError(f"draft vocabulary: expected ids from 0 to {mine - 1}, got {wrong}; write it anew")
+            self._ids_m = torch.tensor(sorted(set(self.vocab)), device=target.device)
+            self._head_md = self.model.lm_head.weight.detach()[self._ids_m]
+        self._pool = self.model.init_state(rows, capacity + 1)
+        self._told = Transcript(rows, capacity, target.device)
+
+    def _logits(self, hidden_bd: Tensor) -> Tensor:
+        """Logits ``[b, v]``, minus infinity for what is never guessed."""
+        if self._ids_m is None:
+            return self.model.head(hidden_bd)
+        few_bm = F.linear(hidden_bd, self._head_md)
+        none_bv = few_bm.new_full((len(few_bm), self.model.config.vocab_size), -torch.inf)
+        return none_bv.index_copy(1, self._ids_m, few_bm)
+
+    @torch.no_grad()
+    def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Begin anew; the prompts are read at the next guess. See `Drafter.put`."""
+        self._pool.clear_(torch.tensor(rows, device=self.model.device))
+        self._told.put(rows, prompts)
+
+    @torch.no_grad()
+    def prepare(self, rows: int, k: int) -> None:
+        """Read what was missed while nothing was guessed, but for what the next guess reads anyway."""
+        while True:
+            lag_b = (self._told.length_b - self._pool.seen_b)[:rows]
+            if not rows or int(lag_b.max()) <= k + 1:
+                return
+            self._read(rows, min(CATCH_UP, int(lag_b.max()) - 1), leave=1)
+
+    def _read(self, rows: int, width: int, leave: int = 0) -> Tensor:
+        """Read at most `width` told tokens of each row but the last `leave`; the stream behind the last, ``[b, d]``."""
+        pool = self._pool.first(rows)
+        lengths_b = (self._told.length_b[:rows] - pool.seen_b - leave).clamp(0, width)
+        columns_t = torch.arange(width, device=self.model.device)
+        tokens_bt = self._told.read(pool.seen_b[:, None] + columns_t)
+        hidden_btd, update = self.model.read(tokens_bt, pool, lengths_b)
+        update.commit_(pool, None, lengths_b)
+        last_b11 = (lengths_b - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden_btd.shape[2])
+        return hidden_btd.gather(1, last_b11)[:, 0]
+
+    @torch.no_grad()
+    def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
+        """k reads, the first of what stood since the last time; see `Drafter.propose`."""
+        hidden_bd = self._read(rows, k + 1)
+        guesses: list[Tensor] = []
+        drawn_from: list[Tensor] = []
+        exchange = sampler.draws and not self.coupled
+        for i in range(k):
+            if i:
+                tokens_bt = torch.stack(guesses, dim=1)
+                hidden_bd = self.model.read(tokens_bt, self._pool.first(rows))[0][:, -1]
+            logits_bv = self._logits(hidden_bd)
+            if exchange:
+                drawn_from.append(sampler.probabilities(logits_bv, history))
+            guess_b = sampler.sample(logits_bv, history, DRAFT_STREAM if exchange else 0).clamp(min=0)
+            guesses.append(guess_b)
+            history = history.after(guess_b)
+        length_b = torch.full((rows,), k, device=self.model.device)
+        return Draft(torch.stack(guesses, 1), length_b, torch.stack(drawn_from, 1) if exchange else None)
+
+    def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
+        """Note them; see `Drafter.observe`."""
+        self._told.add(tokens_bt, n_b)
+
+    @torch.no_grad()
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """State and tokens; see `Drafter.move`."""
+        at, to = (torch.tensor(slots, device=self.model.device) for slots in (sources, targets))
+        self._pool.write_(to, self._pool.select(at))
+        self._told.move(sources, targets)
