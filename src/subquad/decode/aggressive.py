@@ -135,16 +135,10 @@ class Aggressive(Drafter):
         length_b = torch.where(at_b < 0, 0, (self._source_b[:rows] - at_b).clamp(max=k))
         # What does not count is read by the model all the same, and a row that diverged has told a -1.
         tokens_bk = self._told.read(at_b[:, None] + torch.arange(k, device=at_b.device)).clamp(min=0)
+        draft = Draft(tokens_bk, length_b)
         if self.behind is None:
-            return Draft(tokens_bk, length_b)
-        there_b1 = length_b[:, None] > 0
-        other = self.behind.propose(rows, k, sampler, history)
-        q_bkv = None
-        if other.q_bkv is not None:
-            certain_bkv = F.one_hot(tokens_bk, self._vocab_size).to(other.q_bkv.dtype)
-            q_bkv = torch.where(there_b1[..., None], certain_bkv, other.q_bkv)
-        tokens_bk = torch.where(there_b1, tokens_bk, other.tokens_bk)
-        return Draft(tokens_bk, torch.where(there_b1[:, 0], length_b, other.length_b), q_bkv)
+            return draft
+        return draft.over(self.behind.propose(rows, k, sampler, history), self._vocab_size)
 
     @torch.no_grad()
     def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:

@@ -125,13 +125,7 @@ class CopySpec(Drafter):
         draft = Draft(tokens_bk, torch.where(found_b1, k, 0)[:, 0])
         if self.behind is None:
             return draft
-        other = self.behind.propose(rows, k, sampler, history)
-        q_bkv = None
-        if other.q_bkv is not None:
-            certain_bkv = F.one_hot(tokens_bk, self._vocab_size).to(other.q_bkv.dtype)
-            q_bkv = torch.where(found_b1[..., None], certain_bkv, other.q_bkv)
-        tokens_bk = torch.where(found_b1, tokens_bk, other.tokens_bk)
-        return Draft(tokens_bk, torch.where(found_b1[:, 0], draft.length_b, other.length_b), q_bkv)
+        return draft.over(self.behind.propose(rows, k, sampler, history), self._vocab_size)
 
     @torch.no_grad()
     def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.core.errors import ConfigError, nearest
@@ -38,6 +39,16 @@ class Draft:
         """At most `k` guesses a row."""
         q_bkv = None if self.q_bkv is None else self.q_bkv[:, :k]
         return Draft(self.tokens_bk[:, :k], self.length_b.clamp(max=k), q_bkv)
+
+    def over(self, other: Draft, vocab_size: int) -> Draft:
+        """These guesses, which are certain, in rows that have any, and `other`'s, of as many columns, in the rest."""
+        there_b1 = self.length_b[:, None] > 0
+        q_bkv = None
+        if other.q_bkv is not None:
+            certain_bkv = F.one_hot(self.tokens_bk, vocab_size).to(other.q_bkv.dtype)
+            q_bkv = torch.where(there_b1[..., None], certain_bkv, other.q_bkv)
+        tokens_bk = torch.where(there_b1, self.tokens_bk, other.tokens_bk)
+        return Draft(tokens_bk, torch.where(there_b1[:, 0], self.length_b, other.length_b), q_bkv)
 
     @staticmethod
     def none(rows: int, device: torch.device) -> Draft:

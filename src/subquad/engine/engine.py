@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.engine.detokenize import Detokenizer
-from subquad.engine.draft import Draft, Drafter
+from subquad.engine.draft import Drafter
 from subquad.engine.pace import Pace
 from subquad.engine.prefix import PrefixCache
 from subquad.engine.request import Piece, Request, check_model, check_request
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.rounds import Given, Rounds
+from subquad.engine.sampler import History
 from subquad.engine.trace import Look
-from subquad.engine.verify import verify
 from subquad.models.stack import Stack, StackState
 
 LOOKS_KEPT = 4096
@@ -116,25 +113,8 @@ class Engine:
         self._waiting = deque[_Row]()
         self._slots: list[_Row | None] = [None] * rows
         self._submitted = 0
-        device, width = model.device, rounds * (widest + 1)
-        self._pool = model.init_state(rows, capacity)
-        self._sampler = Sampler([SamplingConfig()] * rows, device, model.config.vocab_size)
-        self._history = History.start([[0]] * rows, 0, device)
-        self._last_b, self._alive_b, self._left_b, self._fill_b, self._kept_b, self._judged_b, self._guessed_b = (
-            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(7)
-        )
-        # One column more than is ever read takes what is not kept.
-        self._out_bn = torch.zeros(rows, width + 1, dtype=torch.int64, device=device)
-        self._score_bn = torch.zeros(rows, width + 1 if logprobs else 0, device=device)
-        self._ends_be = torch.full((rows, 1), -2, dtype=torch.int64, device=device)
-        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
-        self._seen: set[Any] = set()
-        self._captures = on_gpu
-        # Of a fixed shape; else a round reads no more guesses than some row has, which asks the device.
-        self._static = on_gpu or compile
-        self._compiled = torch.compile(self._round, fullgraph=True, dynamic=False) if compile else self._round
-        if drafter is not None:
-            drafter.open(model, rows, capacity)
+        width = rounds * (widest + 1)
+        self._rounds = Rounds(model, rows, capacity, width, drafter, logprobs=logprobs, compile=compile)
 
     @property
     def busy(self) -> bool:
@@ -149,12 +129,12 @@ class Engine:
     @property
     def captured(self) -> bool:
         """Whether some round is one CUDA graph by now."""
-        return bool(self._graphs)
+        return self._rounds.captured
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows' state, and of the prefixes kept."""
-        return self._pool.nbytes + (self.prefixes.nbytes if self.prefixes is not None else 0)
+        return self._rounds.pool.nbytes + (self.prefixes.nbytes if self.prefixes is not None else 0)
 
     def submit(self, request: Request) -> int:
         """Queue a request and return the number that its pieces bear as ``row``.
@@ -195,8 +175,7 @@ class Engine:
         if row is None or row in self._waiting:
             return False
         slot = self._slots.index(row)
-        at = torch.tensor([slot], device=self.model.device)
-        row.saved = (self._pool.select(at).cut(row.read).snapshot(), self._history.select(at))
+        row.saved = self._rounds.save(slot, row.read)
         self._leave([slot])
         self._waiting.appendleft(row)
         return True
@@ -214,13 +193,13 @@ class Engine:
         self._close_up()
         used = 1 + max(slot for slot, row in enumerate(self._slots) if row is not None)
         # A graph serves a number of rows; on a CPU every row costs.
-        n = min(self.rows, 1 << (used - 1).bit_length()) if self._captures else used
+        n = min(self.rows, 1 << (used - 1).bit_length()) if self._rounds.captures else used
         k = self.pace.choose() if self.drafter is not None else 0
         began = time.perf_counter()
         if k and self.drafter is not None:
             self.drafter.prepare(n, k)
         for _ in range(self.rounds):
-            self._run(n, k)
+            self._rounds.run(n, k)
         return self._take(n, k, began)
 
     def _admit(self) -> None:
@@ -230,23 +209,7 @@ class Engine:
         if not slots:
             return
         rows = [self._waiting.popleft() for _ in slots]
-        device, at = self.model.device, torch.tensor(slots, device=self.model.device)
-        configs = [row.request.sampling for row in rows]
-        self._pool.clear_(at)
-        self._sampler.put(slots, configs)
-        if self._sampler.penalises and not self._history.count_bv.shape[1]:
-            self._widen_history()
-        prompts = [row.request.prompt for row in rows]
-        self._history.write_(at, History.start(prompts, self._history.count_bv.shape[1], device))
-        ends = [sorted(set(self._ends(row))) for row in rows]
-        if (most := max(map(len, ends))) > self._ends_be.shape[1]:
-            more = torch.full((self.rows, most - self._ends_be.shape[1]), -2, dtype=torch.int64, device=device)
-            self._ends_be = torch.cat((self._ends_be, more), dim=1)
-            self._graphs.clear()
-        padded = [row + [-2] * (self._ends_be.shape[1] - len(row)) for row in ends]
-        self._ends_be[at] = torch.tensor(padded, dtype=torch.int64, device=device)
-        self._left_b[at] = torch.tensor([row.request.limits.max_new_tokens - row.drawn for row in rows], device=device)
-        self._alive_b[at] = 0
+        self._rounds.admit(slots, [row.request for row in rows], [row.drawn for row in rows])
         for slot, row in zip(slots, rows, strict=True):
             self._slots[slot] = row
             self._recall(slot, row)
@@ -254,31 +217,15 @@ class Engine:
 
     def _recall(self, slot: int, row: _Row) -> None:
         """Write into a slot what is known of its tokens already: its own saved state, or that of a beginning."""
-        at = torch.tensor([slot], device=self.model.device)
         if row.saved is not None:
-            state, history = row.saved
+            self._rounds.restore(slot, *row.saved)
             row.saved = None
-            self._pool.write_(at, state)
-            if history.count_bv.shape[1] == self._history.count_bv.shape[1]:
-                self._history.write_(at, history)
-            self._history.step_b[slot] = row.drawn
         elif self.prefixes is not None:
             found = self.prefixes.find(row.tokens[:-1])
             row.marks = self.prefixes.marks(row.tokens[:-1])
             if found is not None:
-                self._pool.write_(at, found.state)
+                self._rounds.restore(slot, found.state)
                 row.read = found.tokens
-
-    def _ends(self, row: _Row) -> Sequence[int]:
-        asked = row.request.limits.end_tokens
-        return self.model.config.eos_tokens if asked is None else asked
-
-    def _widen_history(self) -> None:
-        """Make room for counts of tokens; rows under way have no penalty, so that theirs stay zero."""
-        wide = History.start([[0]] * self.rows, self.model.config.vocab_size, self.model.device)
-        wide.step_b.copy_(self._history.step_b)
-        self._history = wide
-        self._graphs.clear()
 
     def _fill(self) -> None:
         """Read one chunk of the prompts that are not read yet."""
@@ -302,29 +249,22 @@ class Engine:
         tokens_bt = torch.tensor([block + [0] * (width - len(block)) for block in blocks], device=device)
         lengths_b = torch.tensor([len(block) for block in blocks], device=device)
         at = torch.tensor(slots, device=device)
-        fresh = not any(row.read for row in rows)
+        pool, fresh = self._rounds.pool, not any(row.read for row in rows)
         # Nothing to look at costs less than an empty buffer.
-        state = self.model.init_state(len(slots)) if fresh else self._pool.select(at)
+        state = self.model.init_state(len(slots)) if fresh else pool.select(at)
         ragged = any(len(block) < width for block in blocks)
         _, update = self.model.read(tokens_bt, state, lengths_b if ragged else None)
-        update.commit_(self._pool, at, lengths_b)
+        update.commit_(pool, at, lengths_b)
         for slot, row, block in zip(slots, rows, blocks, strict=True):
             row.read += len(block)
             if self.prefixes is not None and row.read in row.marks:
-                one = self._pool.select(torch.tensor([slot], device=device)).cut(row.read)
+                one = pool.select(torch.tensor([slot], device=device)).cut(row.read)
                 self.prefixes.keep(row.tokens[: row.read], one.snapshot())
         self._start([slot for slot, row in zip(slots, rows, strict=True) if row.filled])
 
     def _start(self, slots: Sequence[int]) -> None:
         """From now on `slots`, whose prompts are read, take part in the rounds."""
-        if not slots:
-            return
-        tokens = [row.tokens for slot in slots if (row := self._slots[slot]) is not None]
-        at = torch.tensor(slots, device=self.model.device)
-        self._last_b[at] = torch.tensor([row[-1] for row in tokens], device=self.model.device)
-        self._alive_b[at] = 1
-        if self.drafter is not None:
-            self.drafter.put(slots, tokens)
+        self._rounds.start(slots, [row.tokens for slot in slots if (row := self._slots[slot]) is not None])
 
     def _close_up(self) -> None:
         """Move rows from the end into free slots once half of those in use are free."""
@@ -333,125 +273,42 @@ class Engine:
             return
         targets = [slot for slot in range(len(used)) if self._slots[slot] is None]
         sources = used[len(used) - len(targets) :]
-        at, to = (torch.tensor(slots, device=self.model.device) for slots in (sources, targets))
-        for state in (self._pool, self._history):
-            state.write_(to, state.select(at))
-        for buffer in (self._last_b, self._alive_b, self._left_b, self._ends_be):
-            buffer[to] = buffer[at]
-        self._alive_b[at] = 0
-        configs = [self._sampler.configs[slot] for slot in sources]
-        self._sampler.put([*targets, *sources], [*configs, *[SamplingConfig()] * len(sources)])
-        if self.drafter is not None:
-            self.drafter.move(sources, targets)
+        self._rounds.move(sources, targets)
         for source, target in zip(sources, targets, strict=True):
             self._slots[target], self._slots[source] = self._slots[source], None
 
-    def _run(self, n: int, k: int) -> None:
-        """One round over the first `n` slots, on a GPU as one graph from its third time on."""
-        key = (n, k, self._sampler.features)
-        graph = self._graphs.get(key)
-        if graph is not None:
-            graph.replay()
-        elif not self._captures or key not in self._seen:
-            # What is compiled at its first call, or asks the device then, must have done so before.
-            self._seen.add(key)
-            self._compiled(n, k)
-        else:
-            graph = torch.cuda.CUDAGraph()
-            # One round at a time: all graphs may use the same memory for what they forget.
-            memory = next((other.pool() for other in self._graphs.values()), None)
-            try:
-                with torch.cuda.graph(graph, pool=memory):
-                    self._compiled(n, k)
-            except RuntimeError as error:
-                warnings.warn(f"a round is launched piece by piece, which is slower: {error}", stacklevel=2)
-                self._captures = False
-                self._compiled(n, k)
-            else:
-                self._graphs[key] = graph
-                graph.replay()
-
-    def _round(self, n: int, k: int) -> None:
-        pool, history, alive_b = self._pool.first(n), self._history.first(n), self._alive_b[:n]
-        draft = Draft.none(n, self.model.device)
-        if k and self.drafter is not None:
-            draft = self.drafter.propose(n, k, self._sampler, history)
-            # No more than the row may still give, one of them not guessed; none where nothing is under way.
-            length_b = torch.minimum(draft.length_b, (self._left_b[:n] - 1).clamp(min=0)) * alive_b
-            draft = Draft(draft.tokens_bk, length_b, draft.q_bkv)
-            if not self._static:
-                draft = draft.cut(int(draft.length_b.max()))
-        tokens_bt = torch.cat((self._last_b[:n, None], draft.tokens_bk), dim=1)
-        lengths_b = 1 + draft.length_b if tokens_bt.shape[1] > 1 else None
-        hidden_btd, update = self.model.read(tokens_bt, pool, lengths_b)
-        logits_btv = self.model.head(hidden_btd)
-        tokens_bt, n_b = verify(self._sampler, history, logits_btv, draft)
-        kept_b = self._emit(tokens_bt, n_b, logits_btv)
-        self._kept_b[:n] += torch.minimum(n_b - 1, kept_b)
-        self._judged_b[:n] += torch.minimum(torch.minimum(draft.length_b, n_b), kept_b)
-        self._guessed_b[:n] += draft.length_b
-        update.commit_(pool, None, kept_b)
-        if self.drafter is not None:
-            self.drafter.observe(tokens_bt.clamp(min=0), kept_b, hidden_btd)
-
-    def _emit(self, tokens_bt: Tensor, n_b: Tensor, logits_btv: Tensor) -> Tensor:
-        """Write what stands up to a row's end, and return how many tokens that is, 0 for rows that have ended."""
-        n, t = tokens_bt.shape
-        columns_t, alive_b, left_b = torch.arange(t, device=tokens_bt.device), self._alive_b[:n], self._left_b[:n]
-        ends_bt = (tokens_bt[..., None] == self._ends_be[:n, None]).any(-1) | (tokens_bt < 0)
-        ends_bt = ends_bt & (columns_t < n_b[:, None])
-        first_b = torch.where(ends_bt.any(1), ends_bt.to(torch.int64).argmax(1) + 1, t)
-        kept_b = torch.minimum(torch.minimum(n_b, first_b), left_b) * alive_b
-        kept_bt = columns_t < kept_b[:, None]
-        out_bn = self._out_bn[:n]
-        slots_bt = torch.where(kept_bt, self._fill_b[:n, None] + columns_t, out_bn.shape[1] - 1)
-        out_bn.scatter_(1, slots_bt, tokens_bt)
-        if self.logprobs:
-            own_btv = logits_btv.float()
-            score_bt = own_btv.gather(2, tokens_bt.clamp(min=0)[..., None])[..., 0] - own_btv.logsumexp(-1)
-            self._score_bn[:n].scatter_(1, slots_bt, score_bt)
-        history = self._history.first(n)
-        for i in range(t):
-            history.observe_(tokens_bt[:, i].clamp(min=0), kept_bt[:, i].to(torch.int64))
-        last_b = tokens_bt.gather(1, (kept_b - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
-        self._last_b[:n] = torch.where(kept_b > 0, last_b, self._last_b[:n])
-        self._fill_b[:n] += kept_b
-        left_b -= kept_b
-        alive_b *= ~((ends_bt & kept_bt).any(1) | (left_b == 0))
-        return kept_b
-
     def _take(self, n: int, k: int, began: float) -> list[Piece]:
-        """Look at what came: the one wait for the device."""
-        counts = torch.stack((self._fill_b[:n], self._kept_b[:n], self._judged_b[:n], self._guessed_b[:n]), dim=1)
-        rows = torch.cat((counts, self._out_bn[:n]), dim=1).tolist()
-        scores = self._score_bn[:n].tolist()
-        for buffer in (self._fill_b, self._kept_b, self._judged_b, self._guessed_b):
-            buffer.zero_()
-        pieces, given, ended = list[Piece](), 0, list[int]()
-        for slot, ((fill, _, _, _, *tokens), row_scores) in enumerate(zip(rows, scores, strict=True)):
-            row = self._slots[slot]
-            if row is None or not fill:
-                continue
-            given += fill
-            mine = self._pieces(row, tokens[:fill], row_scores)
-            pieces += mine
-            if mine[-1].finish is not None:
-                ended.append(slot)
+        """Look at what came."""
+        given = self._rounds.take(n)
+        pieces, ended = list[Piece](), list[int]()
+        for slot, (row, new) in enumerate(zip(self._slots, given, strict=False)):
+            if row is not None and new.tokens:
+                mine = self._pieces(row, new)
+                pieces += mine
+                if mine[-1].finish is not None:
+                    ended.append(slot)
         self._leave(ended)
-        live = sum(1 for fill, *_ in rows if fill)
-        kept, judged, guessed = (sum(row[i] for row in rows) for i in (1, 2, 3))
-        look = Look(live, k, self.rounds, given, guessed, judged, kept, time.perf_counter() - began)
+        look = Look(
+            rows=sum(1 for new in given if new.tokens),
+            k=k,
+            rounds=self.rounds,
+            tokens=sum(len(new.tokens) for new in given),
+            guessed=sum(new.guessed for new in given),
+            judged=sum(new.judged for new in given),
+            kept=sum(new.kept for new in given),
+            seconds=time.perf_counter() - began,
+        )
         self.looks.append(look)
         self.pace.learn(look)
         if self.on_look is not None:
             self.on_look(look)
         return pieces
 
-    def _pieces(self, row: _Row, tokens: Sequence[int], scores: Sequence[float]) -> list[Piece]:
+    def _pieces(self, row: _Row, new: Given) -> list[Piece]:
         """The new tokens of a row as pieces, up to the one that ends it."""
-        limits, text, ends = row.request.limits, row.text, self._ends(row)
+        limits, text, ends = row.request.limits, row.text, row.request.ends(self.model)
         pieces: list[Piece] = []
-        for i, token in enumerate(tokens):
+        for i, token in enumerate(new.tokens):
             row.drawn += 1
             row.read += 1
             row.tokens.append(token)
@@ -467,15 +324,12 @@ class Engine:
                 finish = "length"
             if finish is not None and text is not None:
                 shown += text.finish()
-            pieces.append(Piece(row.id, token, shown, scores[i] if self.logprobs else float("nan"), finish))
+            pieces.append(Piece(row.id, token, shown, new.scores[i] if self.logprobs else float("nan"), finish))
             if finish is not None:
                 break
         return pieces
 
     def _leave(self, slots: Sequence[int]) -> None:
-        if not slots:
-            return
         for slot in slots:
             self._slots[slot] = None
-        self._alive_b[torch.tensor(slots, device=self.model.device)] = 0
-        self._sampler.put(slots, [SamplingConfig()] * len(slots))
+        self._rounds.leave(slots)

@@ -53,6 +53,11 @@ class Request:
         """Most tokens that its row commits: the last one is never read."""
         return len(self.prompt) + self.limits.max_new_tokens - 1
 
+    def ends(self, model: Stack) -> set[int]:
+        """Token ids that end its row."""
+        asked = self.limits.end_tokens
+        return set(model.config.eos_tokens if asked is None else asked)
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -1,0 +1,243 @@
+"""What a round does on the device: guess, read, decide, write and commit, in buffers that never move."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.engine.draft import Draft, Drafter
+from subquad.engine.request import Request
+from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.verify import verify
+from subquad.models.stack import Stack, StackState
+
+
+@dataclass(frozen=True)
+class Given:
+    """What some rounds gave one slot.
+
+    Attributes:
+        tokens: new ones; -1 where logits were not finite.
+        scores: their log-probabilities, empty unless asked for.
+        kept, judged, guessed: guesses that stood, whose turn came, that were read.
+    """
+
+    tokens: list[int]
+    scores: list[float]
+    kept: int
+    judged: int
+    guessed: int
+
+
+class Rounds:
+    """The slots of an engine on the device. Nothing here waits for it but `take`.
+
+    Args:
+        model: reads and commits.
+        rows, capacity: of the state.
+        width: most tokens that a slot is given between two looks.
+        drafter: guesses tokens, or None.
+        logprobs: note the log-probability of each token.
+        compile: fuse a round with torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: Stack,
+        rows: int,
+        capacity: int,
+        width: int,
+        drafter: Drafter | None,
+        *,
+        logprobs: bool,
+        compile: bool,
+    ) -> None:
+        device = model.device
+        self.model, self.rows, self.drafter, self.logprobs = model, rows, drafter, logprobs
+        self.pool = model.init_state(rows, capacity)
+        self._sampler = Sampler([SamplingConfig()] * rows, device, model.config.vocab_size)
+        self._history = History.start([[0]] * rows, 0, device)
+        self._last_b, self._alive_b, self._left_b, self._fill_b, self._kept_b, self._judged_b, self._guessed_b = (
+            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(7)
+        )
+        # One column more than is ever read takes what is not kept.
+        self._out_bn = torch.zeros(rows, width + 1, dtype=torch.int64, device=device)
+        self._score_bn = torch.zeros(rows, width + 1 if logprobs else 0, device=device)
+        self._ends_be = torch.full((rows, 1), -2, dtype=torch.int64, device=device)
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._seen: set[Any] = set()
+        self.captures = device.type == "cuda"
+        # Of a fixed shape; else a round reads no more guesses than some row has, which asks the device.
+        self._static = self.captures or compile
+        self._compiled = torch.compile(self._round, fullgraph=True, dynamic=False) if compile else self._round
+        if drafter is not None:
+            drafter.open(model, rows, capacity)
+
+    @property
+    def captured(self) -> bool:
+        """Whether some round is one CUDA graph by now."""
+        return bool(self._graphs)
+
+    def _at(self, slots: Sequence[int]) -> Tensor:
+        return torch.tensor(slots, device=self.model.device)
+
+    def admit(self, slots: Sequence[int], requests: Sequence[Request], drawn: Sequence[int]) -> None:
+        """Empty `slots` for `requests`, of which so many tokens were drawn before; none takes part in rounds yet."""
+        device, at = self.model.device, self._at(slots)
+        self.pool.clear_(at)
+        self._sampler.put(slots, [request.sampling for request in requests])
+        if self._sampler.penalises and not self._history.count_bv.shape[1]:
+            self._widen_history()
+        prompts = [request.prompt for request in requests]
+        self._history.write_(at, History.start(prompts, self._history.count_bv.shape[1], device))
+        self._history.step_b[at] = torch.tensor(drawn, device=device)
+        ends = [sorted(request.ends(self.model)) for request in requests]
+        if (most := max(map(len, ends))) > self._ends_be.shape[1]:
+            more = torch.full((self.rows, most - self._ends_be.shape[1]), -2, dtype=torch.int64, device=device)
+            self._ends_be = torch.cat((self._ends_be, more), dim=1)
+            self._graphs.clear()
+        padded = [row + [-2] * (self._ends_be.shape[1] - len(row)) for row in ends]
+        self._ends_be[at] = torch.tensor(padded, dtype=torch.int64, device=device)
+        left = [request.limits.max_new_tokens - n for request, n in zip(requests, drawn, strict=True)]
+        self._left_b[at] = torch.tensor(left, device=device)
+        self._alive_b[at] = 0
+
+    def _widen_history(self) -> None:
+        """Make room for counts of tokens; rows under way have no penalty, so that theirs stay zero."""
+        wide = History.start([[0]] * self.rows, self.model.config.vocab_size, self.model.device)
+        wide.step_b.copy_(self._history.step_b)
+        self._history = wide
+        self._graphs.clear()
+
+    def start(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """From now on `slots`, which have read all of `tokens` but the last, take part in rounds."""
+        if not slots:
+            return
+        at = self._at(slots)
+        self._last_b[at] = self._at([row[-1] for row in tokens])
+        self._alive_b[at] = 1
+        if self.drafter is not None:
+            self.drafter.put(slots, tokens)
+
+    def leave(self, slots: Sequence[int]) -> None:
+        """From now on `slots` take part no more."""
+        if slots:
+            self._alive_b[self._at(slots)] = 0
+            self._sampler.put(slots, [SamplingConfig()] * len(slots))
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """What stands in the slots `sources` goes to `targets`; no slot is in both."""
+        at, to = self._at(sources), self._at(targets)
+        for state in (self.pool, self._history):
+            state.write_(to, state.select(at))
+        for buffer in (self._last_b, self._alive_b, self._left_b, self._ends_be):
+            buffer[to] = buffer[at]
+        self._alive_b[at] = 0
+        configs = [self._sampler.configs[slot] for slot in sources]
+        self._sampler.put([*targets, *sources], [*configs, *[SamplingConfig()] * len(sources)])
+        if self.drafter is not None:
+            self.drafter.move(sources, targets)
+
+    def save(self, slot: int, read: int) -> tuple[StackState, History]:
+        """Copies of what a slot that has read so many tokens knows."""
+        at = self._at([slot])
+        return self.pool.select(at).cut(read).snapshot(), self._history.select(at)
+
+    def restore(self, slot: int, state: StackState, history: History | None = None) -> None:
+        """Write what `save` gave, or a state alone, into an empty slot."""
+        at = self._at([slot])
+        self.pool.write_(at, state)
+        # Room for counts that has come since then is empty for a row that needs none.
+        if history is not None and history.count_bv.shape[1] == self._history.count_bv.shape[1]:
+            self._history.write_(at, history)
+
+    def run(self, n: int, k: int) -> None:
+        """One round over the first `n` slots, on a GPU as one graph from its third time on."""
+        key = (n, k, self._sampler.features)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.replay()
+        elif not self.captures or key not in self._seen:
+            # What is compiled at its first call, or asks the device then, must have done so before.
+            self._seen.add(key)
+            self._compiled(n, k)
+        else:
+            graph = torch.cuda.CUDAGraph()
+            # One round at a time: all graphs may use the same memory for what they forget.
+            memory = next((other.pool() for other in self._graphs.values()), None)
+            try:
+                with torch.cuda.graph(graph, pool=memory):
+                    self._compiled(n, k)
+            except RuntimeError as error:
+                warnings.warn(f"a round is launched piece by piece, which is slower: {error}", stacklevel=2)
+                self.captures = False
+                self._compiled(n, k)
+            else:
+                self._graphs[key] = graph
+                graph.replay()
+
+    def _round(self, n: int, k: int) -> None:
+        pool, history, alive_b = self.pool.first(n), self._history.first(n), self._alive_b[:n]
+        draft = Draft.none(n, self.model.device)
+        if k and self.drafter is not None:
+            draft = self.drafter.propose(n, k, self._sampler, history)
+            # No more than the row may still give, one of them not guessed; none where nothing is under way.
+            length_b = torch.minimum(draft.length_b, (self._left_b[:n] - 1).clamp(min=0)) * alive_b
+            draft = Draft(draft.tokens_bk, length_b, draft.q_bkv)
+            if not self._static:
+                draft = draft.cut(int(draft.length_b.max()))
+        tokens_bt = torch.cat((self._last_b[:n, None], draft.tokens_bk), dim=1)
+        lengths_b = 1 + draft.length_b if tokens_bt.shape[1] > 1 else None
+        hidden_btd, update = self.model.read(tokens_bt, pool, lengths_b)
+        logits_btv = self.model.head(hidden_btd)
+        tokens_bt, n_b = verify(self._sampler, history, logits_btv, draft)
+        kept_b = self._emit(tokens_bt, n_b, logits_btv)
+        self._kept_b[:n] += torch.minimum(n_b - 1, kept_b)
+        self._judged_b[:n] += torch.minimum(torch.minimum(draft.length_b, n_b), kept_b)
+        self._guessed_b[:n] += draft.length_b
+        update.commit_(pool, None, kept_b)
+        if self.drafter is not None:
+            self.drafter.observe(tokens_bt.clamp(min=0), kept_b, hidden_btd)
+
+    def _emit(self, tokens_bt: Tensor, n_b: Tensor, logits_btv: Tensor) -> Tensor:
+        """Write what stands up to a row's end, and return how many tokens that is, 0 for rows that have ended."""
+        n, t = tokens_bt.shape
+        columns_t, alive_b, left_b = torch.arange(t, device=tokens_bt.device), self._alive_b[:n], self._left_b[:n]
+        ends_bt = (tokens_bt[..., None] == self._ends_be[:n, None]).any(-1) | (tokens_bt < 0)
+        ends_bt = ends_bt & (columns_t < n_b[:, None])
+        first_b = torch.where(ends_bt.any(1), ends_bt.to(torch.int64).argmax(1) + 1, t)
+        kept_b = torch.minimum(torch.minimum(n_b, first_b), left_b) * alive_b
+        kept_bt = columns_t < kept_b[:, None]
+        out_bn = self._out_bn[:n]
+        slots_bt = torch.where(kept_bt, self._fill_b[:n, None] + columns_t, out_bn.shape[1] - 1)
+        out_bn.scatter_(1, slots_bt, tokens_bt)
+        if self.logprobs:
+            own_btv = logits_btv.float()
+            score_bt = own_btv.gather(2, tokens_bt.clamp(min=0)[..., None])[..., 0] - own_btv.logsumexp(-1)
+            self._score_bn[:n].scatter_(1, slots_bt, score_bt)
+        history = self._history.first(n)
+        for i in range(t):
+            history.observe_(tokens_bt[:, i].clamp(min=0), kept_bt[:, i].to(torch.int64))
+        last_b = tokens_bt.gather(1, (kept_b - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
+        self._last_b[:n] = torch.where(kept_b > 0, last_b, self._last_b[:n])
+        self._fill_b[:n] += kept_b
+        left_b -= kept_b
+        alive_b *= ~((ends_bt & kept_bt).any(1) | (left_b == 0))
+        return kept_b
+
+    def take(self, n: int) -> list[Given]:
+        """What the first `n` slots were given since the last time: the one wait for the device."""
+        counts = torch.stack((self._fill_b[:n], self._kept_b[:n], self._judged_b[:n], self._guessed_b[:n]), dim=1)
+        rows = torch.cat((counts, self._out_bn[:n]), dim=1).tolist()
+        scores = self._score_bn[:n].tolist()
+        for buffer in (self._fill_b, self._kept_b, self._judged_b, self._guessed_b):
+            buffer.zero_()
+        return [
+            Given(tokens[:fill], row_scores[:fill], kept, judged, guessed)
+            for (fill, kept, judged, guessed, *tokens), row_scores in zip(rows, scores, strict=True)
+        ]
