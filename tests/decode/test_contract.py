@@ -155,12 +155,16 @@ def test_rows_of_all_settings_side_by_side(drafter: Drafter, prompts: list[list[
             assert generate(model, [prompt], limits=limits, sampling=[config]) == [got]
 
 
-def test_guesses_of_a_broken_drafter_cost_nothing_but_time(drafter: Drafter, prompts: list[list[int]]) -> None:
-    """Weights of NaN in the drafter, where it has any."""
-    broken = getattr(drafter, "model", None)
-    if broken is None:
-        pytest.skip("it has no weights")
-    for p in broken.parameters():
+WEIGHED = [(slug, name) for slug, name in DRAFTERS if "model" in methods("decode")[slug].examples[name]]
+
+
+@pytest.mark.parametrize(("slug", "name"), WEIGHED)
+def test_guesses_of_a_broken_drafter_cost_nothing_but_time(
+    slug: str, name: str, models: Models, prompts: list[list[int]]
+) -> None:
+    """Weights of NaN in every drafter that has some of its own."""
+    drafter = load("decode", slug).build(methods("decode")[slug].examples[name], models, None)
+    for p in drafter.model.parameters():
         p.fill_(torch.nan)
     model = build(MIXERS["attention-full"])
     sampling = SamplingConfig(temperature=1.0, seed=1)

@@ -53,6 +53,9 @@ def run(
     from subquad.models.load import load_model
 
     where, _ = placement(device, "")
+    texts = [spec for spec in data if spec.partition(",")[0] != "self"]
+    if vocab and not texts:
+        raise ConfigError("--vocab: expected a text in --data to count tokens of, got self alone; add one")
     start = out / "start"
     if not (resume and start.exists()):
         loaded = load_model(model, dtype=torch.float32, device="cpu")
@@ -60,7 +63,7 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         save_pretrained(small, start, tokenizer=loaded.tokenizer)
         if vocab:
-            write_vocab(out / "vocab.json", loaded, data, vocab)
+            write_vocab(out / "vocab.json", loaded, texts, vocab)
         del loaded, small
     convert.run(
         model,
@@ -87,17 +90,10 @@ def run(
     )
 
 
-def write_vocab(path: Path, loaded: LoadedModel, data: list[str], size: int) -> None:
-    """Write the ids of the `size` commonest tokens of the texts, the model's end tokens among them.
-
-    Raises:
-        ConfigError: no text but the model's own samples, of which there are none yet.
-    """
+def write_vocab(path: Path, loaded: LoadedModel, texts: list[str], size: int) -> None:
+    """Write the ids of the `size` commonest tokens of the texts, the model's end tokens among them."""
     from subquad.data.sources import parse_source, render
 
-    texts = [spec for spec in data if spec.partition(",")[0] != "self"]
-    if not texts:
-        raise ConfigError("--vocab: expected a text in --data to count tokens of, got self alone; add one")
     counts = Counter[int]()
     for spec in texts:
         for document in parse_source(spec).open():

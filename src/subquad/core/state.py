@@ -155,7 +155,12 @@ class State:
         Of a smaller capacity only the beginning is written, and what stands behind it stays.
         """
         declared: list[dict[str, Any]] = []
-        self.map(lambda t, declaration: (declared.append(declaration), t)[1])
+
+        def note(t: Tensor, declaration: dict[str, Any]) -> Tensor:
+            declared.append(declaration)
+            return t
+
+        self.map(note)
         pairs: list[tuple[Tensor, Tensor]] = []
         for (name, mine), (_, theirs), declaration in zip(self.tensors(), other.tensors(), declared, strict=True):
             if declaration["grows"] is not None:

@@ -219,7 +219,7 @@ class Sampler:
         self._columns = {
             name: torch.tensor([[make(c)] for c in configs], device=device) for name, make in COLUMNS.items()
         }
-        self._lean(range(len(configs)), configs)
+        self._note_biases(range(len(configs)), configs)
         self._choose()
 
     def put(self, rows: Sequence[int], configs: Sequence[SamplingConfig]) -> None:
@@ -231,10 +231,10 @@ class Sampler:
         mine = (self.greedy_b, self.seed_b, *self._columns.values())
         for buffer, values in zip(mine, (fresh.greedy_b, fresh.seed_b, *fresh._columns.values()), strict=True):
             buffer.index_copy_(0, rows_b, values.to(buffer.device))
-        self._lean(rows, configs)
+        self._note_biases(rows, configs)
         self._choose()
 
-    def _lean(self, rows: Sequence[int], configs: Sequence[SamplingConfig]) -> None:
+    def _note_biases(self, rows: Sequence[int], configs: Sequence[SamplingConfig]) -> None:
         """Note the biases of `rows`; there is no room for them before the first."""
         if any(c.logit_bias for c in configs) and not self._bias_bv.shape[1]:
             self._bias_bv = torch.zeros(len(self.configs), self.vocab_size, device=self.seed_b.device)
