@@ -11,7 +11,7 @@ import torch
 
 from subquad.core.errors import ConfigError
 from subquad.decode.aggressive import Aggressive
-from subquad.engine.draft import Draft, parse_drafter
+from subquad.engine.draft import Draft, Drafter, InTurn, parse_drafter
 from subquad.engine.engine import Engine
 from subquad.engine.generate import Limits, generate
 from subquad.engine.request import Request
@@ -36,7 +36,7 @@ def successor(vocab_size: int = V) -> Stack:
     return model.double().requires_grad_(False)
 
 
-def opened(drafter: Aggressive, rows: int = 1, capacity: int = 300) -> Aggressive:
+def opened(drafter: Drafter, rows: int = 1, capacity: int = 300) -> Aggressive:
     drafter.open(successor(), rows, capacity)
     return drafter
 
@@ -48,7 +48,7 @@ def guesses(drafter: Aggressive, k: int, rows: int = 1) -> list[list[int]]:
     return [row[:n] for row, n in zip(draft.tokens_bk.tolist(), draft.length_b.tolist(), strict=True)]
 
 
-def tell(drafter: Aggressive, *rows: Sequence[int]) -> None:
+def tell(drafter: Drafter, *rows: Sequence[int]) -> None:
     """New tokens of the first rows; what is padded does not count."""
     width = max(map(len, rows)) + 1
     tokens_bt = torch.tensor([[*row, *[77] * (width - len(row))] for row in rows])
@@ -327,7 +327,7 @@ def test_a_drafter_behind_that_draws_keeps_its_distributions() -> None:
             tokens_bk = torch.full((rows, k), 9)
             return Draft(tokens_bk, torch.full((rows,), k), torch.full((rows, k, V), 1 / V))
 
-    drafter = opened(Aggressive((1,), Draws()), rows=2)
+    drafter = opened(InTurn([Aggressive((1,)), Draws()]), rows=2)
     drafter.put([0, 1], [PROMPT, PROMPT])
     tell(drafter, [90], [10])
     draft = drafter.propose(2, 3, Sampler([SamplingConfig()] * 2, CPU), History.start([[0]] * 2, 0))
@@ -341,9 +341,9 @@ def test_a_drafter_behind_that_draws_keeps_its_distributions() -> None:
 @pytest.mark.parametrize("suffix", ["", "two", "2+", "-1", "0", "2+0"])
 def test_lengths_that_cannot_be_are_refused(suffix: str) -> None:
     with pytest.raises(ConfigError, match="aggressive: expected"):
-        Aggressive.build({"suffix": suffix}, lambda name: successor(), None)
+        Aggressive.build({"suffix": suffix}, lambda name: successor())
 
 
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ConfigError, match="unknown option 'sufix'"):
-        Aggressive.build({"sufix": "2"}, lambda name: successor(), None)
+        Aggressive.build({"sufix": "2"}, lambda name: successor())

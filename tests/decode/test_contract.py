@@ -31,7 +31,7 @@ def test_every_drafter_gives_examples() -> None:
 @pytest.fixture(params=DRAFTERS, ids=[f"{slug}-{name}" for slug, name in DRAFTERS])
 def drafter(request: pytest.FixtureRequest, models: Models) -> Drafter:
     slug, name = request.param
-    return load("decode", slug).build(methods("decode")[slug].examples[name], models, None)
+    return load("decode", slug).build(methods("decode")[slug].examples[name], models)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -101,7 +101,7 @@ def test_a_round_is_one_graph_without_a_break(
 ) -> None:
     """Compiled whole, guesses and decisions with it, and the same tokens; so nothing in it asks the device."""
     torch.compiler.reset()
-    drafter = load("decode", slug).build(next(iter(methods("decode")[slug].examples.values())), models, None)
+    drafter = load("decode", slug).build(next(iter(methods("decode")[slug].examples.values())), models)
     compiled = torch.compile
 
     def quickly(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -163,7 +163,7 @@ def test_guesses_of_a_broken_drafter_cost_nothing_but_time(
     slug: str, name: str, models: Models, prompts: list[list[int]]
 ) -> None:
     """Weights of NaN in every drafter that has some of its own."""
-    drafter = load("decode", slug).build(methods("decode")[slug].examples[name], models, None)
+    drafter = load("decode", slug).build(methods("decode")[slug].examples[name], models)
     for p in drafter.model.parameters():
         p.fill_(torch.nan)
     model = build(MIXERS["attention-full"])

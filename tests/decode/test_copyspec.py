@@ -9,7 +9,7 @@ import torch
 
 from subquad.core.errors import ConfigError
 from subquad.decode.copyspec import CopySpec
-from subquad.engine.draft import Draft, parse_drafter
+from subquad.engine.draft import Draft, InTurn, parse_drafter
 from subquad.engine.generate import Limits, generate
 from subquad.engine.sampler import History, Sampler, SamplingConfig
 from subquad.engine.trace import Look
@@ -90,7 +90,7 @@ def test_text_that_repeats_is_given_in_few_rounds() -> None:
 
 def test_what_stands_behind_guesses_where_no_run_is_found(models: Callable[[str], Stack]) -> None:
     both = parse_drafter(["copyspec,gammas=2", "draft_model,model=attention"], models)
-    assert isinstance(both, CopySpec)
+    assert isinstance(both, InTurn)
     target = models("mamba2")
     both.open(target, 2, 20)
     both.put([0, 1], [[1, 2, 3, 1, 2], [4, 5, 6, 7, 8]])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subquad.core.card import Card
 from subquad.core.errors import ConfigError
-from subquad.engine.draft import Draft, Drafter, Transcript, take_options
+from subquad.engine.draft import Draft, Drafter, Transcript, take_lengths, take_options
 from subquad.engine.sampler import History, Sampler
 from subquad.models.stack import Stack
 
@@ -45,28 +45,23 @@ class Aggressive(Drafter):
 
     Args:
         suffix: lengths of runs to look for, tried in this order; the first that is not ambiguous decides.
-        behind: guesses for rows that are out of step, and behind the prompt's end; None guesses nothing there.
     """
 
-    def __init__(self, suffix: Sequence[int] = (1, 2, 3), behind: Drafter | None = None) -> None:
+    def __init__(self, suffix: Sequence[int] = (1, 2, 3)) -> None:
         if not suffix or min(suffix) < 1:
             raise ConfigError(f"aggressive: expected suffixes of at least 1 token, got {list(suffix)}; take 1, 2 and 3")
-        self.suffix, self.behind = tuple(suffix), behind
+        self.suffix = tuple(suffix)
 
     @classmethod
-    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack], behind: Drafter | None) -> Self:
+    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:
         """Options: ``suffix``, lengths joined by ``+``; see `Drafter.build`."""
         take_options("aggressive", options, ("suffix",))
-        suffix = options.get("suffix", "1+2+3").split("+")
-        if not all(map(str.isdecimal, suffix)):
-            raise ConfigError(f"aggressive: expected a suffix like 2 or 1+2+3, got {options['suffix']!r}; correct it")
-        return cls([int(gamma) for gamma in suffix], behind)
+        return cls(take_lengths("aggressive", options, "suffix", "1+2+3"))
 
     def open(self, target: Stack, rows: int, capacity: int) -> None:
         """Allocate tokens, pointers and sorted runs; see `Drafter.open`."""
         device = target.device
         self._told = Transcript(rows, capacity, device)
-        self._vocab_size = target.config.vocab_size
         # Where the prompt ends, the pointer (-1 out of step), and the last place that the output has agreed with.
         self._source_b, self._at_b, self._sure_b = (
             torch.full((rows,), start, dtype=torch.int64, device=device) for start in (0, -1, 0)
@@ -77,13 +72,9 @@ class Aggressive(Drafter):
         shape = (len(self.suffix), rows, capacity + 3)
         self._keys = torch.full(shape, LAST, dtype=torch.int64, device=device)
         self._keys[..., :2] = -1
-        if self.behind is not None:
-            self.behind.open(target, rows, capacity)
 
     def prepare(self, rows: int, k: int) -> None:
-        """Nothing of its own; see `Drafter.prepare`."""
-        if self.behind is not None:
-            self.behind.prepare(rows, k)
+        """Nothing; see `Drafter.prepare`."""
 
     def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Sort the runs of the prompts and look for their own last tokens; see `Drafter.put`."""
@@ -103,8 +94,6 @@ class Aggressive(Drafter):
             keys_bm[at] = own_bm
         self._source_b[at], self._sure_b[at] = source_b, 0
         self._at_b[at] = self._seek(len(self._source_b))[at]
-        if self.behind is not None:
-            self.behind.put(rows, prompts)
 
     def _hash(self, runs_btg: Tensor) -> Tensor:
         """What stands above the position in the key of each run, ``[b, t]``."""
@@ -135,10 +124,7 @@ class Aggressive(Drafter):
         length_b = torch.where(at_b < 0, 0, (self._source_b[:rows] - at_b).clamp(max=k))
         # What does not count is read by the model all the same, and a row that diverged has told a -1.
         tokens_bk = self._told.read(at_b[:, None] + torch.arange(k, device=at_b.device)).clamp(min=0)
-        draft = Draft(tokens_bk, length_b)
-        if self.behind is None:
-            return draft
-        return draft.over(self.behind.propose(rows, k, sampler, history), self._vocab_size)
+        return Draft(tokens_bk, length_b)
 
     @torch.no_grad()
     def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
@@ -153,8 +139,6 @@ class Aggressive(Drafter):
         self._sure_b[:rows] = torch.where(agreed_b > 0, at_b + agreed_b, self._sure_b[:rows])
         in_step_b = (at_b >= 0) & (agreed_b == n_b)
         self._at_b[:rows] = torch.where(in_step_b, at_b + agreed_b, self._seek(rows))
-        if self.behind is not None:
-            self.behind.observe(tokens_bt, n_b, hidden_btd)
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Tokens, pointers and sorted runs; see `Drafter.move`."""
@@ -163,5 +147,3 @@ class Aggressive(Drafter):
         for buffer_b in (self._source_b, self._at_b, self._sure_b):
             buffer_b[to] = buffer_b[at]
         self._keys[:, to] = self._keys[:, at]
-        if self.behind is not None:
-            self.behind.move(sources, targets)

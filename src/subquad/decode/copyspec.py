@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subquad.core.card import Card
 from subquad.core.errors import ConfigError
-from subquad.engine.draft import Draft, Drafter, Transcript, take_options
+from subquad.engine.draft import Draft, Drafter, Transcript, take_lengths, take_options
 from subquad.engine.sampler import History, Sampler
 from subquad.models.stack import Stack
 
@@ -43,38 +43,29 @@ class CopySpec(Drafter):
     Args:
         gammas: lengths of runs, tried in this order; the paper's is 3. ``(3, 2, 1)`` is prompt lookup, as it is known
             from other libraries.
-        behind: guesses where no run is found; None guesses nothing there.
     """
 
-    def __init__(self, gammas: Sequence[int] = (3,), behind: Drafter | None = None) -> None:
+    def __init__(self, gammas: Sequence[int] = (3,)) -> None:
         if not gammas or min(gammas) < 1:
             raise ConfigError(f"copyspec: expected gammas of at least 1, got {list(gammas)}; the paper takes 3")
-        self.gammas, self.behind = tuple(gammas), behind
+        self.gammas = tuple(gammas)
 
     @classmethod
-    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack], behind: Drafter | None) -> Self:
+    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:
         """Options: ``gammas``, joined by ``+``; see `Drafter.build`."""
         take_options("copyspec", options, ("gammas",))
-        gammas = options.get("gammas", "3").split("+")
-        if not all(map(str.isdigit, gammas)):
-            raise ConfigError(f"copyspec: expected gammas like 3 or 3+2+1, got {options['gammas']!r}; correct them")
-        return cls([int(gamma) for gamma in gammas], behind)
+        return cls(take_lengths("copyspec", options, "gammas", "3"))
 
     def open(self, target: Stack, rows: int, capacity: int) -> None:
         """Allocate tokens and tables; see `Drafter.open`."""
         self._told = Transcript(rows, capacity, target.device)
-        self._vocab_size = target.config.vocab_size
         self._buckets = max(FEWEST_BUCKETS, 1 << (BUCKETS_A_TOKEN * capacity - 1).bit_length())
         # One bucket more takes what is no run.
         shape = (len(self.gammas), rows, self._buckets + 1)
         self._table = torch.full(shape, -1, dtype=torch.int64, device=target.device)
-        if self.behind is not None:
-            self.behind.open(target, rows, capacity)
 
     def prepare(self, rows: int, k: int) -> None:
-        """Nothing of its own; see `Drafter.prepare`."""
-        if self.behind is not None:
-            self.behind.prepare(rows, k)
+        """Nothing; see `Drafter.prepare`."""
 
     def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Enter every run of the prompts; see `Drafter.put`."""
@@ -92,8 +83,6 @@ class CopySpec(Drafter):
             whole_bt = (ends_bt >= gamma) & (ends_bt < length_b1)
             bucket_bt = torch.where(whole_bt, self._hash(runs_btg), self._buckets)
             table_bm[at] = table_bm[at].scatter_reduce(1, bucket_bt, ends_bt, "amax")
-        if self.behind is not None:
-            self.behind.put(rows, prompts)
 
     def _hash(self, runs_btg: Tensor) -> Tensor:
         """The bucket ``[b, t]`` of each run."""
@@ -122,10 +111,7 @@ class CopySpec(Drafter):
         found_b1 = from_b1 >= 0
         period_b1 = torch.where(found_b1, end_b1 - from_b1, 1)
         tokens_bk = self._told.read(from_b1 + torch.arange(k, device=end_b1.device) % period_b1)
-        draft = Draft(tokens_bk, torch.where(found_b1, k, 0)[:, 0])
-        if self.behind is None:
-            return draft
-        return draft.over(self.behind.propose(rows, k, sampler, history), self._vocab_size)
+        return Draft(tokens_bk, torch.where(found_b1, k, 0)[:, 0])
 
     @torch.no_grad()
     def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
@@ -138,13 +124,9 @@ class CopySpec(Drafter):
             whole_bt = (columns_t < n_b[:, None]) & (ends_bt >= gamma)
             bucket_bt = torch.where(whole_bt, self._hash(self._runs(ends_bt, gamma)), self._buckets)
             table_bm[:rows].scatter_reduce_(1, bucket_bt, ends_bt, "amax")
-        if self.behind is not None:
-            self.behind.observe(tokens_bt, n_b, hidden_btd)
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Tokens and tables; see `Drafter.move`."""
         at, to = (torch.tensor(slots, device=self._table.device) for slots in (sources, targets))
         self._told.move(sources, targets)
         self._table[:, to] = self._table[:, at]
-        if self.behind is not None:
-            self.behind.move(sources, targets)

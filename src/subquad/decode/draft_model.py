@@ -7,7 +7,7 @@ from typing import Self
 
 from subquad.core.card import Card
 from subquad.core.errors import ConfigError
-from subquad.engine.draft import Drafter, read_vocab, take_options
+from subquad.engine.draft import read_vocab, take_options
 from subquad.engine.model_draft import ModelDrafter
 from subquad.models.stack import Stack
 
@@ -38,9 +38,9 @@ class DraftModel(ModelDrafter):
     """
 
     @classmethod
-    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack], behind: Drafter | None) -> Self:
+    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:
         """Options: ``model``, ``coupled=true``, and ``vocab=FILE``; see `Drafter.build`."""
-        take_options("draft_model", options, ("model", "coupled", "vocab"), behind)
+        take_options("draft_model", options, ("model", "coupled", "vocab"))
         coupled = options.get("coupled", "false")
         if "model" not in options or coupled not in ("true", "false"):
             raise ConfigError(

@@ -10,7 +10,7 @@ import torch
 
 from subquad.core.card import Card
 from subquad.core.errors import ConfigError
-from subquad.engine.draft import Drafter, read_vocab, take_options
+from subquad.engine.draft import read_vocab, take_options
 from subquad.engine.model_draft import ModelDrafter
 from subquad.models.stack import Stack
 
@@ -41,9 +41,9 @@ class SelfDraft(ModelDrafter):
         self.layers, self.coupled, self.vocab = layers, coupled, vocab
 
     @classmethod
-    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack], behind: Drafter | None) -> Self:
+    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:
         """Options: ``layers``, and ``vocab=FILE``; see `Drafter.build`."""
-        take_options("self_draft", options, ("layers", "vocab"), behind)
+        take_options("self_draft", options, ("layers", "vocab"))
         if not options.get("layers", "").isdecimal():
             raise ConfigError(f"self_draft: expected layers=N, got {dict(options)}; write self_draft,layers=4")
         return cls(int(options["layers"]), vocab=read_vocab(options.get("vocab")))

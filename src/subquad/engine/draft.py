@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,20 +62,24 @@ class Drafter(ABC):
 
     Rows are slots, those of the engine. `propose` never changes what `observe` has been told, so that nothing is rolled
     back: guesses that were not kept are forgotten by themselves.
+
+    Attributes:
+        always: whether it guesses for every row, so that none can stand behind it.
     """
+
+    always: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
-    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack], behind: Drafter | None) -> Self:
+    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:
         """A drafter as `parse_drafter` describes it.
 
         Args:
             options: as they were written.
             models: loads a model by its name.
-            behind: guesses where this one has nothing to say.
 
         Raises:
-            ConfigError: an unknown option, a value that can't be, or a drafter behind one that always guesses.
+            ConfigError: an unknown option, or a value that can't be.
         """
 
     @abstractmethod
@@ -118,6 +122,57 @@ class Drafter(ABC):
     @abstractmethod
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """What stands in the slots `sources` goes to `targets`; no slot is in both."""
+
+
+class InTurn(Drafter):
+    """Several drafters as one: each guesses for the rows where those before it have nothing to say.
+
+    Args:
+        drafters: at least two; all but the last give guesses that are certain.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        if any(drafter.always for drafter in drafters[:-1]):
+            raise ConfigError("draft: expected no drafter behind one that always guesses, got one; name it last")
+        self.drafters = list(drafters)
+
+    @classmethod
+    def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:
+        """Not by a slug: `parse_drafter` makes one of several drafters."""
+        raise ConfigError("draft: expected a drafter's name, got several; name one after the other")
+
+    def open(self, target: Stack, rows: int, capacity: int) -> None:
+        """All of them; see `Drafter.open`."""
+        self._vocab_size = target.config.vocab_size
+        for drafter in self.drafters:
+            drafter.open(target, rows, capacity)
+
+    def prepare(self, rows: int, k: int) -> None:
+        """All of them; see `Drafter.prepare`."""
+        for drafter in self.drafters:
+            drafter.prepare(rows, k)
+
+    def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """All of them; see `Drafter.put`."""
+        for drafter in self.drafters:
+            drafter.put(rows, prompts)
+
+    def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
+        """The first that has something to say, row by row; see `Drafter.propose`."""
+        *before, last = (drafter.propose(rows, k, sampler, history) for drafter in self.drafters)
+        for draft in reversed(before):
+            last = draft.over(last, self._vocab_size)
+        return last
+
+    def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
+        """All of them; see `Drafter.observe`."""
+        for drafter in self.drafters:
+            drafter.observe(tokens_bt, n_b, hidden_btd)
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """All of them; see `Drafter.move`."""
+        for drafter in self.drafters:
+            drafter.move(sources, targets)
 
 
 class Transcript:
@@ -168,8 +223,8 @@ def parse_drafter(specs: Sequence[str], models: Callable[[str], Stack]) -> Draft
     Raises:
         ConfigError: as in `Drafter.build`, and for an unknown slug.
     """
-    behind: Drafter | None = None
-    for spec in reversed(specs):
+    drafters: list[Drafter] = []
+    for spec in specs:
         slug, *pairs = spec.split(",")
         options: dict[str, str] = {}
         for pair in pairs:
@@ -178,19 +233,25 @@ def parse_drafter(specs: Sequence[str], models: Callable[[str], Stack]) -> Draft
                 raise ConfigError(f"draft {spec}: expected SLUG,KEY=VALUE,... with each key once, got {pair!r}; fix it")
             options[key] = value
         kind: type[Drafter] = load("decode", slug)
-        behind = kind.build(options, models, behind)
-    if behind is None:
+        drafters.append(kind.build(options, models))
+    if not drafters:
         raise ConfigError("draft: expected at least one drafter, got none; name one, such as copyspec")
-    return behind
+    return drafters[0] if len(drafters) == 1 else InTurn(drafters)
 
 
-def take_options(slug: str, options: Mapping[str, str], known: Collection[str], behind: Drafter | None = None) -> None:
-    """Refuse options that a drafter does not know, and `behind` where nothing can stand behind it."""
+def take_options(slug: str, options: Mapping[str, str], known: Collection[str]) -> None:
+    """Refuse options that a drafter does not know."""
     for key in options:
         if key not in known:
             raise ConfigError(f"draft {slug}: unknown option {key!r}{nearest(key, known)}")
-    if behind is not None:
-        raise ConfigError(f"draft {slug}: expected no drafter behind one that always guesses, got one; name it last")
+
+
+def take_lengths(slug: str, options: Mapping[str, str], key: str, usual: str) -> list[int]:
+    """Numbers joined by ``+``, as in ``3+2+1``."""
+    text = options.get(key, usual)
+    if not all(map(str.isdecimal, text.split("+"))):
+        raise ConfigError(f"{slug}: expected {key} like 3 or 3+2+1, got {text!r}; correct it")
+    return [int(length) for length in text.split("+")]
 
 
 def read_vocab(path: str | None) -> list[int] | None:

@@ -33,6 +33,8 @@ class ModelDrafter(Drafter):
         vocab: ids of the tokens that may be guessed; its head then computes no others (arXiv 2502.14856).
     """
 
+    always = True
+
     def __init__(self, model: Stack, *, coupled: bool = False, vocab: Sequence[int] | None = None) -> None:
         check_model(model)
         self.model, self.coupled, self.vocab = model, coupled, vocab
