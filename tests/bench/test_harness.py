@@ -117,6 +117,25 @@ def test_ratio_above_one_is_better():
     assert ratio(0.0, 4.0, "lower") is None
 
 
+def test_a_room_is_told_what_to_measure_and_the_command_says_so(tmp_path, monkeypatch):
+    class Told:
+        @staticmethod
+        def run(bench):
+            bench.name = "spec.some"
+            bench.value("speed", 3, "tokens/s", "higher", baseline="plain", baseline_value=2, reps=[[3, 2]])
+            bench.say(f"{bench.hybrid} {bench.hybrid_rows} {bench.drafter} {bench.data}")
+
+    said = []
+    monkeypatch.setattr(harness.importlib, "import_module", lambda name: Told)
+    told = {"hybrid": "runs/small", "hybrid_rows": 8, "drafter": tmp_path / "head", "data": tmp_path / "texts"}
+    made = run_room("decode/some", smoke=True, say=said.append, **told)
+    made.check("some")
+    assert said == [f"runs/small 8 {tmp_path / 'head'} {tmp_path / 'texts'}"]
+    # Folders of this machine are nobody else's business.
+    assert made.command.endswith("--smoke --hybrid small --hybrid-rows 8 --drafter head --data texts")
+    assert made.bench == "spec.some" and made.rows[0].id == "spec.some.speed" and made.rows[0].reps == [[3, 2]]
+
+
 def result(**changes):
     bench = proved()
     bench.value("state", 10, "bytes", "lower", baseline="cache", baseline_value=40)

@@ -37,6 +37,20 @@ def test_ours_every_baseline_and_the_limit_over_length() -> None:
     assert chart.log_x and chart.log_y and [name for _, name in chart.ticks] == ["100", "400"]
 
 
+def test_speed_over_the_context_for_each_batch_of_several() -> None:
+    rows = [
+        make_row(f"decode.some.context.b{b}.t{t}", b * t, "tokens/s", "higher", baseline="attention", baseline_value=b)
+        for b, contexts in ((1, (1024,)), (12, (4096, 1024)))
+        for t in contexts
+    ]
+    env = environment(torch.device("cpu"), torch.float32)
+    charts = plots(Result("decode.some", "subquad bench engine", env, rows))
+    assert charts.keys() == {"context_b12"}
+    chart = charts["context_b12"]
+    assert chart.series == {"subquad": [(1024, 12288), (4096, 49152)], "attention": [(1024, 12), (4096, 12)]}
+    assert chart.log_x and [name for _, name in chart.ticks] == ["1k", "4k"]
+
+
 def test_quality_over_bytes_of_kinds_with_several_sizes() -> None:
     rows = [make_row("convert.some.uniform.ppl_ratio", 2.0, "1", "lower")]
     for kind, better in (("keep", 0.0), ("windows", 0.1)):

@@ -166,7 +166,7 @@ def test_the_state_is_allocated_once_and_a_constant_one_ignores_the_length(
     slug = model.config.layers[0]["mixer"]
     if methods("mixers")[slug].constant_state:
         generate(model, [[1, 2, 3] * 20], limits=Limits(max_new_tokens=60))
-        assert set(pools) == {steps[0]}
+        assert set(pools) == {prompt, steps[0]}
 
 
 def test_a_finished_half_of_the_batch_leaves_it(attention: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

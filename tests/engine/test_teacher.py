@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from subquad.bench.drafting import COPIES
+from subquad.bench.prompts import prompt_texts
 from subquad.cli.generate import encode
 from subquad.convert.transplant import transplant
 from subquad.decode.copyspec import CopySpec
@@ -53,7 +53,7 @@ def test_guesses_verified_by_real_weights_give_the_greedy_choice_at_every_step(s
     teacher, tokenizer = smollm2.model, smollm2.tokenizer
     hybrid = transplant(teacher, {layer: {"mixer": "windowed_linear", "window": 16} for layer in range(1, 30, 2)})
     model, other = (teacher, hybrid) if kind == "attention" else (hybrid, teacher)
-    prompts = [tokenizer.encode(text) for text in (COPIES[2], COPIES[3], "The capital of France is")]
+    prompts = [tokenizer.encode(text) for text in (*prompt_texts("copies")[3:5], "The capital of France is")]
     limits, looks = Limits(max_new_tokens=16, end_tokens=[]), list[Look]()
     for drafter in (CopySpec(), DraftModel(other)):
         looks.clear()

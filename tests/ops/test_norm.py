@@ -7,10 +7,14 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from subquad.ops import norm
+from subquad.ops import backends, norm
+from subquad.ops.decay import Decay
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
 
 
 def test_rms_of_one_group_is_pytorchs() -> None:
@@ -61,3 +65,53 @@ def test_l2_leaves_zero_alone() -> None:
     assert zero.grad is not None
     assert zero.grad.isfinite().all()
     assert norm.l2(zero, 1e-6).abs().max() == 0
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate_first", [False, True])
+@pytest.mark.parametrize(("groups", "width"), [(1, 40), (3, 20), (4, 128)])
+def test_the_gated_norm_in_one_launch_is_its_formula(
+    groups: int, width: int, gate_first: bool, dtype: torch.dtype
+) -> None:
+    d = groups * width
+    x = torch.randn(2, 3, d, dtype=dtype, device=DEVICE)
+    # As a projection of several layers gives it: with a stride from token to token.
+    gate = torch.randn(2, 3, d + 7, dtype=dtype, device=DEVICE)[..., :d]
+    weight = torch.rand(d, dtype=dtype, device=DEVICE)
+    with torch.no_grad(), backends.use("triton"):
+        y = norm.gated_rms(x, gate, weight, 1e-5, groups, gate_first=gate_first)
+    want = norm.gated_rms(x.double(), gate.double(), weight.double(), 1e-5, groups, gate_first=gate_first)
+    assert float((y.double() - want).norm() / want.norm()) < {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [24, 576])
+def test_a_sum_and_its_norm_in_one_launch_are_both(d: int, dtype: torch.dtype) -> None:
+    x, y = (torch.randn(2, 3, d, dtype=dtype, device=DEVICE) for _ in range(2))
+    layer = nn.RMSNorm(d, eps=1e-5).to(DEVICE, dtype)
+    nn.init.uniform_(layer.weight, 0.5, 1.5)
+    with torch.no_grad(), backends.use("triton"):
+        total, out = norm.add_rms(x, y, layer)
+        same, alone = norm.add_rms(total, None, layer)
+    # The interpreter cuts where a GPU rounds.
+    torch.testing.assert_close(total, x + y, rtol={torch.float32: 0, torch.bfloat16: 8e-3}[dtype], atol=0)
+    assert torch.equal(same, total)
+    assert torch.equal(alone, out)
+    want = layer.double()(total.double())
+    assert float((out.double() - want).norm() / want.norm()) < {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+
+
+@needs_triton
+def test_the_decay_in_one_launch_keeps_the_digits_of_small_steps() -> None:
+    layer = Decay(5).to(DEVICE)
+    raw_bth = torch.linspace(-40, 40, 2 * 9 * 7, device=DEVICE).view(2, 9, 7)[..., :5]
+    with torch.no_grad():
+        layer.dt_bias.zero_()
+        with backends.use("triton"):
+            got = layer(raw_bth)
+        want = layer.double()(raw_bth.double())
+    for x, y in zip(got, want, strict=True):
+        # Exponentials on a GPU are right to a few units of the last place of their argument.
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=0)

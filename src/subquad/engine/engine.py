@@ -113,8 +113,8 @@ class Engine:
         self._waiting = deque[_Row]()
         self._slots: list[_Row | None] = [None] * rows
         self._submitted = 0
-        width = rounds * (widest + 1)
-        self._rounds = Rounds(model, rows, capacity, width, drafter, logprobs=logprobs, compile=compile)
+        block = widest + 1
+        self._rounds = Rounds(model, rows, capacity, block, rounds * block, drafter, logprobs=logprobs, compile=compile)
 
     @property
     def busy(self) -> bool:
@@ -251,14 +251,14 @@ class Engine:
         at = torch.tensor(slots, device=device)
         pool, fresh = self._rounds.pool, not any(row.read for row in rows)
         # Nothing to look at costs less than an empty buffer.
-        state = self.model.init_state(len(slots)) if fresh else pool.select(at)
+        state = self.model.init_state(len(slots)) if fresh else pool.select(at).settled()
         ragged = any(len(block) < width for block in blocks)
         _, update = self.model.read(tokens_bt, state, lengths_b if ragged else None)
         update.commit_(pool, at, lengths_b)
         for slot, row, block in zip(slots, rows, blocks, strict=True):
             row.read += len(block)
             if self.prefixes is not None and row.read in row.marks:
-                one = pool.select(torch.tensor([slot], device=device)).cut(row.read)
+                one = pool.select(torch.tensor([slot], device=device)).settled().cut(row.read)
                 self.prefixes.keep(row.tokens[: row.read], one.snapshot())
         self._start([slot for slot, row in zip(slots, rows, strict=True) if row.filled])
 

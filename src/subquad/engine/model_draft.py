@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,64 @@ from subquad.models.stack import Stack
 CATCH_UP = 256
 
 
+class Guessable:
+    """A model's head over the tokens that may be guessed, computing no others (arXiv 2502.14856).
+
+    Args:
+        model: whose head it is.
+        ids: of those tokens; None is all.
+
+    Raises:
+        ConfigError: no ids, or ids that the model has not.
+    """
+
+    def __init__(self, model: Stack, ids: Sequence[int] | None) -> None:
+        self.model = model
+        self._ids_m: Tensor | None = None
+        if ids is not None:
+            size = model.config.vocab_size
+            wrong = next((i for i in ids if not 0 <= i < size), None)
+            if wrong is not None or not ids:
+                raise ConfigError(f"draft vocabulary: expected ids from 0 to {size - 1}, got {wrong}; write it anew")
+            self._ids_m = torch.tensor(sorted(set(ids)), device=model.device)
+            self._head_md = model.lm_head.weight.detach()[self._ids_m]
+
+    def logits(self, hidden_bd: Tensor) -> Tensor:
+        """Logits ``[b, v]``, minus infinity for what is never guessed."""
+        if self._ids_m is None:
+            return self.model.head(hidden_bd)
+        few_bm = F.linear(hidden_bd, self._head_md)
+        none_bv = few_bm.new_full((len(few_bm), self.model.config.vocab_size), -torch.inf)
+        return none_bv.index_copy(1, self._ids_m, few_bm)
+
+
+def draw(
+    k: int, logits: Callable[[Sequence[Tensor]], Tensor], sampler: Sampler, history: History, *, coupled: bool
+) -> Draft:
+    """`k` guesses for every row, each drawn behind those before it.
+
+    Args:
+        k: at least 1.
+        logits: gives logits ``[b, v]`` behind guesses ``[b]``, which are one more at each call, the first with none.
+        sampler: of the rows.
+        history: behind the rows' last tokens; not changed.
+        coupled: draw each with the noise that the row will draw its own token with (arXiv 2408.07978): all tokens are
+            then those of plain decoding, at any temperature, and a few more guesses fall.
+    """
+    guesses: list[Tensor] = []
+    drawn_from: list[Tensor] = []
+    exchange = sampler.draws and not coupled
+    for _ in range(k):
+        logits_bv = logits(guesses)
+        if exchange:
+            drawn_from.append(sampler.probabilities(logits_bv, history))
+        guess_b = sampler.sample(logits_bv, history, DRAFT_STREAM if exchange else 0).clamp(min=0)
+        guesses.append(guess_b)
+        history = history.after(guess_b)
+    length_b = torch.full_like(guesses[0], k)
+    return Draft(torch.stack(guesses, 1), length_b, torch.stack(drawn_from, 1) if exchange else None)
+
+
 class ModelDrafter(Drafter):
     """What drafters with a model have in common.
 
@@ -28,9 +86,8 @@ class ModelDrafter(Drafter):
 
     Args:
         model: the drafter, on the device of the model that it guesses for.
-        coupled: draw each guess with the noise that the row will draw its own token with (arXiv 2408.07978): all tokens
-            are then those of plain decoding, at any temperature, and a few more guesses fall.
-        vocab: ids of the tokens that may be guessed; its head then computes no others (arXiv 2502.14856).
+        coupled: as in `draw`.
+        vocab: ids of the tokens that may be guessed; see `Guessable`.
     """
 
     always = True
@@ -49,23 +106,9 @@ class ModelDrafter(Drafter):
             )
         if self.model.device != target.device:
             raise ConfigError(f"draft model: expected it on {target.device}, got {self.model.device}; move it there")
-        self._ids_m: Tensor | None = None
-        if self.vocab is not None:
-            wrong = next((i for i in self.vocab if not 0 <= i < mine), None)
-            if wrong is not None or not self.vocab:
-                raise ConfigError(f"draft vocabulary: expected ids from 0 to {mine - 1}, got {wrong}; write it anew")
-            self._ids_m = torch.tensor(sorted(set(self.vocab)), device=target.device)
-            self._head_md = self.model.lm_head.weight.detach()[self._ids_m]
+        self._guessable = Guessable(self.model, self.vocab)
         self._pool = self.model.init_state(rows, capacity + 1)
         self._told = Transcript(rows, capacity, target.device)
-
-    def _logits(self, hidden_bd: Tensor) -> Tensor:
-        """Logits ``[b, v]``, minus infinity for what is never guessed."""
-        if self._ids_m is None:
-            return self.model.head(hidden_bd)
-        few_bm = F.linear(hidden_bd, self._head_md)
-        none_bv = few_bm.new_full((len(few_bm), self.model.config.vocab_size), -torch.inf)
-        return none_bv.index_copy(1, self._ids_m, few_bm)
 
     @torch.no_grad()
     def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
@@ -90,28 +133,19 @@ class ModelDrafter(Drafter):
         tokens_bt = self._told.read(pool.seen_b[:, None] + columns_t)
         hidden_btd, update = self.model.read(tokens_bt, pool, lengths_b)
         update.commit_(pool, None, lengths_b)
-        last_b11 = (lengths_b - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden_btd.shape[2])
-        return hidden_btd.gather(1, last_b11)[:, 0]
+        return last(hidden_btd, lengths_b)
 
     @torch.no_grad()
     def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
         """k reads, the first of what stood since the last time; see `Drafter.propose`."""
-        hidden_bd = self._read(rows, k + 1)
-        guesses: list[Tensor] = []
-        drawn_from: list[Tensor] = []
-        exchange = sampler.draws and not self.coupled
-        for i in range(k):
-            if i:
-                tokens_bt = torch.stack(guesses, dim=1)
-                hidden_bd = self.model.read(tokens_bt, self._pool.first(rows))[0][:, -1]
-            logits_bv = self._logits(hidden_bd)
-            if exchange:
-                drawn_from.append(sampler.probabilities(logits_bv, history))
-            guess_b = sampler.sample(logits_bv, history, DRAFT_STREAM if exchange else 0).clamp(min=0)
-            guesses.append(guess_b)
-            history = history.after(guess_b)
-        length_b = torch.full((rows,), k, device=self.model.device)
-        return Draft(torch.stack(guesses, 1), length_b, torch.stack(drawn_from, 1) if exchange else None)
+
+        def logits(guesses: Sequence[Tensor]) -> Tensor:
+            if not guesses:
+                return self._guessable.logits(self._read(rows, k + 1))
+            hidden_btd, _ = self.model.read(torch.stack(list(guesses), dim=1), self._pool.first(rows))
+            return self._guessable.logits(hidden_btd[:, -1])
+
+        return draw(k, logits, sampler, history, coupled=self.coupled)
 
     def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
         """Note them; see `Drafter.observe`."""
@@ -123,3 +157,9 @@ class ModelDrafter(Drafter):
         at, to = (torch.tensor(slots, device=self.model.device) for slots in (sources, targets))
         self._pool.write_(to, self._pool.select(at))
         self._told.move(sources, targets)
+
+
+def last(x_btd: Tensor, n_b: Tensor) -> Tensor:
+    """``[b, d]``: the vector of each row's n-th column, of the first where n is 0."""
+    at_b11 = (n_b - 1).clamp(min=0)[:, None, None].expand(-1, 1, x_btd.shape[2])
+    return x_btd.gather(1, at_b11)[:, 0]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from subquad.engine.chains import select, verify_chains
 from subquad.engine.draft import Draft, Drafter
 from subquad.engine.request import Request
 from subquad.engine.sampler import History, Sampler, SamplingConfig
@@ -40,6 +41,7 @@ class Rounds:
     Args:
         model: reads and commits.
         rows, capacity: of the state.
+        block: most tokens that a round reads of a slot: its last, and the guesses.
         width: most tokens that a slot is given between two looks.
         drafter: guesses tokens, or None.
         logprobs: note the log-probability of each token.
@@ -51,6 +53,7 @@ class Rounds:
         model: Stack,
         rows: int,
         capacity: int,
+        block: int,
         width: int,
         drafter: Drafter | None,
         *,
@@ -59,7 +62,7 @@ class Rounds:
     ) -> None:
         device = model.device
         self.model, self.rows, self.drafter, self.logprobs = model, rows, drafter, logprobs
-        self.pool = model.init_state(rows, capacity)
+        self.pool = model.init_pool(rows, capacity, block)
         self._sampler = Sampler([SamplingConfig()] * rows, device, model.config.vocab_size)
         self._history = History.start([[0]] * rows, 0, device)
         self._last_b, self._alive_b, self._left_b, self._fill_b, self._kept_b, self._judged_b, self._guessed_b = (
@@ -146,7 +149,7 @@ class Rounds:
     def save(self, slot: int, read: int) -> tuple[StackState, History]:
         """Copies of what a slot that has read so many tokens knows."""
         at = self._at([slot])
-        return self.pool.select(at).cut(read).snapshot(), self._history.select(at)
+        return self.pool.select(at).settled().cut(read).snapshot(), self._history.select(at)
 
     def restore(self, slot: int, state: StackState, history: History | None = None) -> None:
         """Write what `save` gave, or a state alone, into an empty slot."""
@@ -188,19 +191,28 @@ class Rounds:
             draft = self.drafter.propose(n, k, self._sampler, history)
             # No more than the row may still give, one of them not guessed; none where nothing is under way.
             length_b = torch.minimum(draft.length_b, (self._left_b[:n] - 1).clamp(min=0)) * alive_b
-            draft = Draft(draft.tokens_bk, length_b, draft.q_bkv)
+            draft = replace(draft, length_b=length_b)
             if not self._static:
                 draft = draft.cut(int(draft.length_b.max()))
-        tokens_bt = torch.cat((self._last_b[:n, None], draft.tokens_bk), dim=1)
-        lengths_b = 1 + draft.length_b if tokens_bt.shape[1] > 1 else None
-        hidden_btd, update = self.model.read(tokens_bt, pool, lengths_b)
+        tokens_bt = torch.cat((draft.fork(self._last_b[:n])[:, None], draft.tokens_bk), dim=1)
+        lengths_b = draft.fork(1 + draft.length_b) if tokens_bt.shape[1] > 1 else None
+        state = pool if draft.chains == 1 else pool.fork(draft.chains)
+        hidden_btd, update = self.model.read(tokens_bt, state, lengths_b)
         logits_btv = self.model.head(hidden_btd)
-        tokens_bt, n_b = verify(self._sampler, history, logits_btv, draft)
+        rows = None
+        if draft.chains == 1:
+            tokens_bt, n_b = verify(self._sampler, history, logits_btv, draft)
+        else:
+            tokens_bt, n_b, at_b = verify_chains(self._sampler, history, logits_btv, draft)
+            hidden_btd, logits_btv, update = hidden_btd[at_b], logits_btv[at_b], select(update, at_b)
+            # Named, since it is not the pool that was read.
+            rows = torch.arange(n, device=self.model.device)
         kept_b = self._emit(tokens_bt, n_b, logits_btv)
+        # Guesses of several chains at one position count as one.
         self._kept_b[:n] += torch.minimum(n_b - 1, kept_b)
         self._judged_b[:n] += torch.minimum(torch.minimum(draft.length_b, n_b), kept_b)
         self._guessed_b[:n] += draft.length_b
-        update.commit_(pool, None, kept_b)
+        update.commit_(pool, rows, kept_b)
         if self.drafter is not None:
             self.drafter.observe(tokens_bt.clamp(min=0), kept_b, hidden_btd)
 

@@ -63,9 +63,13 @@ def _exchange(
     coin_b = uniform(sampler.seed_b[:rows], history.step_b, COIN_STREAM)
     stands_b = there_b & (coin_b * q_b < p_b)
     rest_bv = torch.where(there_b[:, None], (p_bv - q_bv).clamp(min=0), p_bv)
+    token_b = torch.where(stands_b, guess_b, draw_rest(sampler, history, rest_bv, p_bv))
+    return torch.where(sound_b, token_b, -1), stands_b & sound_b
+
+
+def draw_rest(sampler: Sampler, history: History, rest_bv: Tensor, p_bv: Tensor) -> Tensor:
+    """A token ``[b]`` in proportion to what is left of p where no guess stands, drawn with the rows' own noise."""
     # Where rounding leaves nothing, p and q are the same, and a draw from p is as good.
     rest_bv = torch.where(rest_bv.sum(-1, keepdim=True) > 0, rest_bv, p_bv)
-    noise_bv = gumbel(sampler.seed_b[:rows], history.step_b, logits_bv.shape[1])
-    drawn_b = (rest_bv.log() + noise_bv).argmax(-1)
-    token_b = torch.where(stands_b, guess_b, drawn_b)
-    return torch.where(sound_b, token_b, -1), stands_b & sound_b
+    noise_bv = gumbel(sampler.seed_b[: len(rest_bv)], history.step_b, rest_bv.shape[1])
+    return (rest_bv.log() + noise_bv).argmax(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -16,8 +16,9 @@ from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State, axes
-from subquad.ops import attention, windowed
+from subquad.ops import attention, cached, ring, skinny, windowed
 from subquad.ops.qkv import QKV
+from subquad.ops.ring import RingState
 from subquad.ops.window import WindowState
 
 CARD = Card(
@@ -86,7 +87,7 @@ class CacheUpdate(Update):
                 "call init_state with a larger capacity"
             )
         new = self.state.map(lambda t, _: t.clone())
-        self._write_(new, None, n_b)
+        self._write_(new, None, n_b, self.k_bgtk, self.v_bgtk)
         return new
 
     def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
@@ -95,29 +96,16 @@ class CacheUpdate(Update):
         Whether they fit is not asked, since the answer would have to come from the device: who owns the pool knows it.
         """
         assert isinstance(pool, CacheState)
-        block = replace(self, k_bgtk=self.k_bgtk.detach(), v_bgtk=self.v_bgtk.detach())
-        block._write_(pool, rows, self.layout.lengths_b if n_b is None else n_b)
+        n_b = self.layout.lengths_b if n_b is None else n_b
+        self._write_(pool, rows, n_b, self.k_bgtk.detach(), self.v_bgtk.detach())
 
-    def _write_(self, pool: CacheState, rows: Tensor | None, n_b: Tensor) -> None:
-        rows = torch.arange(len(n_b), device=n_b.device) if rows is None else rows
-        kept_bt, continues_b = self.layout.tail(n_b)
-        slot_bt = self.layout.index_bt(pool.seen_b[rows])
-        t, capacity = slot_bt.shape[1], pool.k_bgnk.shape[2]
-        if t == 0 or capacity == 0:
-            return
-        # Dropped tokens must write somewhere: they repeat the last kept one, or, if none is kept, slot 0 as it is.
-        last_b1 = (n_b - 1).clamp(0, t - 1)[:, None]
-        nothing_b1 = (n_b == 0)[:, None]
-        source_bt = torch.where(kept_bt, torch.arange(t, device=n_b.device), last_b1)
-        slot_bt = torch.where(nothing_b1, 0, slot_bt.gather(1, source_bt)).clamp(max=capacity - 1)
-        for buffer_bgnk, block_bgtk in ((pool.k_bgnk, self.k_bgtk), (pool.v_bgnk, self.v_bgtk)):
-            g, k = block_bgtk.shape[1], block_bgtk.shape[3]
-            value_bgtk = block_bgtk.gather(2, source_bt[:, None, :, None].expand(-1, g, -1, k)).to(buffer_bgnk.dtype)
-            first_bg1k = buffer_bgnk[rows, :, :1]
-            value_bgtk = torch.where(nothing_b1[:, None, :, None], first_bg1k, value_bgtk)
-            buffer_bgnk[rows[:, None], :, slot_bt] = value_bgtk.transpose(1, 2)
-        after_b = torch.where(continues_b, pool.seen_b[rows] + kept_bt.sum(1), kept_bt.sum(1))
-        pool.seen_b[rows] = after_b
+    def _write_(self, pool: CacheState, rows: Tensor | None, n_b: Tensor, k_bgtk: Tensor, v_bgtk: Tensor) -> None:
+        where: dict[str, Tensor] = {}
+        if self.layout.documents_bt is not None:
+            kept_bt, continues_b = self.layout.tail(n_b)
+            seen_b = pool.seen_b[: len(n_b)] if rows is None else pool.seen_b[rows]
+            where = {"first_b": n_b - kept_bt.sum(1), "start_b": torch.where(continues_b, seen_b, 0)}
+        cached.append_(pool.k_bgnk, pool.v_bgnk, pool.seen_b, k_bgtk, v_bgtk, n_b, rows, **where)
 
 
 @dataclass(frozen=True)
@@ -132,6 +120,31 @@ class WindowUpdate(Update):
     def commit(self, n_b: Tensor | None = None) -> State:
         """Shift the window by the kept tokens and fill the sinks that have come."""
         return self.state.after(self.k_bgtk, self.v_bgtk, self.layout, self.layout.lengths_b if n_b is None else n_b)
+
+
+@dataclass(frozen=True)
+class RingUpdate(Update):
+    """A block that stands in its state's ring, behind what is committed."""
+
+    state: RingState
+    layout: Layout
+
+    def commit(self, n_b: Tensor | None = None) -> WindowState:
+        """The window behind the kept tokens."""
+        return self._behind(n_b).settled()
+
+    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+        """Count the kept tokens. Without `rows`, `pool` is what was read."""
+        if rows is None and isinstance(pool, RingState):
+            n_b = self.layout.lengths_b if n_b is None else n_b
+            ring.commit_(pool.first(len(n_b)), n_b, self.layout.shape[1], None)
+        else:
+            pool.write_(rows, self._behind(n_b))
+
+    def _behind(self, n_b: Tensor | None) -> RingState:
+        state = self.state.snapshot()
+        ring.commit_(state, self.layout.lengths_b if n_b is None else n_b, self.layout.shape[1], None)
+        return state
 
 
 class Attention(Mixer):
@@ -208,11 +221,25 @@ class Attention(Mixer):
         k_bgnk = torch.zeros(batch, config.n_kv_heads, capacity, config.head_dim, **like)
         return CacheState(k_bgnk, k_bgnk.clone(), torch.zeros(batch, dtype=torch.int64, device=like["device"]))
 
+    def init_pool(self, rows: int, capacity: int, block: int, **factory: Any) -> State:
+        """A window as a ring where its kernels run."""
+        config, like = self.config, self.factory(**factory)
+        if config.window is None or not ring.runs(like["device"], like["dtype"], config.head_dim):
+            return self.init_state(rows, capacity, **factory)
+        return RingState.empty(rows, config.n_kv_heads, config.window, config.sinks, config.head_dim, block, **like)
+
     def read(
         self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
     ) -> tuple[Tensor, Update]:
         """Attend to the state and, causally, to the block; see `Mixer.read`."""
         layout = self.dense_layout(x_btd, layout)
+        few = x_btd.shape[1] <= FEW_QUERIES and layout.documents_bt is None and not torch.is_grad_enabled()
+        if few and isinstance(state, CacheState) and state.k_bgnk.shape[2]:
+            return self._step(x_btd, state, layout)
+        if isinstance(state, RingState):
+            if few and x_btd.shape[1] <= state.block:
+                return self._turn(x_btd, state, layout)
+            state = state.settled()
         q_bthk, k_btgk, v_btgk = self.qkv(x_btd, layout)
         k_bgtk, v_bgtk = k_btgk.transpose(1, 2), v_btgk.transpose(1, 2)
         if isinstance(state, WindowState):
@@ -225,7 +252,7 @@ class Attention(Mixer):
             else:
                 y_bthk = self._read_cache(q_bthk, k_bgtk, v_bgtk, state, layout)
             update = CacheUpdate(state, k_bgtk, v_bgtk, layout)
-        return self.o_proj(y_bthk.flatten(2)), update
+        return skinny.project(y_bthk.flatten(2), self.o_proj)[0], update
 
     def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:
         """The training form; a window starts with nothing before the block."""
@@ -256,11 +283,24 @@ class Attention(Mixer):
         size, sinks = self.config.window, self.config.sinks
         return windowed.attend(q_bthk, k_btgk, v_btgk, None, past, layout, window=size, sinks=sinks, scale=self.scale)
 
+    def _step(self, x_btd: Tensor, state: CacheState, layout: Layout) -> tuple[Tensor, CacheUpdate]:
+        """Few tokens, as in decoding."""
+        q_bthk, k_btgk, v_btgk = self.qkv.project(x_btd)
+        k_bgtk, v_bgtk = k_btgk.transpose(1, 2), v_btgk.transpose(1, 2)
+        cache, tables = (state.k_bgnk, state.v_bgnk, state.seen_b), self.qkv.tables(layout, q_bthk.dtype)
+        y_bthk, k_bgtk = cached.attend(q_bthk, k_bgtk, v_bgtk, *cache, self.scale, tables)
+        return skinny.project(y_bthk.flatten(2), self.o_proj)[0], CacheUpdate(state, k_bgtk, v_bgtk, layout)
+
+    def _turn(self, x_btd: Tensor, state: RingState, layout: Layout) -> tuple[Tensor, RingUpdate]:
+        """Few tokens before a ring."""
+        q_bthk, k_btgk, v_btgk = self.qkv.project(x_btd)
+        tables = self.qkv.tables(layout, q_bthk.dtype)
+        y_bthk = ring.read(q_bthk, k_btgk, v_btgk, tables, None, state, self.scale)
+        return skinny.project(y_bthk.flatten(2), self.o_proj)[0], RingUpdate(state, layout)
+
     def _read_cache(self, q_bthk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, state: CacheState, layout: Layout) -> Tensor:
-        t, capacity = q_bthk.shape[1], state.k_bgnk.shape[2]
-        columns_t = torch.arange(t, device=q_bthk.device)
-        cached_btn = (torch.arange(capacity, device=q_bthk.device) < state.seen_b[:, None])[:, None].expand(-1, t, -1)
-        block_btt = (columns_t[:, None] >= columns_t).expand(len(q_bthk), -1, -1)
+        t = q_bthk.shape[1]
+        cached_btn, block_btt = cached.visible(state.seen_b, t, state.k_bgnk.shape[2])
         if layout.documents_bt is not None:
             cached_btn = cached_btn & (layout.documents_bt == 0)[..., None]
             block_btt = block_btt & (layout.documents_bt[:, :, None] == layout.documents_bt[:, None])

@@ -17,8 +17,10 @@ from subquad.core.config import config_from_dict
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State, precise
-from subquad.ops import chunks, gla, norm, short_conv
+from subquad.ops import chunks, gla, norm, replay, short_conv, skinny
 from subquad.ops.conv_qkv import ConvQKV, RecurrentState, copy_, fields_of
+from subquad.ops.decode import Rule
+from subquad.ops.replay import ReplayState, ReplayUpdate
 
 CARD = Card(
     title="Gated Linear Attention Transformers with Hardware-Efficient Training",
@@ -200,23 +202,41 @@ class GLA(Mixer):
         """Zeros; `capacity` is not needed."""
         return self.qkv.init_state(batch, **self.factory(**factory))
 
+    def init_pool(self, rows: int, capacity: int, block: int, **factory: Any) -> State:
+        """Rows that replay their last block; see `subquad.ops.replay`."""
+        return replay.init_pool(self.qkv, rows, block, key_decay=True, **self.factory(**factory))
+
     def read(
         self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
     ) -> tuple[Tensor, Update]:
         """Run the block through convolution and recurrence; see `Mixer.read`."""
+        layout = self.dense_layout(x_btd, layout)
+        if isinstance(state, ReplayState):
+            if x_btd.shape[1] <= state.held.block:
+                return self._step(x_btd, state, layout)
+            state = state.settled()
         assert isinstance(state, RecurrentState)
-        layout, config = self.dense_layout(x_btd, layout), self.config
         y_bthv, update = self._scan(x_btd, None, state, layout)
-        z_btd = self.z_proj(x_btd)
-        y_btd = norm.gated_rms(
-            y_bthv.flatten(2), z_btd, self.norm_weight, config.norm_eps, config.n_heads, gate_first=False
-        )
-        return self.out_proj(y_btd), update
+        return self._leave(y_bthv, self.z_proj(x_btd)), update
+
+    def _leave(self, y_bthv: Tensor, z_btd: Tensor) -> Tensor:
+        """Norm, gate and output projection."""
+        eps, heads = self.config.norm_eps, self.config.n_heads
+        y_btd = norm.gated_rms(y_bthv.flatten(2), z_btd, self.norm_weight, eps, heads, gate_first=False)
+        return skinny.project(y_btd, self.out_proj)[0]
 
     def mix_values(self, x_btd: Tensor, v_bthv: Tensor, layout: Layout | None = None) -> Tensor:
         """The recurrence over given values; see `Mixer.mix_values`."""
         state = self.qkv.init_state(len(x_btd), v_bthv.shape[-1], device=x_btd.device, dtype=x_btd.dtype)
         return self._scan(x_btd, v_bthv, state, self.dense_layout(x_btd, layout))[0]
+
+    def _step(self, x_btd: Tensor, state: ReplayState, layout: Layout) -> tuple[Tensor, ReplayUpdate]:
+        """A block of a pool."""
+        qkv = self.qkv
+        v, k, q, z = skinny.project(x_btd, qkv.v_proj, qkv.k_proj, qkv.q_proj, self.z_proj)
+        rule = Rule(delta=False, activation=self.config.activation)
+        y_bthv, update = replay.advance(qkv, rule, (v, k, q), self.decay(x_btd), None, state, layout)
+        return self._leave(y_bthv, z), update
 
     def _scan(
         self, x_btd: Tensor, v_bthv: Tensor | None, state: RecurrentState, layout: Layout

@@ -18,10 +18,12 @@ from subquad.core.errors import ConfigError, nearest
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State
-from subquad.ops import chunks, norm, short_conv, ssd
+from subquad.ops import chunks, norm, replay, short_conv, skinny, ssd
 from subquad.ops.attention import expand_heads
 from subquad.ops.conv_qkv import ConvQKV, RecurrentState, copy_, fields_of
 from subquad.ops.decay import Decay
+from subquad.ops.decode import Rule
+from subquad.ops.replay import ReplayState, ReplayUpdate
 
 CARD = Card(
     title="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality",
@@ -176,15 +178,26 @@ class Mamba2(Mixer):
         """Zeros; `capacity` is not needed."""
         return self.qkv.init_state(batch, **self.factory(**factory))
 
+    def init_pool(self, rows: int, capacity: int, block: int, **factory: Any) -> State:
+        """Rows that replay their last block; see `subquad.ops.replay`."""
+        return replay.init_pool(self.qkv, rows, block, **self.factory(**factory))
+
     def read(
         self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
     ) -> tuple[Tensor, Update]:
         """Run the block through convolution and recurrence; see `Mixer.read`."""
+        layout = self.dense_layout(x_btd, layout)
+        if isinstance(state, ReplayState):
+            if x_btd.shape[1] <= state.held.block:
+                return self._step(x_btd, state, layout)
+            state = state.settled()
         assert isinstance(state, RecurrentState)
-        layout, config = self.dense_layout(x_btd, layout), self.config
         y_bthv, update = self._scan(x_btd, None, state, layout)
-        y_btd = y_bthv.flatten(2)
-        z_btd = self.z_proj(x_btd)
+        return self._leave(y_bthv, self.z_proj(x_btd)), update
+
+    def _leave(self, y_bthv: Tensor, z_btd: Tensor) -> Tensor:
+        """Gate, norm and output projection."""
+        config, y_btd = self.config, y_bthv.flatten(2)
         if self.norm_weight is None:
             y_btd = y_btd * F.silu(z_btd)
         else:
@@ -192,7 +205,18 @@ class Mamba2(Mixer):
             y_btd = norm.gated_rms(
                 y_btd, z_btd, self.norm_weight, config.norm_eps, groups, gate_first=config.norm == "after_gate"
             )
-        return self.out_proj(y_btd.to(x_btd.dtype)), update
+        return skinny.project(y_btd.to(z_btd.dtype), self.out_proj)[0]
+
+    def _step(self, x_btd: Tensor, state: ReplayState, layout: Layout) -> tuple[Tensor, ReplayUpdate]:
+        """A block of a pool."""
+        qkv, config = self.qkv, self.config
+        layers = qkv.v_proj, qkv.k_proj, qkv.q_proj, self.z_proj, self.dt_proj
+        v, k, q, z, dt = skinny.project(x_btd, *layers)
+        g_bth, dt_bth = self.decay(dt)
+        beta_bth = dt_bth if config.write == "dt" else None
+        rule = Rule(delta=False, activation=config.activation)
+        y_bthv, update = replay.advance(qkv, rule, (v, k, q), g_bth[..., None], beta_bth, state, layout, self.D)
+        return self._leave(y_bthv, z), update
 
     def mix_values(self, x_btd: Tensor, v_bthv: Tensor, layout: Layout | None = None) -> Tensor:
         """The recurrence over given values, and D times them; see `Mixer.mix_values`."""

@@ -143,6 +143,10 @@ class Parallel(Mixer):
         """The parts' empty states."""
         return ParallelState(tuple(part.init_state(batch, capacity, **factory) for part in self.mixers))
 
+    def init_pool(self, rows: int, capacity: int, block: int, **factory: Any) -> ParallelState:
+        """The parts' pools."""
+        return ParallelState(tuple(part.init_pool(rows, capacity, block, **factory) for part in self.mixers))
+
     def read(
         self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
     ) -> tuple[Tensor, Update]:

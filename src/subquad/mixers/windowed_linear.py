@@ -16,8 +16,9 @@ from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State, axes, precise
-from subquad.ops import attention, kmeans, linear_attention, rope, window, windowed
+from subquad.ops import attention, kmeans, linear_attention, ring, rope, skinny, window, windowed
 from subquad.ops.qkv import QKV
+from subquad.ops.ring import RingState
 from subquad.ops.window import Far, WindowState
 
 CARD = Card(
@@ -105,6 +106,54 @@ class WindowedLinearUpdate(Update):
         )
 
 
+@dataclass(frozen=True)
+class LinearRingState(State):
+    """`WindowedLinearState` as it decodes: its window is a ring."""
+
+    ring: RingState = axes("b")
+    linear_bgfv: Tensor = axes("b g f v", shard="g", precision="high")
+
+    def settled(self) -> WindowedLinearState:
+        """The window right-aligned."""
+        return WindowedLinearState(self.ring.settled(), self.linear_bgfv.clone())
+
+    def adopt(self, other: Any) -> LinearRingState:
+        """A right-aligned window's tokens at their places, or rows of such a pool."""
+        if isinstance(other, LinearRingState):
+            return other
+        return LinearRingState(self.ring.adopt(other.window), other.linear_bgfv)
+
+
+@dataclass(frozen=True)
+class LinearRingUpdate(Update):
+    """A block that stands in its state's ring, behind what is committed."""
+
+    mixer: WindowedLinear
+    state: LinearRingState
+    layout: Layout
+
+    def commit(self, n_b: Tensor | None = None) -> WindowedLinearState:
+        """Window and linear state behind the kept tokens."""
+        return self._behind(n_b).settled()
+
+    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+        """Absorb what leaves the window. Without `rows`, `pool` is what was read."""
+        if rows is None and isinstance(pool, LinearRingState):
+            n_b = self.layout.lengths_b if n_b is None else n_b
+            self._commit_(pool.first(len(n_b)), n_b)
+        else:
+            pool.write_(rows, self._behind(n_b))
+
+    def _behind(self, n_b: Tensor | None) -> LinearRingState:
+        state = self.state.snapshot()
+        self._commit_(state, self.layout.lengths_b if n_b is None else n_b)
+        return state
+
+    def _commit_(self, state: LinearRingState, n_b: Tensor) -> None:
+        back, maps, time = self.mixer.tables_back(self.layout), self.mixer.maps, self.layout.shape[1]
+        ring.commit_(state.ring, n_b, time, back, state.linear_bgfv, maps)
+
+
 class WindowedLinear(Mixer):
     """Exact attention nearby, a linear state for the rest, one softmax-like normaliser over both.
 
@@ -190,16 +239,54 @@ class WindowedLinear(Mixer):
             torch.zeros(batch, g, f, k + 1, **high),
         )
 
+    def init_pool(self, rows: int, capacity: int, block: int, **factory: Any) -> State:
+        """The window as a ring where its kernels run."""
+        config, like = self.config, self.factory(**factory)
+        g, k, f = config.n_kv_heads, config.head_dim, config.features
+        if not ring.runs(like["device"], like["dtype"], k, f):
+            return self.init_state(rows, capacity, **factory)
+        high: dict[str, Any] = like | {"dtype": precise(like["dtype"])}
+        return LinearRingState(
+            RingState.empty(rows, g, config.window, config.sinks, k, block, **like),
+            torch.zeros(rows, g, f, k + 1, **high),
+        )
+
+    @property
+    def maps(self) -> ring.Maps:
+        """What the linear state is read and written with."""
+        keys, queries = (self.k_map_weight, self.k_map_bias), (self.q_map_weight, self.q_map_bias)
+        return ring.Maps(*keys, *queries, self.q_map_fade)
+
+    def tables_back(self, layout: Layout) -> tuple[Tensor, Tensor] | None:
+        """What takes their position from the keys that may leave the window within a block."""
+        if self.qkv.rotary is None:
+            return None
+        dtype = self.k_map_weight.dtype
+        return rope.tables_back(self.qkv.rotary, layout, self.config.window, layout.shape[1], dtype)
+
     def read(
         self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
     ) -> tuple[Tensor, Update]:
         """Attend to window and sinks, add what the linear state holds; see `Mixer.read`."""
-        assert isinstance(state, WindowedLinearState)
         layout = self.dense_layout(x_btd, layout)
+        if isinstance(state, LinearRingState):
+            if x_btd.shape[1] <= state.ring.block and not torch.is_grad_enabled():
+                return self._turn(x_btd, state, layout)
+            state = state.settled()
+        assert isinstance(state, WindowedLinearState)
         window_f_bgnf = self._leaving_features(state.window, layout)
         y_btd, k_btgk, v_btgk, f_btgf = self._mix(x_btd, (state, window_f_bgnf), layout)
         k_bgtk, v_bgtk, f_bgtf = (x.transpose(1, 2) for x in (k_btgk, v_btgk, f_btgf))
         return y_btd, WindowedLinearUpdate(state, window_f_bgnf, k_bgtk, v_bgtk, f_bgtf, layout)
+
+    def _turn(self, x_btd: Tensor, state: LinearRingState, layout: Layout) -> tuple[Tensor, LinearRingUpdate]:
+        """Few tokens before a ring."""
+        assert layout.documents_bt is None
+        q_bthk, k_btgk, v_btgk = self.qkv.project(x_btd)
+        tables, back = self.qkv.tables(layout, q_bthk.dtype), self.tables_back(layout)
+        block = q_bthk, k_btgk, v_btgk, tables, back
+        y_bthk = ring.read(*block, state.ring, self.scale, state.linear_bgfv, self.maps)
+        return skinny.project(y_bthk.flatten(2), self.o_proj)[0], LinearRingUpdate(self, state, layout)
 
     def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:
         """The training form: nothing stands before the block, and nothing is kept of it."""
@@ -243,7 +330,7 @@ class WindowedLinear(Mixer):
             sinks=self.config.sinks,
             scale=self.scale,
         )
-        return self.o_proj(y_bthk.to(x_btd.dtype).flatten(2)), k_btgk, v_btgk, f_btgf
+        return skinny.project(y_bthk.to(x_btd.dtype).flatten(2), self.o_proj)[0], k_btgk, v_btgk, f_btgf
 
     def _leaving_features(self, past: WindowState, layout: Layout) -> Tensor:
         """Key features of those tokens of the window that can leave it within a block, ``[b, g, min(t, w), f]``.

@@ -17,6 +17,7 @@ from subquad.core.mixer import Mixer, Update
 from subquad.core.registry import load
 from subquad.core.state import State, axes
 from subquad.models.config import ModelConfig
+from subquad.ops import norm, skinny
 
 
 def build_mixer(layer: dict[str, Any], d_model: int) -> Mixer:
@@ -57,13 +58,17 @@ class Block(nn.Module):
 
     def read(self, x_btd: Tensor, state: State, layout: Layout) -> tuple[Tensor, Update]:
         """Read a block against the mixer's state."""
-        y_btd, update = self.mixer.read(self.norm1(x_btd), state, layout)
+        y_btd, update = self.mixer.read(norm.add_rms(x_btd, None, self.norm1)[1], state, layout)
         return self.feed(x_btd, y_btd), update
 
     def feed(self, x_btd: Tensor, y_btd: Tensor) -> Tensor:
         """Add the mixer's output `y_btd` to the stream, then the SwiGLU's."""
+        mlp = self.mlp
+        fused_btd = skinny.swiglu(x_btd, y_btd, self.norm2, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        if fused_btd is not None:
+            return fused_btd
         x_btd = x_btd + y_btd
-        return x_btd + self.mlp(self.norm2(x_btd))
+        return x_btd + mlp(self.norm2(x_btd))
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,12 @@ class Stack(nn.Module):
         layers = tuple(block.mixer.init_state(batch, capacity, **factory) for block in self.blocks)
         device = factory.get("device") or self.device
         return StackState(layers, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    def init_pool(self, rows: int, capacity: int, block: int, **factory: Any) -> StackState:
+        """An empty state for rows that decode; see `Mixer.init_pool`."""
+        layers = tuple(layer.mixer.init_pool(rows, capacity, block, **factory) for layer in self.blocks)
+        device = factory.get("device") or self.device
+        return StackState(layers, torch.zeros(rows, dtype=torch.int64, device=device))
 
     def read(
         self, tokens_bt: Tensor, state: StackState, lengths_b: Tensor | None = None, layout: Layout | None = None

@@ -47,7 +47,7 @@ class Backends:
         # Loaded here and not at the first call, so that a compiler tracing a call meets no import.
         self._loaded: dict[str, Any] = {}
         self.load("torch")
-        if "triton" in self.names and _triton_runs():
+        if "triton" in self.names and triton_runs():
             self.load("triton")
         if _forced in self.names:
             self.load(str(_forced))
@@ -112,6 +112,12 @@ def use(name: str) -> Generator[None]:
         _forced = before
 
 
+def wants_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels are to run on `device`: by `use`, or as what is preferred there."""
+    preferred = "triton" in PREFERRED.get(device.type, ())
+    return triton_runs() and (preferred or _forced == "triton") and _forced != "torch"
+
+
 def interpreted() -> bool:
     """Whether Triton kernels are interpreted on the CPU (``TRITON_INTERPRET=1``): for tests, and very slow."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -121,7 +127,8 @@ def _names(operation: str) -> list[str]:
     return sorted(path.stem.removeprefix("on_") for path in HERE.glob(f"{operation}/on_*.py"))
 
 
-def _triton_runs() -> bool:
+def triton_runs() -> bool:
+    """Whether Triton's kernels can run at all: it is installed, and there is a GPU or the interpreter."""
     return importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or interpreted())
 
 

@@ -144,7 +144,7 @@ class ConvQKV(nn.Module):
             q_bthk, k_bthk = self.q_norm(q_bthk), self.k_norm(k_bthk)
         if self.rotary is not None:
             tables = rope.tables(self.rotary, layout, x_btd.dtype)
-            q_bthk, k_bthk = rope.rotate(q_bthk, tables), rope.rotate(k_bthk, tables)
+            q_bthk, k_bthk = rope.rotate_both(q_bthk, k_bthk, tables)
         return q_bthk, k_bthk, v_btd.unflatten(-1, (-1, self.value_dim)), inputs_btd
 
     @torch.no_grad()

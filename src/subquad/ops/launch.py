@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from subquad.core.errors import ConfigError
 from subquad.ops import backends, chunks
@@ -116,6 +116,12 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return run
+
+
+def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is a `kind` and nothing more: no adapter, no quantised weight, no hook."""
+    hooks = module._forward_hooks, module._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]
+    return type(module) is kind and not any(hooks)
 
 
 def precision(dtype: torch.dtype) -> str:

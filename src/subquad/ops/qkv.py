@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from subquad.core.attention import AttentionWeights, RotarySpec
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
-from subquad.ops import rope
+from subquad.ops import rope, skinny
 
 
 class QKV(nn.Module):
@@ -53,19 +53,20 @@ class QKV(nn.Module):
 
     def project(self, x_btd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values without position."""
-        q_bthk = self.q_proj(x_btd).unflatten(-1, (self.n_heads, self.head_dim))
-        k_btgk = self.k_proj(x_btd).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        v_btgk = self.v_proj(x_btd).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        projected = skinny.project(x_btd, self.q_proj, self.k_proj, self.v_proj)
+        q_bthk, k_btgk, v_btgk = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_bthk, k_btgk = self.q_norm(q_bthk), self.k_norm(k_btgk)
         return q_bthk, k_btgk, v_btgk
 
     def rotate(self, q_bthk: Tensor, k_btgk: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Queries and keys at their positions."""
-        if self.rotary is None:
-            return q_bthk, k_btgk
-        tables = rope.tables(self.rotary, layout, q_bthk.dtype)
-        return rope.rotate(q_bthk, tables), rope.rotate(k_btgk, tables)
+        tables = self.tables(layout, q_bthk.dtype)
+        return (q_bthk, k_btgk) if tables is None else rope.rotate_both(q_bthk, k_btgk, tables)
+
+    def tables(self, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """What turns queries and keys of `dtype` to their positions; None where they have none."""
+        return None if self.rotary is None else rope.tables(self.rotary, layout, dtype)
 
     def rotate_back(self, k_bngk: Tensor, layout: Layout, window: int) -> Tensor:
         """Keys without position, as `project` gave them, of the oldest n of the `window` tokens before a block.

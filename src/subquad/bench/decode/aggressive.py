@@ -1,4 +1,4 @@
-"""The pointer's search among sorted runs against a rescan of the whole context, in rounds that rewrite a text."""
+"""Copies from the prompt beside plain decoding, and the pointer's search against a rescan of the whole context."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import torch
 from torch import Tensor
 
+from subquad.bench.drafting import run_drafter
 from subquad.bench.harness import Bench
 from subquad.decode.aggressive import Aggressive
 from subquad.engine.draft import Draft
@@ -50,7 +51,8 @@ def edited(prompt: list[int], rng: random.Random) -> list[int]:
 
 
 def run(bench: Bench) -> None:
-    """Contexts of 1k and 8k tokens, one row and 32: the guesses, the tokens a round, and what a round costs."""
+    """Real prompts; then rewritten contexts of 1k and 8k tokens, one row and 32: guesses, and what a round costs."""
+    run_drafter(bench, lambda _: Aggressive())
     contexts, batches, k = bench.size(((1024, 8192), (1, 32), 8), smoke=((64,), (1, 2), 4))
     vocab = bench.size(49152, smoke=WORDS)
     target = Stack(ModelConfig(vocab, 8, 8, (LAYER,))).to(**bench.factory)

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.core.state import precise
+from subquad.ops.backends import Backends
+from subquad.ops.decay import on_torch
+
+_backends = Backends(__name__)
 
 
 class Decay(nn.Module):
@@ -34,8 +37,9 @@ class Decay(nn.Module):
 
     def forward(self, raw_bth: Tensor) -> tuple[Tensor, Tensor]:
         """Log decay g and dt, ``[b, t, h]`` each, in at least float32."""
-        dt_bth = F.softplus(raw_bth.to(self.dt_bias.dtype) + self.dt_bias)
-        return -self.A_log.exp() * dt_bth, dt_bth
+        exact = torch.is_grad_enabled() or self.dt_bias.dtype == torch.float64
+        chosen = on_torch if exact else _backends.choose(raw_bth, self.A_log, self.dt_bias)
+        return chosen.decay(raw_bth, self.A_log, self.dt_bias)
 
     @torch.no_grad()
     def start_(self, half_life_h: Tensor | None) -> None:

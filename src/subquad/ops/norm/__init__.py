@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from subquad.core.state import precise
+from subquad.ops import launch
+from subquad.ops.backends import Backends
+from subquad.ops.norm import on_torch
+
+_backends = Backends(__name__)
 
 # silu(OPEN) = 1: the bias of a gate that lets everything pass.
 OPEN = 1.2784645427610738
@@ -24,8 +30,7 @@ def rms(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
         eps: added to the mean square.
         groups: number of groups; divides d.
     """
-    parts = x.to(precise(x.dtype)).unflatten(-1, (groups, -1))
-    return weight * (parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps)).flatten(-2).to(x.dtype)
+    return on_torch.rms(x, weight, eps, groups)
 
 
 def gated_rms(x: Tensor, gate: Tensor, weight: Tensor, eps: float, groups: int = 1, *, gate_first: bool) -> Tensor:
@@ -39,10 +44,26 @@ def gated_rms(x: Tensor, gate: Tensor, weight: Tensor, eps: float, groups: int =
         weight, eps, groups: as in `rms`.
         gate_first: whether the norm sees the gated values.
     """
-    opening = F.silu(gate.to(precise(gate.dtype)))
-    if gate_first:
-        return rms(x.to(opening.dtype) * opening, weight, eps, groups).to(x.dtype)
-    return (rms(x, weight, eps, groups) * opening).to(x.dtype)
+    return _chosen(x, gate, weight).gated_rms(x, gate, weight, eps, groups, gate_first)
+
+
+def add_rms(x: Tensor, y: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """``x + y``, or x itself where y is None, and its RMS norm.
+
+    Args:
+        x, y: ``[..., d]`` of one dtype.
+        norm: the norm; what is hooked is called as it is.
+    """
+    if not launch.untouched(norm, nn.RMSNorm) or norm.eps is None or x.dtype != norm.weight.dtype:
+        total = x if y is None else x + y
+        return total, norm(total)
+    return _chosen(x, norm.weight).add_rms(x, y, norm.weight, norm.eps)
+
+
+def _chosen(x: Tensor, *more: Tensor) -> Any:
+    """The kernels where no gradient is asked for, nothing is cast around them and they know the dtype."""
+    plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64
+    return on_torch if plain else _backends.choose(x, *more)
 
 
 def l2(x: Tensor, eps: float) -> Tensor:

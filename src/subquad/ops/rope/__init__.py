@@ -12,6 +12,10 @@ from subquad.core.attention import RotarySpec
 from subquad.core.errors import ConfigError, UnsupportedError, nearest
 from subquad.core.layout import Layout
 from subquad.core.state import precise
+from subquad.ops.backends import Backends
+from subquad.ops.rope import on_torch
+
+_backends = Backends(__name__)
 
 
 def frequencies(
@@ -151,7 +155,11 @@ def rotate(x_bthk: Tensor, tables_: tuple[Tensor, Tensor]) -> Tensor:
         x_bthk: queries or keys; the result is rounded to their dtype once.
         tables_: what `tables` returned for their positions.
     """
-    cos, sin = tables_
-    half = cos.shape[-1]
-    a, b, rest = x_bthk[..., :half], x_bthk[..., half : 2 * half], x_bthk[..., 2 * half :]
-    return torch.cat(((a * cos - b * sin).to(x_bthk.dtype), (b * cos + a * sin).to(x_bthk.dtype), rest), dim=-1)
+    return on_torch.rotate(x_bthk, *tables_)
+
+
+def rotate_both(q_bthk: Tensor, k_btgk: Tensor, tables_: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Queries and keys of one dtype, each as `rotate` gives it; where no gradient is asked for, in one launch."""
+    if torch.is_grad_enabled() or q_bthk.dtype == torch.float64 or q_bthk.dtype != k_btgk.dtype:
+        return on_torch.rotate_both(q_bthk, k_btgk, *tables_)
+    return _backends.choose(q_bthk, k_btgk, *tables_).rotate_both(q_bthk, k_btgk, *tables_)

@@ -1,0 +1,266 @@
+"""A head that guesses on from a model's stream: one block between the stream and the model's own norm and head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from subquad.core.config import config_from_dict, config_to_dict
+from subquad.core.errors import CheckpointError, ConfigError
+from subquad.core.layout import Layout
+from subquad.core.mixer import Update
+from subquad.mixers.attention import Attention
+from subquad.models.checkpoint import read_config, recover, replace_folder, write_json, write_weights
+from subquad.models.config import ModelConfig
+from subquad.models.stack import Block, Stack
+from subquad.ops import attention
+from subquad.ops.window import WindowState
+
+MODEL_TYPE = "subquad_draft_head"
+SCHEMA = 1
+HEAD_DIM = 64
+THETA = 10_000.0
+# Share of the largest weight of a norm below which a channel counts as dropped.
+SMALLEST = 1e-4
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Shape of a head.
+
+    Attributes:
+        vocab_size, d_model: of the model that it guesses for.
+        d_mlp: hidden width of its SwiGLU.
+        n_heads: of its attention, each of ``d_model / n_heads`` channels.
+        window: pairs that its attention sees.
+        kept: how many tokens it may guess; 0 is all.
+        norm_eps: epsilon of its norms.
+        target: name of the model that it was trained for.
+    """
+
+    vocab_size: int
+    d_model: int
+    d_mlp: int
+    n_heads: int
+    window: int
+    kept: int = 0
+    norm_eps: float = 1e-5
+    target: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no head."""
+        if self.window < 1 or not 0 <= self.kept <= self.vocab_size:
+            raise ConfigError(
+                f"draft head: expected window >= 1 and kept in 0..{self.vocab_size}, got {self.window} and "
+                f"{self.kept}; change them"
+            )
+        if self.n_heads < 1 or self.d_model % (2 * self.n_heads):
+            raise ConfigError(
+                f"draft head: expected n_heads that cut d_model={self.d_model} into even parts, got {self.n_heads}; "
+                "change it"
+            )
+
+    @staticmethod
+    def like(model: ModelConfig, window: int, *, kept: int = 0, target: str = "") -> HeadConfig:
+        """A head as wide as `model`, whatever its mixers are."""
+        most = max(1, model.d_model // HEAD_DIM)
+        n_heads = next(n for n in range(most, 0, -1) if n == 1 or model.d_model % (2 * n) == 0)
+        sizes = (model.vocab_size, model.d_model, model.d_mlp, n_heads, window)
+        return HeadConfig(*sizes, kept, model.norm_eps, target)
+
+    def check(self, model: ModelConfig) -> None:
+        """Refuse a model of other sizes.
+
+        Raises:
+            ConfigError: another vocabulary or width.
+        """
+        for name in ("vocab_size", "d_model"):
+            mine, theirs = getattr(self, name), getattr(model, name)
+            if mine != theirs:
+                raise ConfigError(
+                    f"draft head: expected a model of {name} {mine} as {self.target or 'the one it was made for'} has, "
+                    f"got {theirs}; train a head for this model: subquad draft MODEL --head"
+                )
+
+
+class Head(nn.Module):
+    """Guesses from pairs: the model's stream at a token, after its final norm, and the token that was drawn from it.
+
+    ``x = join [norm(stream), norm(embedding)]``, one block of attention and SwiGLU over the pairs, and the model's own
+    final norm: what comes out stands for the model's stream at the pair's token. The model's own head makes it a
+    distribution of the next token, and with the token that is drawn it is a pair again (arXiv 2401.15077, section 3.1,
+    where the two are joined without norms). Embedding, final norm and head are the model's own, and not held here.
+
+    The attention is a window without sinks, and positions are relative: wherever in a text the head begins, it is the
+    same, and its state is constant.
+
+    Args:
+        config: the shape.
+        ids: the tokens that may be guessed, `config.kept` of them.
+    """
+
+    ids_m: Tensor
+
+    def __init__(self, config: HeadConfig, ids: Sequence[int] = ()) -> None:
+        super().__init__()
+        d, head_dim = config.d_model, config.d_model // config.n_heads
+        layer: dict[str, Any] = {
+            "mixer": "attention",
+            "n_heads": config.n_heads,
+            "n_kv_heads": config.n_heads,
+            "head_dim": head_dim,
+            "rotary": {"theta": THETA, "dim": head_dim},
+            "window": config.window,
+        }
+        self.config = config
+        self.norm_stream, self.norm_token = (nn.RMSNorm(d, eps=config.norm_eps) for _ in range(2))
+        self.join = nn.Linear(2 * d, d, bias=False)
+        self.block = Block(ModelConfig(config.vocab_size, d, config.d_mlp, (layer,), config.norm_eps), layer)
+        self.register_buffer("ids_m", torch.tensor(list(ids) or [0] * config.kept, dtype=torch.int64))
+
+    @torch.no_grad()
+    def begin_(self, model: Stack) -> Head:
+        """Let the stream stand for itself: training then starts from distributions as the model has them.
+
+        A head of chance gives logits as large as the model's own, and wrong ones: half of a short training goes by
+        until they are small. Here only the output of attention and SwiGLU, and the token's part, have to grow from 0.
+        """
+        scale_d = model.norm.weight.to(self.join.weight)
+        # The model's norm has multiplied the stream by its weights, and will again. What it drops is gone.
+        self.norm_stream.weight.copy_(torch.where(scale_d.abs() > SMALLEST * scale_d.abs().amax(), 1 / scale_d, 0))
+        self.join.weight.zero_().fill_diagonal_(1)
+        self.mixer.o_proj.weight.zero_()
+        self.block.mlp.down_proj.weight.zero_()
+        return self
+
+    @property
+    def mixer(self) -> Attention:
+        """The block's attention."""
+        return cast("Attention", self.block.mixer)
+
+    def init_state(self, batch: int) -> WindowState:
+        """A state of no pairs; see `Mixer.init_state`."""
+        return cast("WindowState", self.mixer.init_state(batch))
+
+    def read(
+        self, model: Stack, stream_btd: Tensor, tokens_bt: Tensor, state: WindowState, layout: Layout
+    ) -> tuple[Tensor, Update]:
+        """Read pairs against `state`: what stands for the stream at each token, ``[b, t, d]``, and the update.
+
+        Args:
+            model: that it guesses for.
+            stream_btd: where each token was drawn from: the model's, or what stood for it.
+            tokens_bt: the tokens.
+            state: rows aligned with the block's.
+            layout: where the pairs stand.
+        """
+        x_btd, update = self.block.read(self._joined(model, stream_btd, tokens_bt), state, layout)
+        return _normed(model, x_btd), update
+
+    def unroll(self, model: Stack, stream_btd: Tensor, tokens_bt: Tensor, steps: int) -> list[Tensor]:
+        """The training form: guesses that stand on guesses, behind every pair at once (arXiv 2503.01840, section 3.2).
+
+        In step s (from 0) the last ``s`` pairs up to each column hold what step by step stood for the stream, and those
+        before them the stream itself. That is what `read` gives, after the latter were committed, for the former: the
+        tokens are those of the text. The text is cut into pieces as long as the window, each of which begins without a
+        state, as a text that is being written does: so the head learns all lengths of its context.
+
+        Args:
+            model: that it guesses for; nothing of it is trained.
+            stream_btd: of the model, at each column's token.
+            tokens_bt: that follow, each drawn from its column's stream.
+            steps: how many guesses stand one on the other.
+
+        Returns:
+            For each step ``[b, t, d]``; in the first `s` columns of a piece there is no such guess.
+        """
+        b, t = tokens_bt.shape
+        size = min(self.config.window, t)
+        pad = -t % size
+        x_ptd = F.pad(stream_btd, (0, 0, 0, pad)).view(-1, size, stream_btd.shape[2])
+        tokens_pt = F.pad(tokens_bt, (0, pad)).view(-1, size)
+        layout = Layout.dense(*tokens_pt.shape, device=tokens_bt.device)
+        column_t = torch.arange(size, device=tokens_bt.device)
+        back_tn = column_t[:, None] - column_t
+        out: list[Tensor] = []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for step in range(steps):
+            x_ptd = self._joined(model, x_ptd, tokens_pt)
+            q_pthk, k_pthk, v_pthk = self.mixer.qkv(self.block.norm1(x_ptd), layout)
+            keys.append(k_pthk.transpose(1, 2))
+            values.append(v_pthk.transpose(1, 2))
+            if step:
+                seen = [back_tn >= step, *(back_tn == step - s for s in range(1, step + 1))]
+                allowed_1tn = torch.cat(seen, dim=1)[None]
+                joint = (torch.cat(keys, dim=2), torch.cat(values, dim=2))
+                y_pthk = attention.masked(q_pthk, *joint, allowed_1tn, self.mixer.scale)
+            else:
+                y_pthk = attention.causal(q_pthk, k_pthk, v_pthk, self.mixer.scale)
+            y_ptd = _normed(model, self.block.feed(x_ptd, self.mixer.o_proj(y_pthk.flatten(2))))
+            out.append(y_ptd.reshape(b, t + pad, -1)[:, :t])
+            x_ptd = F.pad(y_ptd[:, :-1], (0, 0, 1, 0))
+        return out
+
+    def _joined(self, model: Stack, stream_btd: Tensor, tokens_bt: Tensor) -> Tensor:
+        # In training more precise than the model's, and so stays what the block adds to.
+        own = self.norm_stream.weight.dtype
+        stream_btd, token_btd = stream_btd.to(own), model.embed(tokens_bt).to(own)
+        return self.join(torch.cat((self.norm_stream(stream_btd), self.norm_token(token_btd)), dim=-1)).to(own)
+
+
+def _normed(model: Stack, x_btd: Tensor) -> Tensor:
+    """The model's final norm."""
+    return F.rms_norm(x_btd, (x_btd.shape[-1],), model.norm.weight.to(x_btd.dtype), model.norm.eps)
+
+
+def untrained(config: HeadConfig, ids: Sequence[int] = (), *, seed: int = 0) -> Head:
+    """A head of chance, in float32 on the CPU; the same for the same seed."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return Head(config, ids)
+
+
+def save_head(head: Head, folder: str | Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` into `folder`; other files there are kept.
+
+    Raises:
+        CheckpointError: it could not be written, or the folder holds something else.
+    """
+
+    def write(fresh: Path) -> None:
+        write_weights(head.state_dict(), fresh)
+        write_json(fresh / "config.json", {"model_type": MODEL_TYPE, "schema": SCHEMA, **config_to_dict(head.config)})
+
+    replace_folder(folder, MODEL_TYPE, write)
+
+
+def load_head(folder: str | Path) -> Head:
+    """Read a head that `save_head` wrote, onto the CPU.
+
+    Raises:
+        CheckpointError: none there, a damaged one, or of an unknown schema.
+        ConfigError: an unknown or missing key in config.json.
+    """
+    path = Path(folder).expanduser().resolve()
+    recover(path)
+    values = read_config(path)
+    if values.pop("model_type", None) != MODEL_TYPE:
+        raise CheckpointError(f"{path}: expected a draft head, got another model; give what subquad draft --head wrote")
+    if (schema := values.pop("schema", None)) != SCHEMA:
+        raise CheckpointError(f"{path}: expected schema {SCHEMA}, got {schema!r}; use the version that wrote it")
+    config = config_from_dict(HeadConfig, values, where=f"{path}/config.json")
+    head = untrained(config)
+    try:
+        head.load_state_dict(load_file(str(path / "model.safetensors")))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: could not be read ({error}); fetch or train the head again") from error
+    return head.requires_grad_(False).eval()

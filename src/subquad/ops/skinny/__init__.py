@@ -1,0 +1,61 @@
+"""Linear layers over few tokens, as in decoding: one launch for all that read the same input, each weight read once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from subquad.ops import launch
+from subquad.ops.backends import Backends
+
+__all__ = ["project", "swiglu"]
+
+_backends = Backends(__name__)
+
+MOST_TOKENS = 16
+MOST_OF_NARROW, NARROW = 64, 1024
+"""More tokens than that are read by cuBLAS at less cost; of a narrow input more are still few."""
+MOST_LAYERS = 6
+
+
+def project(x_btd: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """What each of `layers` makes of the same input, side by side in one tensor ``[b, t, n]`` where it is one launch.
+
+    Args:
+        x_btd: the input.
+        layers: linear layers; what is hooked, adapted or trained is called as it is.
+    """
+    if len(layers) > MOST_LAYERS or not _few(x_btd, *layers):
+        return tuple(layer(x_btd) for layer in layers)
+    weights, biases = zip(*map(_parts, layers), strict=True)
+    return _backends.choose(x_btd, *weights).project(x_btd, weights, biases)
+
+
+def swiglu(
+    x_btd: Tensor, y_btd: Tensor, norm: nn.RMSNorm, gate: nn.Module, up: nn.Module, down: nn.Module
+) -> Tensor | None:
+    """``h + down(silu(gate(norm(h))) * up(norm(h)))`` with ``h = x + y``, or None where no kernel is faster at it.
+
+    A block's second half (arXiv 2002.05202, equation 6) in three launches.
+    """
+    if not _few(x_btd, gate, up, down) or y_btd.dtype != x_btd.dtype:
+        return None
+    layers = [_parts(layer) for layer in (gate, up, down)]
+    chosen = _backends.choose(x_btd, norm.weight, *(weight for weight, _ in layers))
+    return chosen.swiglu(x_btd, y_btd, norm, *layers)
+
+
+def _few(x_btd: Tensor, *layers: nn.Module) -> bool:
+    tokens = x_btd.shape[0] * x_btd.shape[1]
+    most = MOST_OF_NARROW if x_btd.shape[2] <= NARROW else MOST_TOKENS
+    return (
+        0 < tokens <= most
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x_btd.device.type)
+        and all(launch.untouched(layer, nn.Linear) and layer.weight.dtype == x_btd.dtype for layer in layers)
+    )
+
+
+def _parts(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(layer, nn.Linear)
+    return layer.weight, layer.bias

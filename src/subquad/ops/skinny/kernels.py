@@ -1,0 +1,154 @@
+"""Few tokens times a weight in Triton: a program makes a few columns of the output, for all tokens."""
+
+import triton
+import triton.language as tl
+
+from subquad.ops import backends
+from subquad.ops.overlap.kernels import begin, prefetch
+
+# The interpreter multiplies the bits of bfloat16 as integers: there, products are of the same numbers in float32.
+INTERPRETED = tl.constexpr(backends.interpreted())
+
+# Tiles of a weight that are fetched while the launch before still runs; a long row has more than these.
+AHEAD = tl.constexpr(4)
+
+
+@triton.jit
+def _multiply(a, b, sums, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def _behind(
+    pid, weight_ptr, bias_ptr, n, column, biased, next_weight, next_bias, next_n, NEXT_BIASED: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """On to the next layer where the program lies behind this one."""
+    blocks = tl.cdiv(n, BN)
+    on = pid >= blocks
+    return (
+        tl.where(on, pid - blocks, pid),
+        tl.where(on, next_weight, weight_ptr),
+        tl.where(on, next_bias, bias_ptr),
+        tl.where(on, next_n, n),
+        tl.where(on, column + n, column),
+        tl.where(on, next_n * NEXT_BIASED, biased),
+    )
+
+
+@triton.jit
+def _weights(weight_ptr, j, k, n, K):
+    """A tile ``[BK, BN]`` of a weight ``[n, K]``, transposed."""
+    ptrs = weight_ptr + j[None, :].to(tl.int64) * K + k[:, None]
+    return tl.load(ptrs, mask=(j < n)[None, :] & (k < K)[:, None], other=0.0)
+
+
+@triton.jit
+def _ahead(weight_ptr, j, n, K, BK: tl.constexpr, OVERLAP: tl.constexpr):
+    """Fetch the first tiles of a weight while the launch before this one still runs."""
+    LINE: tl.constexpr = 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    k = tl.arange(0, AHEAD * BK // LINE) * LINE
+    prefetch(weight_ptr + tl.minimum(j, n - 1)[:, None].to(tl.int64) * K + k[None, :], OVERLAP)
+
+
+@triton.jit
+def _tokens(x_ptr, m, k, rows, K):
+    """A tile ``[BM, BK]`` of the input."""
+    return tl.load(x_ptr + m[:, None] * K + k[None, :], mask=(m < rows)[:, None] & (k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def project_kernel(
+    x_ptr, add_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
+    rows, K, y_stride,
+    COUNT: tl.constexpr, BIASES: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """``y = [x w0^T + b0, x w1^T + b1, ...] + add``; bit i of BIASES says whether layer i has a bias.
+
+    Grid: blocks of columns, layer after layer. `x` and `add` are contiguous.
+    """
+    # `biased` is how many columns of the layer have a bias: all or none.
+    pid, weight_ptr, bias_ptr, n, column, biased = tl.program_id(0), w0, b0, n0, 0, n0 * (BIASES & 1)
+    if COUNT > 1:
+        pid, weight_ptr, bias_ptr, n, column, biased = _behind(
+            pid, weight_ptr, bias_ptr, n, column, biased, w1, b1, n1, (BIASES >> 1) & 1, BN
+        )
+    if COUNT > 2:
+        pid, weight_ptr, bias_ptr, n, column, biased = _behind(
+            pid, weight_ptr, bias_ptr, n, column, biased, w2, b2, n2, (BIASES >> 2) & 1, BN
+        )
+    if COUNT > 3:
+        pid, weight_ptr, bias_ptr, n, column, biased = _behind(
+            pid, weight_ptr, bias_ptr, n, column, biased, w3, b3, n3, (BIASES >> 3) & 1, BN
+        )
+    if COUNT > 4:
+        pid, weight_ptr, bias_ptr, n, column, biased = _behind(
+            pid, weight_ptr, bias_ptr, n, column, biased, w4, b4, n4, (BIASES >> 4) & 1, BN
+        )
+    if COUNT > 5:
+        pid, weight_ptr, bias_ptr, n, column, biased = _behind(
+            pid, weight_ptr, bias_ptr, n, column, biased, w5, b5, n5, (BIASES >> 5) & 1, BN
+        )
+    m, j = tl.arange(0, BM), pid * BN + tl.arange(0, BN)
+    sums = tl.zeros((BM, BN), tl.float32)
+    if ONCE:
+        k = tl.arange(0, BK)
+        w = _weights(weight_ptr, j, k, n, K)
+        begin(OVERLAP)
+        x = _tokens(x_ptr, m, k, rows, K)
+        sums = _multiply(x, w, sums, PRECISION)
+    else:
+        _ahead(weight_ptr, j, n, K, BK, OVERLAP)
+        begin(OVERLAP)
+        for start in tl.range(0, K, BK, num_stages=STAGES):
+            k = start + tl.arange(0, BK)
+            w = _weights(weight_ptr, j, k, n, K)
+            x = _tokens(x_ptr, m, k, rows, K)
+            sums = _multiply(x, w, sums, PRECISION)
+    inside = (m < rows)[:, None] & (j < n)[None, :]
+    if BIASES:
+        sums += tl.load(bias_ptr + j, mask=j < biased, other=0.0).to(tl.float32)[None, :]
+    ptrs = m[:, None] * y_stride + column + j[None, :]
+    if ADD:
+        # Rounded before the sum, as two operations would.
+        sums = sums.to(y_ptr.dtype.element_ty).to(tl.float32)
+        sums += tl.load(add_ptr + ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + ptrs, sums.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_kernel(
+    x_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """``silu(gate(x)) * up(x)``. Grid: blocks of columns."""
+    m, j = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    gates, ups = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    if ONCE:
+        k = tl.arange(0, BK)
+        g, u = _weights(gate_ptr, j, k, n, K), _weights(up_ptr, j, k, n, K)
+        begin(OVERLAP)
+        x = _tokens(x_ptr, m, k, rows, K)
+        gates, ups = _multiply(x, g, gates, PRECISION), _multiply(x, u, ups, PRECISION)
+    else:
+        _ahead(gate_ptr, j, n, K, BK, OVERLAP)
+        _ahead(up_ptr, j, n, K, BK, OVERLAP)
+        begin(OVERLAP)
+        for start in tl.range(0, K, BK, num_stages=STAGES):
+            k = start + tl.arange(0, BK)
+            g, u = _weights(gate_ptr, j, k, n, K), _weights(up_ptr, j, k, n, K)
+            x = _tokens(x_ptr, m, k, rows, K)
+            gates, ups = _multiply(x, g, gates, PRECISION), _multiply(x, u, ups, PRECISION)
+    if BIAS:
+        gates += tl.load(gate_bias + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
+        ups += tl.load(up_bias + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
+    out = gates / (1.0 + tl.exp(-gates)) * ups
+    inside = (m < rows)[:, None] & (j < n)[None, :]
+    tl.store(out_ptr + m[:, None] * n + j[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,27 @@
+"""Linear layers as they are written, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layer = tuple[Tensor, Tensor | None]
+
+
+def refusal(*tensors: Tensor) -> str | None:
+    """None: it takes everything."""
+    return None
+
+
+def project(x_btd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """`subquad.ops.skinny.project`."""
+    return tuple(F.linear(x_btd, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+
+def swiglu(x_btd: Tensor, y_btd: Tensor, normed: nn.RMSNorm, gate: Layer, up: Layer, down: Layer) -> Tensor:
+    """`subquad.ops.skinny.swiglu`."""
+    h_btd = x_btd + y_btd
+    n_btd = normed(h_btd)
+    return h_btd + F.linear(F.silu(F.linear(n_btd, *gate)) * F.linear(n_btd, *up), *down)

@@ -1,0 +1,107 @@
+"""Linear layers over few tokens by Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from subquad.ops import launch, norm, overlap
+from subquad.ops.skinny.kernels import gate_kernel, project_kernel
+from subquad.ops.skinny.on_torch import Layer
+
+
+class Tiling(NamedTuple):
+    """Columns of a program, inputs at once, tiles of weights under way, warps."""
+
+    columns: int
+    inputs: int
+    stages: int
+    warps: int
+
+
+def tiling(tokens: int, width: int, size: int) -> Tiling:
+    """The table, for bytes of a number: a short row of a weight at once, so one wait; a long one in tiles under way."""
+    if size > 2:
+        return Tiling(16, 128, 3, 4)
+    if tokens > 16:
+        return Tiling(16, 64 if width <= 1024 else 128, 5, 4)
+    if width <= 2048:
+        return Tiling(16, max(16, triton.next_power_of_2(width)), 1, 4)
+    return Tiling(32, 128, 5, 4)
+
+
+def refusal(*tensors: Tensor) -> str | None:
+    """Why the kernels can't run."""
+    return launch.refusal(*tensors, widths=())
+
+
+def project(x_btd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """`subquad.ops.skinny.project`."""
+    y_btn = _project(x_btd.contiguous(), list(weights), list(biases), None)
+    return y_btn.split([len(weight) for weight in weights], dim=-1)
+
+
+def swiglu(x_btd: Tensor, y_btd: Tensor, normed: nn.RMSNorm, gate: Layer, up: Layer, down: Layer) -> Tensor:
+    """`subquad.ops.skinny.swiglu`."""
+    h_btd, n_btd = norm.add_rms(x_btd, y_btd, normed)
+    return _project(_gate(n_btd, gate[0], up[0], gate[1], up[1]), [down[0]], [down[1]], h_btd)
+
+
+@torch.library.custom_op(
+    "subquad::skinny_project",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? add) -> Tensor",
+)
+@launch.guarded
+def _project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], add: Tensor | None) -> Tensor:
+    (b, t, k), sizes = x.shape, [len(weight) for weight in weights]
+    y = launch.scratch(b, t, sum(sizes), like=x, dtype=x.dtype)
+    rows = b * t
+    tile = tiling(rows, k, x.element_size())
+    # An absent layer's or bias's place is taken by one that no branch reads.
+    more = [weights[0]] * (6 - len(weights))
+    absent = [weights[0] if bias is None else bias for bias in biases]
+    kernel: Any = project_kernel[(sum(triton.cdiv(n, tile.columns) for n in sizes),)]
+    kernel(
+        x, x if add is None else add, y, *weights, *more, *absent, *more, *sizes, *[0] * len(more), rows, k, sum(sizes),
+        COUNT=len(weights), BIASES=sum(1 << i for i, bias in enumerate(biases) if bias is not None),
+        ADD=add is not None, PRECISION=launch.precision(x.dtype),
+        BM=_tokens(rows), BN=tile.columns, BK=tile.inputs, STAGES=tile.stages, ONCE=k <= tile.inputs,
+        num_warps=tile.warps, **overlap.options(x.device),
+    )  # fmt: skip
+    return y
+
+
+@_project.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], add: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], sum(len(weight) for weight in weights))
+
+
+@torch.library.custom_op("subquad::skinny_gate", mutates_args=())
+@launch.guarded
+def _gate(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+    (b, t, k), n, rows = x.shape, len(gate), x.shape[0] * x.shape[1]
+    out = launch.scratch(b, t, n, like=x, dtype=x.dtype)
+    tile = tiling(rows, k, x.element_size())
+    kernel: Any = gate_kernel[(triton.cdiv(n, tile.columns),)]
+    kernel(
+        x, gate, up, gate if gate_bias is None else gate_bias, up if up_bias is None else up_bias, out, rows, k, n,
+        BIAS=gate_bias is not None, PRECISION=launch.precision(x.dtype),
+        BM=_tokens(rows), BN=tile.columns, BK=tile.inputs, STAGES=tile.stages, ONCE=k <= tile.inputs,
+        num_warps=tile.warps, **overlap.options(x.device),
+    )  # fmt: skip
+    return out
+
+
+@_gate.register_fake
+def _(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], len(gate))
+
+
+def _tokens(rows: int) -> int:
+    """Rows of a tile, no fewer than a matrix unit takes."""
+    return max(16, triton.next_power_of_2(rows))

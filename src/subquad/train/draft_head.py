@@ -1,0 +1,285 @@
+"""Training of a draft head: what it guesses, and guesses on from its own guesses, becomes the model's distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subquad.core.errors import ConfigError
+from subquad.core.state import precise
+from subquad.data import TokenStream
+from subquad.models.draft_head import Head
+from subquad.models.stack import Stack
+from subquad.ops import linear_loss
+from subquad.train.checkpoint import RunFolder
+from subquad.train.loop import Budget, Display, Habits, Loop, Stage
+from subquad.train.optimiser import Rate
+from subquad.train.precision import autocast
+
+# Sequences run at once on a CPU, which has no use for more.
+ROWS_ON_CPU = 4
+# Tokens of a batch whose guesses are compared with the model, over its whole vocabulary.
+COMPARED = 512
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a head is trained on.
+
+    Attributes:
+        steps: guesses that stand one on the other (arXiv 2503.01840, section 3.2).
+        decay: weight of each guess's loss relative to the one before it: it counts only where that one stood.
+        stream: weight of the relative squared error of what stands for the model's stream. EAGLE has a term like it
+            (arXiv 2401.15077, section 3.2), EAGLE-3 has none.
+    """
+
+    steps: int = 3
+    decay: float = 0.8
+    stream: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse what is no loss."""
+        if self.steps < 1 or not 0 < self.decay <= 1 or self.stream < 0:
+            raise ConfigError(f"draft head: expected steps >= 1, 0 < decay <= 1, stream >= 0, got {self}; change them")
+
+
+class HeadStage(Stage):
+    """Minimise ``sum_s decay^s KL(p || q_s)``, p and q renormalised over the tokens that may be guessed.
+
+    p is the model's distribution behind a pair's token, and q_s that of the head where its last s pairs are of its own
+    making (`Head.unroll`). The model runs without gradients, in the dtype it has; logits exist for one chunk of tokens
+    at a time. Before each step the guesses for a few tokens of its batch are compared with the model: as long as no
+    text comes twice, that is text not seen.
+
+    Args:
+        model: that the head guesses for; not changed.
+        head: trained in place, on the model's device.
+        stream: batches of tokens.
+        lesson: what is minimised.
+    """
+
+    name = "head"
+
+    def __init__(self, model: Stack, head: Head, stream: TokenStream, lesson: Lesson | None = None) -> None:
+        head.config.check(model.config)
+        self.model, self.head, self.stream = model.requires_grad_(False).eval(), head, stream
+        self.lesson, self.device = lesson or Lesson(), model.device
+        self.tokens_per_step = stream.batch * stream.time
+        self.new, self.old = list(head.requires_grad_(True).parameters()), list[nn.Parameter]()
+        self.clipped: Sequence[Sequence[nn.Parameter]] = [self.new]
+        self._rows = min(stream.batch, ROWS_ON_CPU) if self.device.type == "cpu" else stream.batch
+        self._few_md = guessable(model, head)
+
+    def step(self) -> dict[str, Tensor]:
+        """One batch, in parts."""
+        batch = next(self.stream).to(self.device)
+        scored_sbt = scored(batch.tokens_bt, batch.wanted_bt, self.head.config.window, self.lesson.steps)
+        whole_s = scored_sbt.sum((1, 2)).clamp(min=1)
+        compared: dict[str, Tensor] = {}
+        kl_s = torch.zeros(self.lesson.steps, device=self.device)
+        loss = torch.zeros((), device=self.device)
+        for start in range(0, len(batch.tokens_bt), self._rows):
+            tokens_bt, scored_one_sbt = batch.tokens_bt[start:][: self._rows], scored_sbt[:, start:][:, : self._rows]
+            with torch.no_grad():
+                stream_btd = self.model.hidden(tokens_bt)
+            guesses = self.head.unroll(self.model, stream_btd, tokens_bt, self.lesson.steps)
+            target_btd = stream_btd.roll(-1, 1)
+            if not compared:
+                *some, target_1td = (x[:1, :COMPARED] for x in (*guesses, target_btd))
+                stood = compare(self.model, self._few_md, self.head.ids_m, some, target_1td)
+                count_s = scored_one_sbt[:, :1, :COMPARED].sum((1, 2)).clamp(min=1)
+                same_s, stands_s = ((x * scored_one_sbt[:, :1, :COMPARED]).sum((1, 2)) / count_s for x in stood)
+                compared = {"agreement": same_s, "acceptance": stands_s}
+            one, one_s = self._loss(guesses, target_btd, scored_one_sbt, whole_s)
+            one.backward()  # pyright: ignore[reportUnknownMemberType]
+            loss, kl_s = loss + one.detach(), kl_s + one_s.detach()
+        return {"loss": loss, "kl": kl_s, **compared}
+
+    def _loss(
+        self, guesses: Sequence[Tensor], target_btd: Tensor, scored_sbt: Tensor, whole_s: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Some rows' share of a batch's loss, and of the KL of each guess; of `whole_s` scored columns."""
+        target_nd = target_btd.flatten(0, 1)
+        losses: list[Tensor] = []
+        kls: list[Tensor] = []
+        for s, (guess_btd, scored_bt) in enumerate(zip(guesses, scored_sbt, strict=True)):
+            guess_nd, scored_n, weight = guess_btd.flatten(0, 1), scored_bt.flatten(), self.lesson.decay**s
+            kl = linear_loss.kl(guess_nd, self._few_md, target_nd, self._few_md, scored_n) / whole_s[s]
+            losses.append(weight * kl)
+            kls.append(kl)
+            if self.lesson.stream:
+                wide_nd = target_nd.to(precise(target_nd.dtype))
+                error_n = (guess_nd.to(wide_nd.dtype) - wide_nd).square().sum(-1) / wide_nd.square().sum(-1)
+                losses.append(weight * self.lesson.stream * (error_n * scored_n).sum() / whole_s[s])
+        return torch.stack(losses).sum(), torch.stack(kls)
+
+    def fewer_rows(self) -> int | None:
+        """Half as many rows at once from now on; None where it is one already."""
+        if self._rows == 1:
+            return None
+        self._rows //= 2
+        return self._rows
+
+    def weights(self) -> dict[str, Tensor]:
+        """The head's."""
+        return self.head.state_dict()
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put `weights` back."""
+        self.head.load_state_dict(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's position."""
+        return {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set it."""
+        self.stream.load_state_dict(state["stream"])
+
+
+def guessable(model: Stack, head: Head) -> Tensor:
+    """``[m, d]``: the rows of the model's head of the tokens that may be guessed."""
+    weight_vd = model.lm_head.weight.detach()
+    return weight_vd[head.ids_m] if len(head.ids_m) else weight_vd
+
+
+def scored(tokens_bt: Tensor, wanted_bt: Tensor | None, window: int, steps: int) -> Tensor:
+    """bool ``[s, b, t]``: columns where the step's guess (`Head.unroll`) has a distribution of the model to learn.
+
+    That of column c is the model's at the token of column c + 1, so that its label stands in column c + 2.
+
+    Args:
+        tokens_bt: the text.
+        wanted_bt: bool, the tokens that count as labels; None is all, and then the last column's stream counts too.
+        window: of the head.
+        steps: s.
+    """
+    b, t = tokens_bt.shape
+    column_t = torch.arange(t, device=tokens_bt.device)
+    step_s1 = torch.arange(steps, device=tokens_bt.device)[:, None]
+    there_st = (column_t % min(window, t) >= step_s1) & (column_t < t - 1)
+    there_sbt = there_st[:, None].expand(-1, b, -1)
+    return there_sbt if wanted_bt is None else there_sbt & F.pad(wanted_bt[:, 2:], (0, min(2, t)))
+
+
+@torch.no_grad()
+def compare(
+    model: Stack, few_md: Tensor, ids_m: Tensor, guesses: Sequence[Tensor], target_btd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How each step's guesses compare with the model over its whole vocabulary, both ``[s, b, t]``.
+
+    First, whether the likeliest tokens are the same: then a greedy guess stands. Second, ``sum_v min(p, q)``, the
+    probability that a sampled one stands (arXiv 2211.17192, theorem 3.5).
+
+    Args:
+        model: whose head makes the target's distributions p.
+        few_md: of `guessable`.
+        ids_m: their tokens; none is all.
+        guesses: of each step, ``[b, t, d]``.
+        target_btd: the model's stream in their place.
+    """
+    logits_btv = model.head(target_btd)
+    logits_btv = logits_btv.to(precise(logits_btv.dtype))
+    best_bt, p_btm = logits_btv.argmax(-1), logits_btv.softmax(-1)
+    if len(ids_m):
+        p_btm = p_btm[..., ids_m]
+    same: list[Tensor] = []
+    stands: list[Tensor] = []
+    for guess_btd in guesses:
+        q_btm = F.linear(guess_btd, few_md).to(p_btm.dtype).softmax(-1)
+        guess_bt = q_btm.argmax(-1)
+        same.append((ids_m[guess_bt] if len(ids_m) else guess_bt) == best_bt)
+        stands.append(torch.minimum(p_btm, q_btm).sum(-1))
+    return torch.stack(same).to(p_btm.dtype), torch.stack(stands)
+
+
+@dataclass(frozen=True)
+class Stood:
+    """How the guesses on a text compare with the model.
+
+    Attributes:
+        agreement: for each guess in a row, how often it is the model's likeliest token.
+        acceptance: for each, the mean probability that it stands when both draw at temperature 1.
+        tokens: of the text.
+    """
+
+    agreement: tuple[float, ...]
+    acceptance: tuple[float, ...]
+    tokens: int
+
+    def tokens_a_round(self, *, greedy: bool) -> float:
+        """Of a round with as many guesses, if each stood or fell by itself: ``1 + a1 + a1 a2 + ...``."""
+        return 1 + sum(accumulate(self.agreement if greedy else self.acceptance, mul))
+
+
+@torch.no_grad()
+def measure(model: Stack, head: Head, tokens_bt: Tensor, steps: int) -> Stood:
+    """Compare guesses with the model on a text that is there: each stands on tokens of the text.
+
+    Args:
+        model: that the head guesses for.
+        head: on the model's device.
+        tokens_bt: the text, in rows.
+        steps: guesses in a row.
+    """
+    few_md = guessable(model, head)
+    sums = torch.zeros(2, steps, device=model.device)
+    count_s = torch.zeros(steps, device=model.device)
+    with autocast(model.device):
+        for row_t in tokens_bt:
+            row_1t = row_t[None].to(model.device)
+            stream_1td = model.hidden(row_1t)
+            guesses = head.unroll(model, stream_1td, row_1t, steps)
+            target_1td, scored_s1t = stream_1td.roll(-1, 1), scored(row_1t, None, head.config.window, steps)
+            for start in range(0, row_1t.shape[1], COMPARED):
+                *some, target = (x[:, start : start + COMPARED] for x in (*guesses, target_1td))
+                stood, here = compare(model, few_md, head.ids_m, some, target), scored_s1t[..., start:][..., :COMPARED]
+                sums += torch.stack([(x * here).sum((1, 2)) for x in stood])
+                count_s += here.sum((1, 2))
+    agreement, acceptance = (sums / count_s.clamp(min=1)).tolist()
+    return Stood(tuple(agreement), tuple(acceptance), tokens_bt.numel())
+
+
+def fit_head(
+    model: Stack,
+    head: Head,
+    stream: TokenStream,
+    budget: Budget,
+    rate: Rate,
+    folder: RunFolder,
+    *,
+    lesson: Lesson | None = None,
+    resume: bool = False,
+    habits: Habits | None = None,
+    display: Display | None = None,
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """Train `head` in place to guess for `model`; both lie on one device.
+
+    Args:
+        model, head, stream, lesson: see `HeadStage`.
+        budget: when it ends.
+        rate: learning rate and clipping.
+        folder: takes log and checkpoints.
+        resume: go on from the folder's checkpoint; everything else must be as it was.
+        habits, display, say: see `Loop`.
+
+    Raises:
+        ConfigError: a head for another model.
+        DivergenceError, StoppedError, CheckpointError: see `Loop.run` and `RunFolder.load`.
+    """
+    stage = HeadStage(model, head, stream, lesson)
+    loop = Loop(stage, budget, rate, folder, habits=habits, display=display, say=say)
+    if resume:
+        checkpoint = folder.load()
+        folder.rewind([stage.name], checkpoint["stage"], checkpoint["step"])
+        loop.resume(checkpoint)
+    loop.run()
+    head.requires_grad_(False).eval()

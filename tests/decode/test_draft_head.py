@@ -1,0 +1,297 @@
+"""A head as drafter: its training form is what it does when it guesses, and one command trains one that is good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from subquad import cli
+from subquad.core.errors import CheckpointError, ConfigError
+from subquad.core.layout import Layout
+from subquad.decode.draft_head import DraftHead
+from subquad.engine.draft import parse_drafter
+from subquad.engine.generate import Limits, generate
+from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.models.config import ModelConfig
+from subquad.models.draft_head import Head, HeadConfig, load_head, save_head, untrained
+from subquad.models.load import load_model
+from subquad.models.stack import Stack
+from subquad.ops import linear_loss
+from subquad.train.draft_head import compare, guessable, measure, scored
+
+from .conftest import V
+
+Models = Callable[[str], Stack]
+FEW = [2, 3, 5, 7, 11, 13]
+
+
+def head_for(model: Stack, window: int = 6, ids: list[int] | None = None) -> Head:
+    head = untrained(HeadConfig.like(model.config, window, kept=len(ids or []), target="it"), ids or []).double()
+    with torch.no_grad():
+        for p in head.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).double())
+    return head.requires_grad_(False)
+
+
+def test_a_head_begins_with_the_stream_standing_for_itself(models: Models) -> None:
+    model = models("attention")
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.linspace(-2, 3, 32).double())
+    tokens_bt = torch.randint(V, (2, 7))
+    stream_btd = model.hidden(tokens_bt)
+    first, second = (
+        untrained(HeadConfig.like(model.config, 4)).double().begin_(model).unroll(model, stream_btd, tokens_bt, 2)
+    )
+    torch.testing.assert_close(first, stream_btd, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second[:, 1:4], stream_btd[:, :3], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("slug", ["attention", "mamba2"])
+def test_the_training_form_is_what_guessing_does(slug: str, models: Models) -> None:
+    """Behind every column of two pieces: true pairs committed, then guesses on guesses, of the text's own tokens."""
+    model = models(slug)
+    window, steps = 6, 3
+    head = head_for(model, window)
+    tokens_bt = torch.randint(V, (2, 11))
+    stream_btd = model.hidden(tokens_bt)
+    unrolled = head.unroll(model, stream_btd, tokens_bt, steps)
+    for column in range(11):
+        start = column // window * window
+        for s in range(min(steps, column - start + 1)):
+            true = slice(start, column - s + 1)
+            n = column - s + 1 - start
+            state = head.init_state(2)
+            pairs = (stream_btd[:, true], tokens_bt[:, true])
+            out_btd, update = head.read(model, *pairs, state, Layout.dense(2, n))
+            state, vectors = update.commit(), [out_btd[:, -1]]
+            for i in range(s):
+                guessed = (torch.stack(vectors, 1), tokens_bt[:, column - s + 1 : column - s + 2 + i])
+                out_btd, _ = head.read(model, *guessed, state, Layout.dense(2, i + 1, start_b=state.seen_b))
+                vectors.append(out_btd[:, -1])
+            torch.testing.assert_close(unrolled[s][:, column], vectors[-1], rtol=1e-10, atol=1e-12)
+
+
+def test_guesses_follow_the_pairs_that_stood(models: Models) -> None:
+    """Two rows that kept different numbers of tokens in several rounds, against a read of all pairs at once."""
+    model = models("attention")
+    head = head_for(model, ids=FEW)
+    drafter = DraftHead(head)
+    drafter.open(model, 3, 40)
+    drafter.put([0, 1], [[1, 2], [3]])
+    sampler, history = Sampler([SamplingConfig()] * 3), History.start([[0]] * 2, 0)
+    assert drafter.propose(2, 3, sampler, history).length_b.tolist() == [0, 0]
+    told: list[list[tuple[torch.Tensor, int]]] = [[], []]
+    for n in ([1, 1], [3, 0], [2, 4], [0, 2], [4, 4]):
+        tokens_bt, hidden_btd = torch.randint(V, (2, 4)), torch.randn(2, 4, 32, dtype=torch.float64)
+        drafter.observe(tokens_bt, torch.tensor(n), hidden_btd)
+        for row, count in enumerate(n):
+            told[row] += [(hidden_btd[row, i], int(tokens_bt[row, i])) for i in range(count)]
+        drafter.propose(2, 3, sampler, history)  # changes nothing
+        draft = drafter.propose(2, 3, sampler, history)
+        assert draft.length_b.tolist() == [3, 3]
+        for row, pairs in enumerate(told):
+            assert draft.tokens_bk[row].tolist() == chain(model, head, pairs, 3)
+    drafter.move([1], [2])
+    history = History.start([[0]] * 3, 0)
+    assert drafter.propose(3, 3, sampler, history).tokens_bk[2].tolist() == chain(model, head, told[1], 3)
+
+
+def chain(model: Stack, head: Head, pairs: list[tuple[torch.Tensor, int]], k: int) -> list[int]:
+    """The likeliest guesses behind `pairs`, by one read of everything each."""
+    few_md, guesses = guessable(model, head), list[int]()
+    streams, tokens = [x for x, _ in pairs], [token for _, token in pairs]
+    start = (torch.stack(streams)[None], torch.tensor([tokens]))
+    out_btd, update = head.read(model, *start, head.init_state(1), Layout.dense(1, len(pairs)))
+    state, vectors = update.commit(), [out_btd[0, -1]]
+    for _ in range(k):
+        guesses.append(int(head.ids_m[(few_md @ vectors[-1]).argmax()]))
+        read = (torch.stack(vectors)[None], torch.tensor([guesses]))
+        layout = Layout.dense(1, len(guesses), start_b=state.seen_b)
+        vectors.append(head.read(model, *read, state, layout)[0][0, -1])
+    return guesses
+
+
+def test_a_vocabulary_holds_the_guesses_and_changes_no_token(models: Models, prompts: list[list[int]]) -> None:
+    model, limits = models("mamba2"), Limits(max_new_tokens=12, end_tokens=[4])
+    held = DraftHead(head_for(model, ids=FEW))
+    expected = generate(model, prompts, limits=limits)
+    assert generate(model, prompts, limits=limits, drafter=held, draft_tokens=3) == expected
+    coupled = DraftHead(head_for(model, ids=FEW), coupled=True)
+    sampling = SamplingConfig(temperature=1.0, seed=2)
+    expected = generate(model, prompts, limits=limits, sampling=sampling)
+    got = generate(model, prompts, limits=limits, sampling=sampling, drafter=coupled, draft_tokens=3)
+    assert got == expected
+    held.open(model, 1, 20)
+    held.put([0], [[1]])
+    held.observe(torch.tensor([[6]]), torch.tensor([1]), torch.randn(1, 1, 32, dtype=torch.float64))
+    draft = held.propose(1, 4, Sampler([SamplingConfig(temperature=1.0)]), History.start([[0]], 0))
+    assert draft.q_bkv is not None
+    assert {int(t) for t in draft.tokens_bk.flatten()} <= set(FEW)
+    assert set(draft.q_bkv.sum((0, 1)).nonzero().flatten().tolist()) <= set(FEW)
+
+
+def test_a_head_stands_behind_copies(models: Models, prompts: list[list[int]]) -> None:
+    model, limits = models("gla"), Limits(max_new_tokens=20, end_tokens=[])
+    both = parse_drafter(["copyspec,gammas=2+1", "draft_head,window=4"], models)
+    for sampling in (SamplingConfig(), SamplingConfig(temperature=0.5, seed=1)):
+        got = generate(model, prompts, limits=limits, sampling=sampling, drafter=both, draft_tokens=3)
+        assert [len(g.tokens) for g in got] == [20] * len(prompts)
+        if not sampling.temperature:
+            assert got == generate(model, prompts, limits=limits)
+    with pytest.raises(ConfigError, match="name it last"):
+        parse_drafter(["draft_head,window=4", "copyspec"], models)
+
+
+def test_a_head_comes_back_as_it_was_saved(models: Models, tmp_path: Path) -> None:
+    model = models("attention")
+    head = head_for(model, ids=FEW)
+    (tmp_path / "log.jsonl").write_text("kept")
+    save_head(head, tmp_path / "head")
+    again = load_head(tmp_path / "head")
+    assert again.config == head.config
+    assert again.ids_m.tolist() == FEW
+    assert all(torch.equal(x.float(), again.state_dict()[name].float()) for name, x in head.state_dict().items())
+    drafter = parse_drafter([f"draft_head,path={tmp_path / 'head'}"], models)
+    assert isinstance(drafter, DraftHead)
+    with pytest.raises(ConfigError, match="expected a model of vocab_size 23 as it has, got 29"):
+        drafter.open(Stack(ModelConfig(29, 32, 48, model.config.layers)), 1, 8)
+    with pytest.raises(ConfigError, match="expected a model of d_model 32 as it has, got 64"):
+        drafter.open(Stack(ModelConfig(V, 64, 48, model.config.layers)), 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "subquad"}, "expected a draft head"),
+        ({"schema": 9}, "expected schema 1, got 9"),
+        ({"wndow": 3}, "did you mean 'window'"),
+        ({"d_mlp": 7}, "could not be read"),
+        ({"n_heads": 5}, "even parts"),
+        ({"kept": 99}, "kept in 0..23"),
+    ],
+)
+def test_a_folder_that_holds_no_head_is_refused(
+    change: dict[str, Any], message: str, models: Models, tmp_path: Path
+) -> None:
+    save_head(head_for(models("attention")), tmp_path / "head")
+    config = tmp_path / "head/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        load_head(tmp_path / "head")
+
+
+@pytest.mark.parametrize("options", ["", ",path=x,window=3", ",window=few", ",window=3,coupled=yes"])
+def test_options_that_name_no_head_are_refused(options: str, models: Models) -> None:
+    with pytest.raises(ConfigError, match="expected path=FOLDER"):
+        parse_drafter([f"draft_head{options}"], models)
+
+
+def test_columns_are_scored_where_the_model_says_what_comes() -> None:
+    """A piece of 4 columns: the third guess in a row needs two columns before it; labels stand two columns on."""
+    tokens_bt = torch.zeros(1, 7, dtype=torch.int64)
+    rows = scored(tokens_bt, None, 4, 3)[:, 0].int().tolist()
+    assert rows == [[1, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 1, 0], [0, 0, 1, 1, 0, 0, 0]]
+    wanted_bt = torch.tensor([[True, True, False, True, False, False, True]])
+    assert scored(tokens_bt, wanted_bt, 4, 1)[0, 0].int().tolist() == [0, 1, 0, 0, 1, 0, 0]
+
+
+def test_guesses_are_compared_over_the_whole_vocabulary(models: Models) -> None:
+    model = models("attention")
+    head = head_for(model, ids=FEW)
+    guess_btd, target_btd = torch.randn(2, 1, 5, 32, dtype=torch.float64)
+    same, stands = compare(model, guessable(model, head), head.ids_m, [guess_btd], target_btd)
+    p_tv = model.head(target_btd)[0].softmax(-1)
+    q_tv = torch.zeros(5, V, dtype=torch.float64)
+    q_tv[:, FEW] = (guess_btd[0] @ model.lm_head.weight[FEW].T).softmax(-1)
+    torch.testing.assert_close(stands[0, 0], torch.minimum(p_tv, q_tv).sum(-1))
+    assert torch.equal(same[0, 0].bool(), p_tv.argmax(-1) == q_tv.argmax(-1))
+    kl = linear_loss.kl(target_btd[0], model.lm_head.weight, target_btd[0], model.lm_head.weight, torch.ones(5))
+    assert abs(float(kl)) < 1e-12
+
+
+def taught(tmp_path: Path, byte_model: Callable[[Stack], str]) -> list[str]:
+    """A model, a text, and the arguments that train a head on them."""
+    layer = {"mixer": "attention", "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "rotary": {"theta": 1e4, "dim": 16}}
+    torch.manual_seed(0)
+    model = Stack(ModelConfig(258, 32, 64, (layer,) * 3, max_positions=256))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    folder, text = byte_model(model), tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"{i} bottles of water on the wall, {i} bottles of water. " * 8}) for i in range(60)]
+    text.write_text("\n".join(lines))
+    arguments = ["draft", folder, "--head", "--data", str(text), "--tokens", "30k", "--seq", "64", "--batch", "8"]
+    return [*arguments, "--lr", "0.01", "--window", "32", "--eval-tokens", "600", "--device", "cpu"]
+
+
+def test_one_command_trains_a_head_that_guesses_better(
+    tmp_path: Path, byte_model: Callable[[Stack], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From text to a folder that --draft takes: the tokens stay, and the guesses get better."""
+    arguments, out = taught(tmp_path, byte_model), tmp_path / "head"
+    assert cli.main([*arguments, "--out", str(out)]) == 0, capsys.readouterr().err
+    assert "tokens a round of 3" in capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} >= {"results.md", "loss.svg", "guesses.svg", "log.jsonl"}
+    assert not (out / "checkpoint.pt").exists()
+    head, loaded = load_head(out), load_model(arguments[1])
+    assert head.config.target == loaded.name
+    ids_n = torch.tensor(loaded.tokenizer.encode("97 bottles of water on the wall, 97 bottles of water. " * 3))
+    before, after = (
+        measure(loaded.model, one, ids_n[None], 3) for one in (untrained(head.config).begin_(loaded.model), head)
+    )
+    assert all(new > old + 0.02 for old, new in zip(before.acceptance, after.acceptance, strict=True))
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    prompt, limits = [ids_n[:9].tolist()], Limits(20)
+    drafter = parse_drafter([f"draft_head,path={out}"], lambda name: loaded.model)
+    expected = generate(loaded.model, prompt, limits=limits)
+    assert generate(loaded.model, prompt, limits=limits, drafter=drafter, draft_tokens=3) == expected
+    assert cli.main([*arguments, "--out", str(out)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert cli.main([*arguments, "--out", str(out), "--resume"]) == 2
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_head(
+    tmp_path: Path,
+    byte_model: Callable[[Stack], str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from subquad.train.draft_head import HeadStage
+
+    arguments = [*taught(tmp_path, byte_model), "--tokens", "8k", "--vocab", "20"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert cli.main([*arguments, "--out", str(whole)]) == 0
+    step, steps = HeadStage.step, 0
+
+    def interrupted(self: HeadStage) -> dict[str, torch.Tensor]:
+        nonlocal steps
+        steps += 1
+        if steps == 7:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(HeadStage, "step", interrupted)
+    assert cli.main([*arguments, "--out", str(halves)]) == 75
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main([*arguments, "--out", str(halves), "--resume", "--lr", "0.5"]) == 2
+    assert "lr 0.01 (now 0.5)" in capsys.readouterr().err
+    assert cli.main([*arguments, "--out", str(halves), "--resume"]) == 0
+    pairs = zip(load_head(whole).state_dict().values(), load_head(halves).state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (whole, halves)]
+    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+
+
+@pytest.mark.parametrize(("way", "got"), [([], "neither"), (["--head", "--layers", "1"], "both")])
+def test_exactly_one_way_to_draft_must_be_given(way: list[str], got: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["draft", "x", "--out", "y", "--data", "pydoc", *way]) == 2
+    assert f"expected --head or --layers N, got {got}" in capsys.readouterr().err

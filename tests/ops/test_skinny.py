@@ -1,0 +1,107 @@
+"""Linear layers over few tokens: every backend against the layers themselves in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subquad.ops import backends, launch, skinny
+
+triton_runs = torch.cuda.is_available() or backends.interpreted()
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(not triton_runs, reason="needs Triton"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Products are summed in float32; the output is rounded once.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    launch.poison = True
+    yield
+    launch.poison = False
+
+
+def linear(d: int, n: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
+    return nn.Linear(d, n, bias=bias).to(DEVICE, dtype)
+
+
+def apart(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 40), (3, 2, 1100), (5, 4, 64), (2, 9, 33)])
+def test_layers_side_by_side_give_what_each_gives_alone(
+    b: int, t: int, d: int, dtype: torch.dtype, backend: str
+) -> None:
+    x_btd = torch.randn(b, t, d, device=DEVICE, dtype=dtype)
+    sizes = ((24, True), (16, False), (33, True), (5, False), (7, True), (64, False))
+    layers = [linear(d, n, bias, dtype) for n, bias in sizes]
+    for some in (layers, layers[:1], layers[2:4]):
+        with torch.no_grad(), backends.use(backend):
+            got = skinny.project(x_btd, *some)
+        for y_btn, layer in zip(got, some, strict=True):
+            bias = None if layer.bias is None else layer.bias.double()
+            want = F.linear(x_btd.double(), layer.weight.double(), bias)
+            assert apart(y_btn, want) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 40), (3, 2, 1100), (4, 4, 64)])
+def test_the_fused_second_half_of_a_block_is_its_formula(
+    b: int, t: int, d: int, bias: bool, dtype: torch.dtype
+) -> None:
+    if not triton_runs:
+        pytest.skip("needs Triton")
+    x_btd, y_btd = (torch.randn(b, t, d, device=DEVICE, dtype=dtype) for _ in range(2))
+    norm = nn.RMSNorm(d).to(DEVICE, dtype)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    gate, up, down = linear(d, 50, bias, dtype), linear(d, 50, bias, dtype), linear(50, d, bias, dtype)
+    with torch.no_grad():
+        got: dict[str, Tensor | None] = {}
+        for backend in ("torch", "triton"):
+            with backends.use(backend):
+                got[backend] = skinny.swiglu(x_btd, y_btd, norm, gate, up, down)
+        h_btd = (x_btd + y_btd).double()
+        wide = [m.double() for m in (norm, gate, up, down)]
+        n_btd = wide[0](h_btd)
+        want = h_btd + wide[3](F.silu(wide[1](n_btd)) * wide[2](n_btd))
+    for y in got.values():
+        assert y is not None
+        assert apart(y, want) < 2 * ROUNDING[dtype]
+
+
+def test_what_is_trained_hooked_adapted_or_long_is_called_as_it_is() -> None:
+    if not triton_runs:
+        pytest.skip("needs Triton")
+    x_btd, layer = torch.randn(1, 2, 8, device=DEVICE), linear(8, 4, True, torch.float32)
+    many_btd = torch.randn(1, skinny.MOST_OF_NARROW + 1, 8, device=DEVICE)
+    called: list[int] = []
+
+    class Adapted(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            called.append(1)
+            return super().forward(input)
+
+    with backends.use("triton"):
+        y_btn = skinny.project(x_btd, layer)[0]
+        assert y_btn.requires_grad
+        with torch.no_grad():
+            skinny.project(x_btd, Adapted(8, 4).to(DEVICE))
+            assert called == [1]
+            layer.register_forward_pre_hook(lambda *_: called.append(2))
+            skinny.project(x_btd, layer)
+            assert called == [1, 2]
+            torch.testing.assert_close(skinny.project(many_btd, layer)[0], layer(many_btd))
+
+
+def test_no_token_and_no_layer_is_made_up() -> None:
+    layer = linear(8, 4, True, torch.float32)
+    with torch.no_grad():
+        assert skinny.project(torch.randn(2, 0, 8, device=DEVICE), layer)[0].shape == (2, 0, 4)
