@@ -65,7 +65,7 @@ def test_the_training_form_is_what_guessing_does(slug: str, models: Models) -> N
         for s in range(min(steps, column - start + 1)):
             true = slice(start, column - s + 1)
             n = column - s + 1 - start
-            state = head.init_state(2)
+            state = head.init_pool(2, 4)
             pairs = (stream_btd[:, true], tokens_bt[:, true])
             out_btd, update = head.read(model, *pairs, state, Layout.dense(2, n))
             state, vectors = update.commit(), [out_btd[:, -1]]
@@ -106,7 +106,7 @@ def chain(model: Stack, head: Head, pairs: list[tuple[torch.Tensor, int]], k: in
     few_md, guesses = guessable(model, head), list[int]()
     streams, tokens = [x for x, _ in pairs], [token for _, token in pairs]
     start = (torch.stack(streams)[None], torch.tensor([tokens]))
-    out_btd, update = head.read(model, *start, head.init_state(1), Layout.dense(1, len(pairs)))
+    out_btd, update = head.read(model, *start, head.init_pool(1, 4), Layout.dense(1, len(pairs)))
     state, vectors = update.commit(), [out_btd[0, -1]]
     for _ in range(k):
         guesses.append(int(head.ids_m[(few_md @ vectors[-1]).argmax()]))

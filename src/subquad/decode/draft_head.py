@@ -19,6 +19,7 @@ from subquad.engine.model_draft import Guessable, draw, last
 from subquad.engine.sampler import History, Sampler
 from subquad.models.draft_head import Head, HeadConfig, load_head, untrained
 from subquad.models.stack import Stack
+from subquad.ops.ring import RingState
 from subquad.ops.window import WindowState
 
 CARD = Card(
@@ -35,11 +36,15 @@ CARD = Card(
 )
 
 
+# Pairs of a read that are usual: what stood since the last one, or guesses.
+FEW_PAIRS = 16
+
+
 @dataclass(frozen=True)
 class HeadState(State):
     """The pairs that each row's head has read, and what stands for the model's stream at the last token."""
 
-    block: WindowState = axes("b")
+    block: WindowState | RingState = axes("b")
     stream_bd: Tensor = axes("b d")
 
 
@@ -90,7 +95,7 @@ class DraftHead(Drafter):
         self._target, self._head = target, head.to(target.device, target.dtype).requires_grad_(False)
         self._guessable = Guessable(target, head.ids_m.tolist() or None)
         stream_bd = torch.zeros(rows, head.config.d_model, device=target.device, dtype=target.dtype)
-        self._pool = HeadState(self._head.init_state(rows), stream_bd)
+        self._pool = HeadState(self._head.init_pool(rows, FEW_PAIRS), stream_bd)
 
     def prepare(self, rows: int, k: int) -> None:
         """Nothing; see `Drafter.prepare`."""

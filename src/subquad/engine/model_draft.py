@@ -15,6 +15,8 @@ from subquad.engine.sampler import History, Sampler
 from subquad.engine.verify import DRAFT_STREAM
 from subquad.models.stack import Stack
 
+# Tokens of a read that are usual: what stood since the last one, or guesses.
+FEW = 16
 # Columns read at once of what the drafter has missed.
 CATCH_UP = 256
 
@@ -107,7 +109,7 @@ class ModelDrafter(Drafter):
         if self.model.device != target.device:
             raise ConfigError(f"draft model: expected it on {target.device}, got {self.model.device}; move it there")
         self._guessable = Guessable(self.model, self.vocab)
-        self._pool = self.model.init_state(rows, capacity + 1)
+        self._pool = self.model.init_pool(rows, capacity + 1, FEW)
         self._told = Transcript(rows, capacity, target.device)
 
     @torch.no_grad()

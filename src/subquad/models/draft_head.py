@@ -17,11 +17,13 @@ from subquad.core.config import config_from_dict, config_to_dict
 from subquad.core.errors import CheckpointError, ConfigError
 from subquad.core.layout import Layout
 from subquad.core.mixer import Update
+from subquad.core.state import State
 from subquad.mixers.attention import Attention
 from subquad.models.checkpoint import read_config, recover, replace_folder, write_json, write_weights
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Block, Stack
 from subquad.ops import attention
+from subquad.ops.ring import RingState
 from subquad.ops.window import WindowState
 
 MODEL_TYPE = "subquad_draft_head"
@@ -146,12 +148,12 @@ class Head(nn.Module):
         """The block's attention."""
         return cast("Attention", self.block.mixer)
 
-    def init_state(self, batch: int) -> WindowState:
-        """A state of no pairs; see `Mixer.init_state`."""
-        return cast("WindowState", self.mixer.init_state(batch))
+    def init_pool(self, rows: int, block: int) -> WindowState | RingState:
+        """Rows of no pairs that decode; see `Mixer.init_pool`."""
+        return cast("WindowState | RingState", self.mixer.init_pool(rows, 0, block))
 
     def read(
-        self, model: Stack, stream_btd: Tensor, tokens_bt: Tensor, state: WindowState, layout: Layout
+        self, model: Stack, stream_btd: Tensor, tokens_bt: Tensor, state: State, layout: Layout
     ) -> tuple[Tensor, Update]:
         """Read pairs against `state`: what stands for the stream at each token, ``[b, t, d]``, and the update.
 

@@ -42,7 +42,7 @@ def run(bench: Bench) -> None:
         for b in bench.size((1, 64), smoke=(1, 2)):
             _beside(bench, f"smollm2.b{b}", small, b, prompt, new)
         del small
-        _beside(bench, "8b.b1", shapes.shape_8b(bench, 1), 1, prompt, new)
+        _alone(bench, "8b.b1", shapes.shape_8b(bench, 1), 1, prompt, new)
 
 
 def _beside(bench: Bench, id: str, model: Stack, b: int, prompt: int, new: int) -> None:
@@ -114,12 +114,31 @@ def _beside(bench: Bench, id: str, model: Stack, b: int, prompt: int, new: int) 
             baseline_value=setup[theirs_name],
             shape=shape,
         )
-    bench.value(f"{id}.limit_share", rate / b * bench.least(float(moved), 0.0), "1", "higher", shape=shape)
-    bench.value(f"{id}.host_share", engine.host_share(prompts, new), "1", "lower", shape=shape)
+    _shares(bench, id, engine, prompts, new, rate, shape)
     bench.say(
         f"{bench.name}.{id}: {rate:.4g} tokens/s, generate() {statistics.median(rates['generate']):.4g}, "
         f"loop {statistics.median(rates['loop']):.4g}"
     )
+
+
+def _alone(bench: Bench, id: str, model: Stack, b: int, prompt: int, new: int) -> None:
+    """What is measured against the device alone: how near to a copy's speed, and how long the device waits."""
+    prompts = torch.randint(model.config.vocab_size, (b, prompt), generator=torch.Generator().manual_seed(0))
+    engine = _Clocked(model, rows=b, capacity=prompt + new, rounds=bench.size(32, smoke=4), compile=COMPILE)
+    rates = [engine.answer(prompts, new)[0] for _ in range(bench.size(PASSES + 1, smoke=1))]
+    rate = statistics.median(rates[-PASSES:])
+    shape: dict[str, Any] = {"b": b, "prompt": prompt, "new": new, "moved": _moved(model, b, prompt + new // 2)}
+    bench.value(f"{id}.rate", rate, "tokens/s", "higher", shape=shape)
+    _shares(bench, id, engine, prompts, new, rate, shape)
+    bench.say(f"{bench.name}.{id}: {rate:.4g} tokens/s")
+
+
+def _shares(
+    bench: Bench, id: str, engine: _Clocked, prompts: Tensor, new: int, rate: float, shape: dict[str, Any]
+) -> None:
+    least = bench.least(float(shape["moved"]), 0.0)
+    bench.value(f"{id}.limit_share", rate / len(prompts) * least, "1", "higher", shape=shape)
+    bench.value(f"{id}.host_share", engine.host_share(prompts, new), "1", "lower", shape=shape)
 
 
 def _moved(model: Stack, b: int, context: int) -> int:

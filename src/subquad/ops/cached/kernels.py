@@ -56,8 +56,8 @@ def attend_kernel(
     begin(OVERLAP)
     q_ptrs = q_ptr + b * q_stride_b + t * q_stride_t + h * q_stride_h
     if TURN:
-        table = b * table_stride_b + t * HALF
-        q = turned(q_ptrs, kc, real[:, None] & (kc < K)[None, :], cos_ptr + table, sin_ptr + table, HALF)
+        q_table = b * table_stride_b + t * HALF
+        q = turned(q_ptrs, kc, real[:, None] & (kc < K)[None, :], cos_ptr + q_table, sin_ptr + q_table, HALF)
     else:
         q = tl.load(q_ptrs[:, None] + kc[None, :], mask=real[:, None] & (kc < K)[None, :], other=0.0)
     best = tl.full((BM,), -float("inf"), tl.float32)
@@ -82,8 +82,8 @@ def attend_kernel(
         v_ptrs = v_ptr + b * v_stride_b + head * v_stride_g + j[:, None] * v_stride_t + vc[None, :]
         inside = mine & (kc < K)[None, :]
         if TURN:
-            table = b * table_stride_b + j * HALF
-            k = turned(k_ptrs, kc, inside, cos_ptr + table, sin_ptr + table, HALF)
+            k_table = b * table_stride_b + j * HALF
+            k = turned(k_ptrs, kc, inside, cos_ptr + k_table, sin_ptr + k_table, HALF)
             tl.store(turned_ptr + ((b * G + head) * T + j)[:, None] * K + kc[None, :], k, mask=inside)
         else:
             k = tl.load(k_ptrs[:, None] + kc[None, :], mask=inside, other=0.0)

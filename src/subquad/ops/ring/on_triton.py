@@ -74,8 +74,8 @@ def _read(
         scale, width**-0.5, _stride(cos), _stride(back_cos), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         T=t, H=h, G=g, K=width, R=keys.shape[2], W=window, S=sinks, F=features, HALF=half, TURN=cos is not None,
         FAR=linear is not None, PRECISION=launch.precision(q.dtype), BM=_tile(h // g * t), BT=_tile(t),
-        BN=_tile(window - 1 + t), BS=_tile(sinks), BK=_tile(width), BF=_tile(features), num_warps=4,
-        **overlap.options(q.device),
+        BN=_tile(window - 1 + t), BS=_tile(sinks), BK=_tile(width), BF=_tile(features),
+        num_warps=4 if window + t <= 129 else 8, **overlap.options(q.device),
     )  # fmt: skip
     return y
 

@@ -50,7 +50,7 @@ def _weights(weight_ptr, j, k, n, K):
 def _ahead(weight_ptr, j, n, K, BK: tl.constexpr, OVERLAP: tl.constexpr):
     """Fetch the first tiles of a weight while the launch before this one still runs."""
     LINE: tl.constexpr = 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    k = tl.arange(0, AHEAD * BK // LINE) * LINE
+    k = tl.minimum(tl.arange(0, AHEAD * BK // LINE) * LINE, K - 1)
     prefetch(weight_ptr + tl.minimum(j, n - 1)[:, None].to(tl.int64) * K + k[None, :], OVERLAP)
 
 
@@ -61,19 +61,12 @@ def _tokens(x_ptr, m, k, rows, K):
 
 
 @triton.jit
-def project_kernel(
-    x_ptr, add_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
-    rows, K, y_stride,
-    COUNT: tl.constexpr, BIASES: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+def _layer(
+    pid, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
+    COUNT: tl.constexpr, BIASES: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """``y = [x w0^T + b0, x w1^T + b1, ...] + add``; bit i of BIASES says whether layer i has a bias.
-
-    Grid: blocks of columns, layer after layer. `x` and `add` are contiguous.
-    """
-    # `biased` is how many columns of the layer have a bias: all or none.
-    pid, weight_ptr, bias_ptr, n, column, biased = tl.program_id(0), w0, b0, n0, 0, n0 * (BIASES & 1)
+    """Of the program's layer: its block of columns, weight, bias, columns, first column in y, and columns with bias."""
+    weight_ptr, bias_ptr, n, column, biased = w0, b0, n0, 0, n0 * (BIASES & 1)
     if COUNT > 1:
         pid, weight_ptr, bias_ptr, n, column, biased = _behind(
             pid, weight_ptr, bias_ptr, n, column, biased, w1, b1, n1, (BIASES >> 1) & 1, BN
@@ -94,22 +87,52 @@ def project_kernel(
         pid, weight_ptr, bias_ptr, n, column, biased = _behind(
             pid, weight_ptr, bias_ptr, n, column, biased, w5, b5, n5, (BIASES >> 5) & 1, BN
         )
+    return pid, weight_ptr, bias_ptr, n, column, biased
+
+
+@triton.jit
+def project_kernel(
+    x_ptr, add_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
+    rows, K, y_stride,
+    COUNT: tl.constexpr, BIASES: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """``y = [x w0^T + b0, x w1^T + b1, ...] + add``; bit i of BIASES says whether layer i has a bias.
+
+    Grid: blocks of columns, layer after layer. `x` and `add` are contiguous. BM is 1 for one token, which needs no
+    matrix unit.
+    """
+    pid, weight_ptr, bias_ptr, n, column, biased = _layer(
+        tl.program_id(0), w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5, COUNT, BIASES, BN
+    )
     m, j = tl.arange(0, BM), pid * BN + tl.arange(0, BN)
-    sums = tl.zeros((BM, BN), tl.float32)
-    if ONCE:
-        k = tl.arange(0, BK)
-        w = _weights(weight_ptr, j, k, n, K)
-        begin(OVERLAP)
-        x = _tokens(x_ptr, m, k, rows, K)
-        sums = _multiply(x, w, sums, PRECISION)
-    else:
+    if BM == 1:
+        parts = tl.zeros((BN, BK), tl.float32)
         _ahead(weight_ptr, j, n, K, BK, OVERLAP)
         begin(OVERLAP)
         for start in tl.range(0, K, BK, num_stages=STAGES):
             k = start + tl.arange(0, BK)
+            ptrs = weight_ptr + j[:, None].to(tl.int64) * K + k[None, :]
+            w = tl.load(ptrs, mask=(j < n)[:, None] & (k < K)[None, :], other=0.0)
+            parts += w.to(tl.float32) * tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+        sums = tl.sum(parts, 1)[None, :]
+    else:
+        sums = tl.zeros((BM, BN), tl.float32)
+        if ONCE:
+            k = tl.arange(0, BK)
             w = _weights(weight_ptr, j, k, n, K)
+            begin(OVERLAP)
             x = _tokens(x_ptr, m, k, rows, K)
             sums = _multiply(x, w, sums, PRECISION)
+        else:
+            _ahead(weight_ptr, j, n, K, BK, OVERLAP)
+            begin(OVERLAP)
+            for start in tl.range(0, K, BK, num_stages=STAGES):
+                k = start + tl.arange(0, BK)
+                w = _weights(weight_ptr, j, k, n, K)
+                x = _tokens(x_ptr, m, k, rows, K)
+                sums = _multiply(x, w, sums, PRECISION)
     inside = (m < rows)[:, None] & (j < n)[None, :]
     if BIASES:
         sums += tl.load(bias_ptr + j, mask=j < biased, other=0.0).to(tl.float32)[None, :]

@@ -23,13 +23,17 @@ class Tiling(NamedTuple):
     warps: int
 
 
+# One token before a long row of a weight: no matrix unit reads as fast.
+LONG, SINGLE = 2048, Tiling(4, 1024, 3, 4)
+
+
 def tiling(tokens: int, width: int, size: int) -> Tiling:
     """The table, for bytes of a number: a short row of a weight at once, so one wait; a long one in tiles under way."""
     if size > 2:
         return Tiling(16, 128, 3, 4)
     if tokens > 16:
         return Tiling(16, 64 if width <= 1024 else 128, 5, 4)
-    if width <= 2048:
+    if width <= LONG:
         return Tiling(16, max(16, triton.next_power_of_2(width)), 1, 4)
     return Tiling(32, 128, 5, 4)
 
@@ -61,7 +65,8 @@ def _project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     (b, t, k), sizes = x.shape, [len(weight) for weight in weights]
     y = launch.scratch(b, t, sum(sizes), like=x, dtype=x.dtype)
     rows = b * t
-    tile = tiling(rows, k, x.element_size())
+    single = rows == 1 and k > LONG and x.element_size() == 2
+    tile = SINGLE if single else tiling(rows, k, x.element_size())
     # An absent layer's or bias's place is taken by one that no branch reads.
     more = [weights[0]] * (6 - len(weights))
     absent = [weights[0] if bias is None else bias for bias in biases]
@@ -70,8 +75,8 @@ def _project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
         x, x if add is None else add, y, *weights, *more, *absent, *more, *sizes, *[0] * len(more), rows, k, sum(sizes),
         COUNT=len(weights), BIASES=sum(1 << i for i, bias in enumerate(biases) if bias is not None),
         ADD=add is not None, PRECISION=launch.precision(x.dtype),
-        BM=_tokens(rows), BN=tile.columns, BK=tile.inputs, STAGES=tile.stages, ONCE=k <= tile.inputs,
-        num_warps=tile.warps, **overlap.options(x.device),
+        BM=1 if single else _tokens(rows), BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
+        ONCE=k <= tile.inputs, num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip
     return y
 
