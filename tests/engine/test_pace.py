@@ -167,3 +167,31 @@ def test_one_row_and_one_round_a_look_are_enough_to_find_it(cost: str, accepted:
     world.run(200, accepted)
     world.run(3_000, accepted)
     assert world.share(accepted) >= 0.9
+
+
+def test_what_is_done_for_the_first_time_says_nothing_of_its_cost() -> None:
+    """The first rounds of a number compile and are captured: seconds, where later ones take milliseconds."""
+    pace = Pace(4)
+    for k in pace.ladder:
+        pace.learn(Look(1, k, 8, 8, 8 * k, 8 * k, 8 * k, 10.0, steady=False))
+    assert pace.choose() == 0  # nothing is measured yet
+    pace.learn(Look(1, 0, 8, 8, 0, 0, 0, 0.8))
+    for _ in range(3):
+        k = pace.choose()
+        assert k > 0
+        pace.learn(Look(1, k, 8, 8 + 8 * k, 8 * k, 8 * k, 8 * k, 0.8 * (1 + 0.1 * k)))
+    assert pace.choose() == 4
+
+
+def test_numbers_of_slots_have_costs_of_their_own() -> None:
+    """Guesses are checked for nothing by one row, and cost many rows dearly: each keeps its own best number."""
+    pace, chosen = Pace(4), {1: list[int](), 32: list[int]()}
+    for _ in range(60):
+        for slots in (1, 32):
+            k = pace.choose(slots)
+            chosen[slots].append(k)
+            cost = (1 + 0.02 * k) if slots == 1 else (1 + 3.0 * k)
+            kept = int(0.8 * 8 * k) * slots
+            pace.learn(Look(slots, k, 8, 8 * slots + kept, 8 * k * slots, 8 * k * slots, kept, 8 * cost, slots=slots))
+    assert sum(k == 4 for k in chosen[1][20:]) >= 36
+    assert sum(k == 0 for k in chosen[32][20:]) >= 34

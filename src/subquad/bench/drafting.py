@@ -107,7 +107,7 @@ class _Contender:
         """Capture the rounds of every number of guesses that the engine may choose, which costs more than rounds do."""
         pace = self.engine.pace
         for k in [pace.most] if pace.fixed else pace.ladder:
-            pace.choose = lambda k=k: k
+            pace.choose = lambda _, k=k: k
             self.decode(prompts, temperature, Limits(max_new_tokens=min(WARM_TOKENS, self.limits.max_new_tokens)))
         del pace.choose
 

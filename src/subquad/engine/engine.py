@@ -194,13 +194,12 @@ class Engine:
         used = 1 + max(slot for slot, row in enumerate(self._slots) if row is not None)
         # A graph serves a number of rows; on a CPU every row costs.
         n = min(self.rows, 1 << (used - 1).bit_length()) if self._rounds.captures else used
-        k = self.pace.choose() if self.drafter is not None else 0
+        k = self.pace.choose(n) if self.drafter is not None else 0
         began = time.perf_counter()
         if k and self.drafter is not None:
             self.drafter.prepare(n, k)
-        for _ in range(self.rounds):
-            self._rounds.run(n, k)
-        return self._take(n, k, began)
+        steady = sum(self._rounds.run(n, k) for _ in range(self.rounds)) == self.rounds
+        return self._take(n, k, began, steady=steady)
 
     def _admit(self) -> None:
         """Give free slots to those who wait, all at once."""
@@ -277,7 +276,7 @@ class Engine:
         for source, target in zip(sources, targets, strict=True):
             self._slots[target], self._slots[source] = self._slots[source], None
 
-    def _take(self, n: int, k: int, began: float) -> list[Piece]:
+    def _take(self, n: int, k: int, began: float, *, steady: bool) -> list[Piece]:
         """Look at what came."""
         given = self._rounds.take(n)
         pieces, ended = list[Piece](), list[int]()
@@ -297,6 +296,8 @@ class Engine:
             judged=sum(new.judged for new in given),
             kept=sum(new.kept for new in given),
             seconds=time.perf_counter() - began,
+            slots=n,
+            steady=steady,
         )
         self.looks.append(look)
         self.pace.learn(look)

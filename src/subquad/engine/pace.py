@@ -25,8 +25,9 @@ class Pace:
 
     Expected of a round with k guesses are ``1 + c (a + ... + a^k)`` tokens a row, a the share of guesses that stand
     when it is their turn and c the share of those asked for that were there. Both are measured, older guesses
-    counting less and less, and so are the seconds of a round at each k. The k of most tokens a second is taken, none
-    unless it is ahead; now and then another is tried, so that what has changed is found out.
+    counting less and less, and so are the seconds of a round at each k, for each number of slots apart: what one row
+    checks for nothing, many may pay for. The k of most tokens a second is taken, none unless it is ahead; now and then
+    another is tried, so that what has changed is found out.
 
     Args:
         most: largest k; 0 never guesses.
@@ -36,6 +37,7 @@ class Pace:
     def __init__(self, most: int, *, fixed: bool = False) -> None:
         self.most, self.fixed = most, fixed
         self.ladder = [0, *(1 << i for i in range(most.bit_length()) if 1 << i < most), *([most] if most else [])]
+        self._seconds: dict[int, dict[int, float]] = {}
         self.seconds: dict[int, float] = {}
         self._accepted, self._covered = _Share(FIRST_ACCEPTED), _Share(FIRST_COVERED)
         self._since, self._patience, self._tours = 0, PATIENCE, 0
@@ -51,10 +53,11 @@ class Pace:
         """Share of the guesses asked for that there were."""
         return self._covered.value
 
-    def choose(self) -> int:
-        """The k of the next rounds."""
+    def choose(self, slots: int = 1) -> int:
+        """The k of the next rounds, which read so many slots."""
         if self.fixed or not self.most:
             return self.most
+        self.seconds = self._of(slots)
         if 0 not in self.seconds:
             return 0
         best = max(self.ladder, key=self._rate)
@@ -83,18 +86,23 @@ class Pace:
         """Take in what some rounds brought."""
         if self.fixed:
             return
+        self.seconds = self._of(look.slots)
         cost, before = look.seconds / look.rounds, self.seconds.get(look.k)
-        if before is None:
+        if look.steady and before is None:
             self.seconds[look.k] = cost
-        else:
+        elif look.steady and before is not None:
             self.seconds[look.k] = before + (CHEAPER if cost < before else DEARER) * (cost - before)
         if not look.k:
             return
         asked = look.rows * look.rounds * look.k
         self._covered.add(min(look.guessed, asked), asked)
         self._accepted.add(look.kept, look.judged)
-        if max(map(self._rate, self.ladder[1:])) > MARGIN * self._rate(0):
+        if 0 in self.seconds and max(map(self._rate, self.ladder[1:])) > MARGIN * self._rate(0):
             self._patience = PATIENCE
+
+    def _of(self, slots: int) -> dict[int, float]:
+        """Seconds of a round by k, for numbers of slots like this one."""
+        return self._seconds.setdefault((slots - 1).bit_length(), {})
 
     def _cost(self, k: int) -> float:
         return self.seconds.get(k, self.seconds[0] * (1 + GUESS_COST * k))

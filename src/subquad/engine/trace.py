@@ -18,6 +18,8 @@ class Look:
         judged: those whose turn came: all that stood, and the first that did not.
         kept: those that stood.
         seconds: they took.
+        slots: that a round read, idle ones included.
+        steady: whether no round did anything for the first time, such as to compile or to capture a graph.
     """
 
     rows: int
@@ -28,3 +30,5 @@ class Look:
     judged: int
     kept: int
     seconds: float
+    slots: int = 1
+    steady: bool = True

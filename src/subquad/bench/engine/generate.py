@@ -176,12 +176,13 @@ class _Clocked(Engine):
         events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         run = self._rounds.run
 
-        def noted(n: int, k: int) -> None:
+        def noted(n: int, k: int) -> bool:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run(n, k)
+            steady = run(n, k)
             end.record()
             events.append((start, end))
+            return steady
 
         self._rounds.run = noted
         try:
