@@ -225,3 +225,22 @@ def test_a_row_that_diverges_ends_and_its_neighbours_do_not_notice(mixer: str, g
     got = drain(engine)
     assert [(piece.token, piece.finish) for piece in got[1]] == [(-1, "diverged")]
     assert [tokens(got[row]) for row in (0, 2, 3)] == expected
+
+
+def test_a_cheap_drafter_is_compared_with_what_came_while_nothing_is_read() -> None:
+    """Looks without guesses tell the pace how many there would have been and would have stood; tokens are the same."""
+    model, n = build(MIXERS["mamba2"]), 24
+    expected = plain(model, PROMPTS[:1], n)
+    for right, stands in ((4, True), (0, False)):
+        drafter = Oracle([PROMPTS[0] + expected[0]], lambda *_, right=right: right)
+        drafter.always = False
+        engine = Engine(model, rows=1, capacity=40, drafter=drafter, rounds=4)
+        engine.pace.choose = lambda slots=1: 0
+        engine.submit(Request(PROMPTS[0], Limits(n, end_tokens=[])))
+        got: list[int] = []
+        while engine.busy:
+            got += [piece.token for piece in engine.step()]
+        assert got == expected[0]
+        assert all(look.guessed == 0 for look in engine.looks)
+        assert (engine.pace.accepted > 0.9) == stands
+        assert (engine.pace.accepted < 0.4) == (not stands)

@@ -195,3 +195,20 @@ def test_numbers_of_slots_have_costs_of_their_own() -> None:
             pace.learn(Look(slots, k, 8, 8 * slots + kept, 8 * k * slots, 8 * k * slots, kept, 8 * cost, slots=slots))
     assert sum(k == 4 for k in chosen[1][20:]) >= 36
     assert sum(k == 0 for k in chosen[32][20:]) >= 34
+
+
+def test_guesses_that_nobody_read_say_at_once_that_reading_them_would_pay() -> None:
+    """A text that repeats nothing, then one that is a copy: within a few looks of eight tokens guesses are read."""
+    world = World(Pace(8), COSTS["cheap"], rows=1)
+    for _ in range(300):
+        world.run(1, 0.0, covered=0.0)
+        if world.chosen == [0]:
+            world.pace.see(8, 0, 0, 0)
+    waited = 0
+    while not any(world.chosen) and waited <= 8:
+        world.pace.see(8, 8, 8, 8)
+        world.run(1, 0.98)
+        waited += 1
+    assert any(world.chosen)
+    world.run(60, 0.98)
+    assert world.share(0.98) >= 0.9

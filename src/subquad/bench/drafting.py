@@ -47,6 +47,8 @@ ASKED = ("chat", "code")
 HOW = {"greedy": 0.0, "t1": 1.0}
 LOOP_TOKENS, LOOP_PERIOD = 32, 16
 # Of an answer that is only there so that rounds are captured.
+# Most passes that are not timed, until one in which no round was done for the first time.
+SETTLING = 5
 WARM_TOKENS = 40
 
 Prompts = dict[str, list[list[int]]]
@@ -107,7 +109,7 @@ class _Contender:
         """Capture the rounds of every number of guesses that the engine may choose, which costs more than rounds do."""
         pace = self.engine.pace
         for k in [pace.most] if pace.fixed else pace.ladder:
-            pace.choose = lambda _, k=k: k
+            pace.choose = lambda slots=1, k=k: k
             self.decode(prompts, temperature, Limits(max_new_tokens=min(WARM_TOKENS, self.limits.max_new_tokens)))
         del pace.choose
 
@@ -236,7 +238,9 @@ def _race(
     for one in (ours, plain):
         one.warm(batches[0][1], temperature)
         for _, batch in batches if len(batches[0][1]) > 1 else ():
-            one.decode(batch, temperature)  # rows end in their own order, and fewer rows are another graph
+            for _ in range(SETTLING):  # rows end in their own order, and fewer rows are another graph
+                if all(look.steady for look in one.decode(batch, temperature).looks):
+                    break
     pairs: list[_Pair] = []
     for i, (kind, batch) in enumerate(batches):
         runs: list[tuple[_Run, _Run]] = []

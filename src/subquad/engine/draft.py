@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class Drafter(ABC):
         always: whether it guesses for every row, so that none can stand behind it.
     """
 
-    always: ClassVar[bool] = False
+    always: bool = False
 
     @classmethod
     @abstractmethod
@@ -153,7 +153,7 @@ class InTurn(Drafter):
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         if any(drafter.always for drafter in drafters[:-1]):
             raise ConfigError("draft: expected no drafter behind one that always guesses, got one; name it last")
-        self.drafters = list(drafters)
+        self.drafters, self.always = list(drafters), drafters[-1].always
 
     @classmethod
     def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:

@@ -198,6 +198,9 @@ class Engine:
         began = time.perf_counter()
         if k and self.drafter is not None:
             self.drafter.prepare(n, k)
+        elif self.drafter is not None and not self.drafter.always:
+            # Such a guess costs next to nothing: so what is not worth a read now is seen as soon as it would be.
+            self._rounds.foresee(n, min(self.pace.most, self.rounds))
         steady = sum(self._rounds.run(n, k) for _ in range(self.rounds)) == self.rounds
         return self._take(n, k, began, steady=steady)
 
@@ -301,9 +304,20 @@ class Engine:
         )
         self.looks.append(look)
         self.pace.learn(look)
+        if not k:
+            self._compare(given)
         if self.on_look is not None:
             self.on_look(look)
         return pieces
+
+    def _compare(self, given: Sequence[Given]) -> None:
+        """Let the pace know what guesses that nobody read would have brought."""
+        asked = min(self.pace.most, self.rounds)
+        for new in given:
+            if new.tokens and self.drafter is not None and not self.drafter.always:
+                pairs = list(zip(new.foreseen, new.tokens, strict=False))
+                kept = next((i for i, (guess, token) in enumerate(pairs) if guess != token), len(pairs))
+                self.pace.see(asked, len(new.foreseen), min(kept + 1, len(pairs)), kept)
 
     def _pieces(self, row: _Row, new: Given) -> list[Piece]:
         """The new tokens of a row as pieces, up to the one that ends it."""

@@ -8,6 +8,8 @@ from subquad.engine.trace import Look
 FIRST_ACCEPTED, FIRST_COVERED, FIRST_WEIGHT = 0.7, 1.0, 4.0
 # Guesses after which an older one counts half.
 HALF_LIFE = 256.0
+# As how many a guess counts that was made but not read: it costs nothing to see, and there are few of them.
+UNREAD_WEIGHT = 4
 # Weight of a new cost in the running one. What disturbs a machine makes rounds dearer, never cheaper.
 CHEAPER, DEARER = 0.5, 0.1
 # What a round with one guess more is thought to cost, until it is measured: little, so that it is tried.
@@ -99,6 +101,12 @@ class Pace:
         self._accepted.add(look.kept, look.judged)
         if 0 in self.seconds and max(map(self._rate, self.ladder[1:])) > MARGIN * self._rate(0):
             self._patience = PATIENCE
+
+    def see(self, asked: int, guessed: int, judged: int, kept: int) -> None:
+        """Take in guesses that were made but not read: of those asked for how many there were, and would have stood."""
+        if not self.fixed:
+            self._covered.add(UNREAD_WEIGHT * guessed, UNREAD_WEIGHT * asked)
+            self._accepted.add(UNREAD_WEIGHT * kept, UNREAD_WEIGHT * judged)
 
     def _of(self, slots: int) -> dict[int, float]:
         """Seconds of a round by k, for numbers of slots like this one."""

@@ -26,6 +26,7 @@ class Given:
         tokens: new ones; -1 where logits were not finite.
         scores: their log-probabilities, empty unless asked for.
         kept, judged, guessed: guesses that stood, whose turn came, that were read.
+        foreseen: what `foresee` guessed for the first of them, which nobody read.
     """
 
     tokens: list[int]
@@ -33,6 +34,7 @@ class Given:
     kept: int
     judged: int
     guessed: int
+    foreseen: list[int]
 
 
 class Rounds:
@@ -72,6 +74,7 @@ class Rounds:
         self._out_bn = torch.zeros(rows, width + 1, dtype=torch.int64, device=device)
         self._score_bn = torch.zeros(rows, width + 1 if logprobs else 0, device=device)
         self._ends_be = torch.full((rows, 1), -2, dtype=torch.int64, device=device)
+        self._foreseen_bk = torch.zeros(0, 1, dtype=torch.int64, device=device)
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
         self._seen: set[Any] = set()
         self.captures = device.type == "cuda"
@@ -158,6 +161,12 @@ class Rounds:
         # Room for counts that has come since then is empty for a row that needs none.
         if history is not None and history.count_bv.shape[1] == self._history.count_bv.shape[1]:
             self._history.write_(at, history)
+
+    def foresee(self, n: int, k: int) -> None:
+        """Guess for the first `n` slots without reading it: what comes then tells what guesses would have brought."""
+        assert self.drafter is not None
+        draft = self.drafter.propose(n, k, self._sampler, self._history.first(n))
+        self._foreseen_bk = torch.cat(((draft.length_b * self._alive_b[:n])[:, None], draft.tokens_bk), dim=1)
 
     def run(self, n: int, k: int) -> bool:
         """One round over the first `n` slots, on a GPU as one graph from its third time on.
@@ -251,11 +260,15 @@ class Rounds:
     def take(self, n: int) -> list[Given]:
         """What the first `n` slots were given since the last time: the one wait for the device."""
         counts = torch.stack((self._fill_b[:n], self._kept_b[:n], self._judged_b[:n], self._guessed_b[:n]), dim=1)
-        rows = torch.cat((counts, self._out_bn[:n]), dim=1).tolist()
+        foreseen_bk, width = self._foreseen_bk, self._foreseen_bk.shape[1]
+        if len(foreseen_bk) != n:
+            foreseen_bk, width = counts[:, :1].new_zeros(n, 1), 1
+        self._foreseen_bk = counts.new_zeros(0, 1)
+        rows = torch.cat((counts, foreseen_bk, self._out_bn[:n]), dim=1).tolist()
         scores = self._score_bn[:n].tolist()
         for buffer in (self._fill_b, self._kept_b, self._judged_b, self._guessed_b):
             buffer.zero_()
         return [
-            Given(tokens[:fill], row_scores[:fill], kept, judged, guessed)
-            for (fill, kept, judged, guessed, *tokens), row_scores in zip(rows, scores, strict=True)
+            Given(more[width:][:fill], row_scores[:fill], kept, judged, guessed, more[1:width][: more[0]])
+            for (fill, kept, judged, guessed, *more), row_scores in zip(rows, scores, strict=True)
         ]
