@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,9 @@ from subquad.engine.request import Request
 from subquad.engine.sampler import History, Sampler, SamplingConfig
 from subquad.engine.verify import verify
 from subquad.models.stack import Stack, StackState
+
+# Captures that may fail before rounds are no longer captured.
+MOST_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,11 @@ class Rounds:
         self._out_bn = torch.zeros(rows, width + 1, dtype=torch.int64, device=device)
         self._score_bn = torch.zeros(rows, width + 1 if logprobs else 0, device=device)
         self._ends_be = torch.full((rows, 1), -2, dtype=torch.int64, device=device)
-        self._foreseen_bk = torch.zeros(0, 1, dtype=torch.int64, device=device)
+        # How many guesses there are that nobody reads, and they.
+        self._foreseen_bk = torch.zeros(rows, block, dtype=torch.int64, device=device)
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
         self._seen: set[Any] = set()
+        self._failures = 0
         self.captures = device.type == "cuda"
         # Of a fixed shape; else a round reads no more guesses than some row has, which asks the device.
         self._static = self.captures or compile
@@ -164,9 +169,13 @@ class Rounds:
 
     def foresee(self, n: int, k: int) -> None:
         """Guess for the first `n` slots without reading it: what comes then tells what guesses would have brought."""
+        self._launch(("foresee", n, k, self._sampler.features), lambda: self._foresee(n, k))
+
+    def _foresee(self, n: int, k: int) -> None:
         assert self.drafter is not None
         draft = self.drafter.propose(n, k, self._sampler, self._history.first(n))
-        self._foreseen_bk = torch.cat(((draft.length_b * self._alive_b[:n])[:, None], draft.tokens_bk), dim=1)
+        self._foreseen_bk[:n, 0] = draft.length_b * self._alive_b[:n]
+        self._foreseen_bk[:n, 1 : k + 1] = draft.tokens_bk
 
     def run(self, n: int, k: int) -> bool:
         """One round over the first `n` slots, on a GPU as one graph from its third time on.
@@ -174,7 +183,10 @@ class Rounds:
         Returns:
             Whether all of it had been done before, so that its time says what such a round takes.
         """
-        key = (n, k, self._sampler.features)
+        return self._launch((n, k, self._sampler.features), lambda: self._compiled(n, k))
+
+    def _launch(self, key: Any, work: Callable[[], None]) -> bool:
+        """Do `work`, which `key` tells from all other: see `run`."""
         graph = self._graphs.get(key)
         steady = graph is not None or (not self.captures and key in self._seen)
         if graph is not None:
@@ -182,18 +194,21 @@ class Rounds:
         elif not self.captures or key not in self._seen:
             # What is compiled at its first call, or asks the device then, must have done so before.
             self._seen.add(key)
-            self._compiled(n, k)
+            work()
         else:
             graph = torch.cuda.CUDAGraph()
             # One round at a time: all graphs may use the same memory for what they forget.
             memory = next((other.pool() for other in self._graphs.values()), None)
             try:
                 with torch.cuda.graph(graph, pool=memory):
-                    self._compiled(n, k)
+                    work()
             except RuntimeError as error:
-                warnings.warn(f"a round is launched piece by piece, which is slower: {error}", stacklevel=2)
-                self.captures = False
-                self._compiled(n, k)
+                # What was built during a capture breaks that one, and is there for the next.
+                self._failures += 1
+                if self._failures >= MOST_FAILURES:
+                    warnings.warn(f"rounds are launched piece by piece, which is slower: {error}", stacklevel=3)
+                    self.captures = False
+                work()
             else:
                 self._graphs[key] = graph
                 graph.replay()
@@ -260,13 +275,10 @@ class Rounds:
     def take(self, n: int) -> list[Given]:
         """What the first `n` slots were given since the last time: the one wait for the device."""
         counts = torch.stack((self._fill_b[:n], self._kept_b[:n], self._judged_b[:n], self._guessed_b[:n]), dim=1)
-        foreseen_bk, width = self._foreseen_bk, self._foreseen_bk.shape[1]
-        if len(foreseen_bk) != n:
-            foreseen_bk, width = counts[:, :1].new_zeros(n, 1), 1
-        self._foreseen_bk = counts.new_zeros(0, 1)
-        rows = torch.cat((counts, foreseen_bk, self._out_bn[:n]), dim=1).tolist()
+        width = self._foreseen_bk.shape[1]
+        rows = torch.cat((counts, self._foreseen_bk[:n], self._out_bn[:n]), dim=1).tolist()
         scores = self._score_bn[:n].tolist()
-        for buffer in (self._fill_b, self._kept_b, self._judged_b, self._guessed_b):
+        for buffer in (self._fill_b, self._kept_b, self._judged_b, self._guessed_b, self._foreseen_bk):
             buffer.zero_()
         return [
             Given(more[width:][:fill], row_scores[:fill], kept, judged, guessed, more[1:width][: more[0]])
