@@ -31,6 +31,7 @@ def reference(config: SamplingConfig, ids: list[int], logits_v: Tensor) -> Tenso
         TemperatureLogitsWarper,
         TopKLogitsWarper,
         TopPLogitsWarper,
+        TypicalLogitsWarper,
     )
 
     chain = LogitsProcessorList()
@@ -43,6 +44,8 @@ def reference(config: SamplingConfig, ids: list[int], logits_v: Tensor) -> Tenso
         chain.append(TopPLogitsWarper(config.top_p))
     if config.min_p:
         chain.append(MinPLogitsWarper(config.min_p))
+    if config.typical_p < 1:
+        chain.append(TypicalLogitsWarper(config.typical_p))
     # The order above is the one that transformers builds from the same settings.
     built = order_in_transformers(
         GenerationConfig(
@@ -52,6 +55,7 @@ def reference(config: SamplingConfig, ids: list[int], logits_v: Tensor) -> Tenso
             top_k=config.top_k,
             top_p=config.top_p,
             min_p=config.min_p or None,
+            typical_p=config.typical_p,
         )
     )
     assert built == [type(p) for p in chain if not (isinstance(p, TemperatureLogitsWarper) and config.temperature == 1)]
@@ -74,6 +78,9 @@ CONFIGS = [
     SamplingConfig(temperature=1.0, top_p=1e-9),
     SamplingConfig(temperature=1.0, min_p=0.1),
     SamplingConfig(temperature=1.0, min_p=1.0),
+    SamplingConfig(temperature=1.0, typical_p=0.6),
+    SamplingConfig(temperature=1.0, typical_p=1e-6),
+    SamplingConfig(temperature=0.8, top_k=12, min_p=0.02, typical_p=0.9),
     SamplingConfig(temperature=1.0, repetition_penalty=1.3),
     SamplingConfig(temperature=1.6, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=0.8),
     SamplingConfig(temperature=0.4, top_k=7, top_p=0.95, min_p=0.02, repetition_penalty=1.8),
@@ -214,6 +221,8 @@ def test_logits_that_are_not_finite_give_no_token(bad: float) -> None:
         {"top_p": 1.1},
         {"min_p": -0.1},
         {"min_p": 1.5},
+        {"typical_p": 0.0},
+        {"typical_p": 1.2},
         {"repetition_penalty": 0.0},
         {"presence_penalty": math.inf},
         {"seed": -1},

@@ -1,7 +1,7 @@
 """From logits to tokens: processors in a fixed order, and noise that belongs to a row alone.
 
 The order is that of transformers: bias, repetition penalty, presence and frequency penalties, temperature, top-k,
-top-p, min-p. The distribution that remains after the last of them is the p of speculative decoding.
+top-p, min-p, typical-p. The distribution that remains after the last of them is the p of speculative decoding.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class SamplingConfig:
         top_k: keep the k most likely tokens and ties with the last of them; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches this (arXiv 1904.09751); 1 keeps all.
         min_p: drop tokens below this share of the most likely one's probability (arXiv 2407.01082); 0 keeps all.
+        typical_p: keep the tokens whose surprise is nearest to what is expected, of at least this probability together
+            (arXiv 2202.00666); 1 keeps all.
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output
             (arXiv 1909.05858); 1 is none.
         presence_penalty: subtracted from the logits of tokens in the output.
@@ -37,6 +39,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -56,6 +59,7 @@ class SamplingConfig:
         expect(self.top_k >= 0, "top_k", "an integer of at least 0", "0 keeps all tokens")
         expect(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", "1 keeps all tokens")
         expect(0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", "0 keeps all tokens")
+        expect(0 < self.typical_p <= 1, "typical_p", "a number in (0, 1]", "1 keeps all tokens")
         expect(0 < self.repetition_penalty < finite, "repetition_penalty", "a number above 0", "1 is no penalty")
         expect(abs(self.presence_penalty) < finite, "presence_penalty", "a finite number", "0 is no penalty")
         expect(abs(self.frequency_penalty) < finite, "frequency_penalty", "a finite number", "0 is no penalty")
@@ -117,6 +121,7 @@ COLUMNS: Mapping[str, Callable[[SamplingConfig], float]] = {
     "top_k": lambda c: c.top_k,
     "tail": lambda c: 1 - float(c.top_p),
     "min_p": lambda c: float(c.min_p),
+    "typical_p": lambda c: float(c.typical_p),
 }
 
 
@@ -156,6 +161,22 @@ def keep_min_p(logits_bv: Tensor, p: Tensor | float) -> Tensor:
     """Drop tokens whose probability is below ``p`` times that of the most likely."""
     prob_bv = logits_bv.softmax(-1)
     return logits_bv.masked_fill(prob_bv < p * prob_bv.amax(-1, keepdim=True), -torch.inf)
+
+
+def keep_typical_p(logits_bv: Tensor, p_b1: Tensor) -> Tensor:
+    """Keep the tokens whose ``-log`` probability is nearest to the entropy, up to the one that brings them to ``p``.
+
+    Rows with p = 1 keep all.
+    """
+    log_bv = logits_bv.log_softmax(-1)
+    prob_bv = log_bv.exp()
+    entropy_b1 = -torch.where(prob_bv > 0, prob_bv * log_bv, 0).sum(-1, keepdim=True)
+    sorted_bv, order_bv = (-log_bv - entropy_b1).abs().sort(dim=-1)
+    # A token that ties with the last one that is needed is kept as well.
+    last_b1 = (prob_bv.gather(1, order_bv).cumsum(-1) < p_b1).sum(-1, keepdim=True).clamp(max=logits_bv.shape[1] - 1)
+    drop_bv = sorted_bv > sorted_bv.gather(1, last_b1)
+    drop_bv = drop_bv.scatter(1, order_bv, drop_bv) & (p_b1 < 1)
+    return logits_bv.masked_fill(drop_bv, -torch.inf)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -260,6 +281,7 @@ class Sampler:
             "top_k": self.largest_k > 0,
             "top_p": any(c.top_p != 1 for c in asked),
             "min_p": any(c.min_p for c in asked),
+            "typical_p": any(c.typical_p != 1 for c in asked),
         }
 
     @property
@@ -290,6 +312,8 @@ class Sampler:
             x = keep_top_p(x, column["tail"])
         if asked["min_p"]:
             x = keep_min_p(x, column["min_p"])
+        if asked["typical_p"]:
+            x = keep_typical_p(x, column["typical_p"])
         return x
 
     def probabilities(self, logits_bv: Tensor, history: History) -> Tensor:
