@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from subquad.core.errors import ConfigError, DataError
+from subquad.decode.copyspec import CopySpec
 from subquad.engine.engine import Engine
 from subquad.engine.generate import generate
 from subquad.engine.request import Limits, Request
@@ -192,3 +194,32 @@ def test_the_state_is_allocated_once_and_its_bytes_are_told(model: Stack) -> Non
     drain(engine)
     assert engine.nbytes == before
     assert not engine.captured
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_end_token_comes_before_so_many_others(model: Stack, temperature: float) -> None:
+    """Against a loop that forbids the end tokens by hand, with guesses and without, beside a row that may end."""
+    sampling, n, least = SamplingConfig(temperature=temperature, seed=5), 12, 7
+    free = generate(model, PROMPTS[:1], limits=Limits(n, end_tokens=[]), sampling=sampling)[0].tokens
+    ends = [free[1], free[3], V + 5]
+    biased = replace(sampling, logit_bias={token: -math.inf for token in ends if token < V})
+    # Noise is a function of seed and step, so a text that is begun with a bias goes on without it.
+    held = generate(model, PROMPTS[:1], limits=Limits(least, end_tokens=[]), sampling=biased)[0].tokens
+    limits = Limits(n, end_tokens=ends, min_new_tokens=least)
+    other = generate(model, PROMPTS[1:2], limits=Limits(n, end_tokens=ends), sampling=sampling)[0].tokens
+    for drafter in (None, CopySpec((2, 1))):
+        engine = Engine(model, rows=2, capacity=32, drafter=drafter, rounds=2)
+        engine.submit(Request(PROMPTS[0], limits, sampling))
+        engine.submit(Request(PROMPTS[1], Limits(n, end_tokens=ends), sampling))
+        got = {row: tokens(pieces) for row, pieces in drain(engine).items()}
+        assert got[0][:least] == held
+        assert not set(got[0][:least]) & set(ends)
+        assert len(got[0]) == n or got[0][-1] in ends
+        assert got[1] == other
+
+
+@pytest.mark.parametrize("least", [-1, 9])
+def test_a_least_number_beyond_the_most_is_refused(model: Stack, least: int) -> None:
+    engine = Engine(model, rows=1, capacity=16)
+    with pytest.raises(ConfigError, match="^min_new_tokens: expected 0 to max_new_tokens=8"):
+        engine.submit(Request([1], Limits(8, min_new_tokens=least)))

@@ -42,6 +42,7 @@ def run(
         typer.Option("--read-twice", help="Repeat each prompt, so that a constant state knows what to look for."),
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write for a prompt.")] = 128,
+    min_new_tokens: Annotated[int, typer.Option(min=0, help="No end token before so many others.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw among the k most likely tokens; 0 is all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this mass; 1 is all.")] = 1.0,
@@ -108,7 +109,8 @@ def run(
     loaded = load_model(model, dtype=kind, device=where)
     tokens = [encode(loaded, prompt, chat) for prompt in asked]
     own = {*loaded.model.config.eos_tokens, loaded.tokenizer.eos_token_id}
-    limits = Limits(max_new_tokens, sorted(own - {None}), tuple(stop or ()), allow_long)
+    ends = sorted(own - {None})
+    limits = Limits(max_new_tokens, ends, tuple(stop or ()), allow_long, min_new_tokens=min_new_tokens)
     streams = not as_json and len(asked) == 1 if stream is None else stream
 
     def small(name: str) -> Stack:

@@ -23,6 +23,7 @@ class Limits:
         stop: strings that end a row; need a tokenizer.
         allow_long: go beyond the context the model was trained for.
         chunk: columns of the prompts read in one forward pass, which bounds the memory of long prompts.
+        min_new_tokens: an end token can't come before so many others; stop strings still end a row.
     """
 
     max_new_tokens: int = 128
@@ -30,6 +31,7 @@ class Limits:
     stop: Sequence[str] = ()
     allow_long: bool = False
     chunk: int = 1024
+    min_new_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,11 @@ def check_request(model: Stack, request: Request, name: str) -> None:
     prompt, limits = request.prompt, request.limits
     if limits.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: expected at least 1, got {limits.max_new_tokens}; ask for a token")
+    if not 0 <= limits.min_new_tokens <= limits.max_new_tokens:
+        raise ConfigError(
+            f"min_new_tokens: expected 0 to max_new_tokens={limits.max_new_tokens}, got {limits.min_new_tokens}; "
+            "0 lets a row end at once"
+        )
     if limits.chunk < 1:
         raise ConfigError(f"chunk: expected at least 1, got {limits.chunk}; 1024 is usual")
     if limits.stop and request.tokenizer is None:

@@ -73,6 +73,8 @@ class Rounds:
         self._last_b, self._alive_b, self._left_b, self._fill_b, self._kept_b, self._judged_b, self._guessed_b = (
             torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(7)
         )
+        # Tokens of a row before which it can't end; here as well, so that nobody asks the device whether there are any.
+        self._least_b, self._least = torch.zeros(rows, dtype=torch.int64, device=device), [0] * rows
         # One column more than is ever read takes what is not kept.
         self._out_bn = torch.zeros(rows, width + 1, dtype=torch.int64, device=device)
         self._score_bn = torch.zeros(rows, width + 1 if logprobs else 0, device=device)
@@ -117,6 +119,13 @@ class Rounds:
         left = [request.limits.max_new_tokens - n for request, n in zip(requests, drawn, strict=True)]
         self._left_b[at] = torch.tensor(left, device=device)
         self._alive_b[at] = 0
+        self._hold(slots, [request.limits.min_new_tokens for request in requests])
+
+    def _hold(self, slots: Sequence[int], least: Sequence[int]) -> None:
+        """Let no end token come in `slots` before so many others."""
+        for slot, n in zip(slots, least, strict=True):
+            self._least[slot] = n
+        self._least_b[self._at(slots)] = self._at(least)
 
     def _widen_history(self) -> None:
         """Make room for counts of tokens; rows under way have no penalty, so that theirs stay zero."""
@@ -140,6 +149,7 @@ class Rounds:
         if slots:
             self._alive_b[self._at(slots)] = 0
             self._sampler.put(slots, [SamplingConfig()] * len(slots))
+            self._hold(slots, [0] * len(slots))
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """What stands in the slots `sources` goes to `targets`; no slot is in both."""
@@ -149,6 +159,7 @@ class Rounds:
         for buffer in (self._last_b, self._alive_b, self._left_b, self._ends_be):
             buffer[to] = buffer[at]
         self._alive_b[at] = 0
+        self._hold([*targets, *sources], [*(self._least[slot] for slot in sources), *[0] * len(sources)])
         configs = [self._sampler.configs[slot] for slot in sources]
         self._sampler.put([*targets, *sources], [*configs, *[SamplingConfig()] * len(sources)])
         if self.drafter is not None:
@@ -183,7 +194,8 @@ class Rounds:
         Returns:
             Whether all of it had been done before, so that its time says what such a round takes.
         """
-        return self._launch((n, k, self._sampler.features), lambda: self._compiled(n, k))
+        key = (n, k, self._sampler.features, any(self._least))
+        return self._launch(key, lambda: self._compiled(n, k))
 
     def _launch(self, key: Any, work: Callable[[], None]) -> bool:
         """Do `work`, which `key` tells from all other: see `run`."""
@@ -229,11 +241,12 @@ class Rounds:
         state = pool if draft.chains == 1 else pool.fork(draft.chains)
         hidden_btd, update = self.model.read(tokens_bt, state, lengths_b)
         logits_btv = self.model.head(hidden_btd)
+        allowed_btv = self._without_ends(logits_btv, n, draft) if any(self._least) else logits_btv
         rows = None
         if draft.chains == 1:
-            tokens_bt, n_b = verify(self._sampler, history, logits_btv, draft)
+            tokens_bt, n_b = verify(self._sampler, history, allowed_btv, draft)
         else:
-            tokens_bt, n_b, at_b = verify_chains(self._sampler, history, logits_btv, draft)
+            tokens_bt, n_b, at_b = verify_chains(self._sampler, history, allowed_btv, draft)
             hidden_btd, logits_btv, update = hidden_btd[at_b], logits_btv[at_b], select(update, at_b)
             # Named, since it is not the pool that was read.
             rows = torch.arange(n, device=self.model.device)
@@ -245,6 +258,18 @@ class Rounds:
         update.commit_(pool, rows, kept_b)
         if self.drafter is not None:
             self.drafter.observe(tokens_bt.clamp(min=0), kept_b, hidden_btd)
+
+    def _without_ends(self, logits_btv: Tensor, n: int, draft: Draft) -> Tensor:
+        """The logits with no end token where a row can't end yet."""
+        t, vocab_size = logits_btv.shape[1:]
+        step_bt = self._history.step_b[:n, None] + torch.arange(t, device=logits_btv.device)
+        early_bt = draft.fork(step_bt < self._least_b[:n, None])
+        ends_b1e = draft.fork(self._ends_be[:n])[:, None]
+        barred_bte = early_bt[..., None] & (ends_b1e >= 0) & (ends_b1e < vocab_size)
+        # Where nothing is barred the place, whichever it is, keeps what it has.
+        at_bte = torch.where(barred_bte, ends_b1e, 0)
+        ceiling_bte = torch.where(barred_bte, -torch.inf, torch.inf).to(logits_btv.dtype)
+        return logits_btv.scatter_reduce(2, at_bte, ceiling_bte, "amin")
 
     def _emit(self, tokens_bt: Tensor, n_b: Tensor, logits_btv: Tensor) -> Tensor:
         """Write what stands up to a row's end, and return how many tokens that is, 0 for rows that have ended."""
