@@ -47,7 +47,8 @@ def swiglu(
 
 def _few(x_btd: Tensor, *layers: nn.Module) -> bool:
     tokens = x_btd.shape[0] * x_btd.shape[1]
-    most = MOST_OF_NARROW if x_btd.shape[2] <= NARROW else MOST_TOKENS
+    narrow = x_btd.shape[2] <= NARROW and x_btd.element_size() <= 2
+    most = MOST_OF_NARROW if narrow else MOST_TOKENS
     return (
         0 < tokens <= most
         and not torch.is_grad_enabled()

@@ -32,7 +32,7 @@ def tiling(tokens: int, width: int, size: int) -> Tiling:
     if size > 2:
         return Tiling(16, 128, 3, 4)
     if tokens > 16:
-        return Tiling(16, 64 if width <= 1024 else 128, 5, 4)
+        return Tiling(16, 64, 5, 4) if width <= 1024 else Tiling(16, 128, 4, 4)
     if width <= LONG:
         return Tiling(16, max(16, triton.next_power_of_2(width)), 1, 4)
     return Tiling(32, 128, 5, 4)
