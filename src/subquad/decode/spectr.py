@@ -29,7 +29,6 @@ CARD = Card(
     examples={
         "chains": {"model": "attention", "branch": "3"},
         "tree": {"model": "mamba2", "branch": "2+2"},
-        "coupled": {"model": "gated_deltanet", "branch": "2+1+2", "coupled": "true"},
     },
 )
 
