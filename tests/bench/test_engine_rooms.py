@@ -61,6 +61,7 @@ def test_copies_of_states_give_what_a_replay_gives() -> None:
             assert given[0] == given[1]
             states = [dict(rounds.pool.settled().tensors()) for rounds in both]
             for name, x in states[0].items():
+                # Blocks of tokens here, one by one there: float32 sums in another order, through both layers.
                 torch.testing.assert_close(x, states[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 

@@ -18,7 +18,7 @@ from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State, axes
 from subquad.ops import attention, cached, ring, skinny, windowed
 from subquad.ops.qkv import QKV
-from subquad.ops.ring import RingState
+from subquad.ops.ring import RingState, RingUpdate
 from subquad.ops.window import WindowState
 
 CARD = Card(
@@ -122,29 +122,12 @@ class WindowUpdate(Update):
         return self.state.after(self.k_bgtk, self.v_bgtk, self.layout, self.layout.lengths_b if n_b is None else n_b)
 
 
-@dataclass(frozen=True)
-class RingUpdate(Update):
-    """A block that stands in its state's ring, behind what is committed."""
+class WindowRingUpdate(RingUpdate):
+    """A block before a window alone."""
 
-    state: RingState
-    layout: Layout
-
-    def commit(self, n_b: Tensor | None = None) -> WindowState:
-        """The window behind the kept tokens."""
-        return self._behind(n_b).settled()
-
-    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
-        """Count the kept tokens. Without `rows`, `pool` is what was read."""
-        if rows is None and isinstance(pool, RingState):
-            n_b = self.layout.lengths_b if n_b is None else n_b
-            ring.commit_(pool.first(len(n_b)), n_b, self.layout.shape[1], None)
-        else:
-            pool.write_(rows, self._behind(n_b))
-
-    def _behind(self, n_b: Tensor | None) -> RingState:
-        state = self.state.snapshot()
-        ring.commit_(state, self.layout.lengths_b if n_b is None else n_b, self.layout.shape[1], None)
-        return state
+    def count_(self, state: Any, n_b: Tensor) -> None:
+        """Count the kept tokens; what leaves the window is forgotten."""
+        ring.commit_(state, n_b, self.layout.shape[1], None)
 
 
 class Attention(Mixer):
@@ -291,12 +274,12 @@ class Attention(Mixer):
         y_bthk, k_bgtk = cached.attend(q_bthk, k_bgtk, v_bgtk, *cache, self.scale, tables)
         return skinny.project(y_bthk.flatten(2), self.o_proj)[0], CacheUpdate(state, k_bgtk, v_bgtk, layout)
 
-    def _turn(self, x_btd: Tensor, state: RingState, layout: Layout) -> tuple[Tensor, RingUpdate]:
+    def _turn(self, x_btd: Tensor, state: RingState, layout: Layout) -> tuple[Tensor, WindowRingUpdate]:
         """Few tokens before a ring."""
         q_bthk, k_btgk, v_btgk = self.qkv.project(x_btd)
         tables = self.qkv.tables(layout, q_bthk.dtype)
         y_bthk = ring.read(q_bthk, k_btgk, v_btgk, tables, None, state, self.scale)
-        return skinny.project(y_bthk.flatten(2), self.o_proj)[0], RingUpdate(state, layout)
+        return skinny.project(y_bthk.flatten(2), self.o_proj)[0], WindowRingUpdate(state, layout)
 
     def _read_cache(self, q_bthk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, state: CacheState, layout: Layout) -> Tensor:
         t = q_bthk.shape[1]

@@ -18,7 +18,7 @@ from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State, axes, precise
 from subquad.ops import attention, kmeans, linear_attention, ring, rope, skinny, window, windowed
 from subquad.ops.qkv import QKV
-from subquad.ops.ring import RingState
+from subquad.ops.ring import RingState, RingUpdate
 from subquad.ops.window import Far, WindowState
 
 CARD = Card(
@@ -125,31 +125,13 @@ class LinearRingState(State):
 
 
 @dataclass(frozen=True)
-class LinearRingUpdate(Update):
-    """A block that stands in its state's ring, behind what is committed."""
+class LinearRingUpdate(RingUpdate):
+    """A block before a window with a linear state behind it."""
 
     mixer: WindowedLinear
-    state: LinearRingState
-    layout: Layout
 
-    def commit(self, n_b: Tensor | None = None) -> WindowedLinearState:
-        """Window and linear state behind the kept tokens."""
-        return self._behind(n_b).settled()
-
-    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
-        """Absorb what leaves the window. Without `rows`, `pool` is what was read."""
-        if rows is None and isinstance(pool, LinearRingState):
-            n_b = self.layout.lengths_b if n_b is None else n_b
-            self._commit_(pool.first(len(n_b)), n_b)
-        else:
-            pool.write_(rows, self._behind(n_b))
-
-    def _behind(self, n_b: Tensor | None) -> LinearRingState:
-        state = self.state.snapshot()
-        self._commit_(state, self.layout.lengths_b if n_b is None else n_b)
-        return state
-
-    def _commit_(self, state: LinearRingState, n_b: Tensor) -> None:
+    def count_(self, state: Any, n_b: Tensor) -> None:
+        """Count the kept tokens, and absorb what leaves the window."""
         back, maps, time = self.mixer.tables_back(self.layout), self.mixer.maps, self.layout.shape[1]
         ring.commit_(state.ring, n_b, time, back, state.linear_bgfv, maps)
 
@@ -286,7 +268,7 @@ class WindowedLinear(Mixer):
         tables, back = self.qkv.tables(layout, q_bthk.dtype), self.tables_back(layout)
         block = q_bthk, k_btgk, v_btgk, tables, back
         y_bthk = ring.read(*block, state.ring, self.scale, state.linear_bgfv, self.maps)
-        return skinny.project(y_bthk.flatten(2), self.o_proj)[0], LinearRingUpdate(self, state, layout)
+        return skinny.project(y_bthk.flatten(2), self.o_proj)[0], LinearRingUpdate(state, layout, self)
 
     def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:
         """The training form: nothing stands before the block, and nothing is kept of it."""

@@ -6,12 +6,15 @@ A pool's form of `subquad.ops.window.WindowState`, alone or before a linear stat
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from subquad.core.layout import Layout
+from subquad.core.mixer import Update
 from subquad.core.state import State, axes
 from subquad.ops import backends
 from subquad.ops.window import WindowState
@@ -85,6 +88,35 @@ class RingState(State):
         keys, values = around(other.window_k_bgwk), around(other.window_v_bgwk)
         spare = self.window_bw0.new_zeros(len(other.seen_b), self.window, 0)
         return RingState(keys, values, other.sink_k_bgsk, other.sink_v_bgsk, other.seen_b, spare)
+
+
+@dataclass(frozen=True)
+class RingUpdate(Update, ABC):
+    """A block that stands in its state's ring, behind what is committed."""
+
+    state: State
+    layout: Layout
+
+    @abstractmethod
+    def count_(self, state: Any, n_b: Tensor) -> None:
+        """Commit the first `n_b` tokens into `state`, rows that hold the block, in place."""
+
+    def commit(self, n_b: Tensor | None = None) -> State:
+        """The settled state behind the kept tokens."""
+        return self._behind(n_b).settled()
+
+    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+        """The same in place. Without `rows`, a pool of this form is what was read."""
+        if rows is None and isinstance(pool, type(self.state)):
+            n_b = self.layout.lengths_b if n_b is None else n_b
+            self.count_(pool.first(len(n_b)), n_b)
+        else:
+            pool.write_(rows, self._behind(n_b))
+
+    def _behind(self, n_b: Tensor | None) -> State:
+        state = self.state.snapshot()
+        self.count_(state, self.layout.lengths_b if n_b is None else n_b)
+        return state
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,9 @@
 import triton
 import triton.language as tl
 
-from subquad.ops import backends
+from subquad.ops.kernels import product
 from subquad.ops.overlap.kernels import begin
 from subquad.ops.rope.kernels import turned
-
-# The interpreter multiplies the bits of bfloat16 as integers: there, products are of the same numbers in float32.
-INTERPRETED = tl.constexpr(backends.interpreted())
-
-
-@triton.jit
-def _product(a, b, PRECISION: tl.constexpr):
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -39,7 +28,7 @@ def _features(
         k = tl.load(keys_ptr + slot[:, None] * K + c[None, :], mask=mask, other=0.0)
     weight = tl.load(map_ptr + c[:, None] * F + f[None, :], mask=(c < K)[:, None] & (f < F)[None, :], other=0.0)
     bias = tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)
-    logits = _product(k, weight, PRECISION) * map_scale + bias[None, :]
+    logits = product(k, weight, PRECISION) * map_scale + bias[None, :]
     logits = tl.where((f < F)[None, :], logits, -float("inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
@@ -105,14 +94,14 @@ def read_kernel(
     there = (n >= 0) & (n < seen + T)
     slot = tl.where(there, n, 0) % R
     near_k, near_v = _rows(keys_ptr, slot, c, there, K), _rows(values_ptr, slot, c, there, K)
-    scores = _product(q, tl.trans(near_k), PRECISION) * scale
+    scores = product(q, tl.trans(near_k), PRECISION) * scale
     scores = tl.where(there[None, :] & (n[None, :] <= p) & (n[None, :] > p - W), scores, -float("inf"))
     best = tl.max(scores, 1)
     if S > 0:
         s = tl.arange(0, BS)
         there = (s < S) & (s <= seen + T - 1 - W)
         first_k, first_v = _rows(sink_k_ptr, s, c, there, K), _rows(sink_v_ptr, s, c, there, K)
-        sink_scores = _product(q, tl.trans(first_k), PRECISION) * scale
+        sink_scores = product(q, tl.trans(first_k), PRECISION) * scale
         sink_scores = tl.where(there[None, :] & (s[None, :] <= p - W), sink_scores, -float("inf"))
         best = tl.maximum(best, tl.max(sink_scores, 1))
     if FAR:
@@ -120,7 +109,7 @@ def read_kernel(
         for i in tl.static_range(GROUP):
             map_ptrs = q_map_ptr + ((g * GROUP + i) * K + c[:, None]) * F + f[None, :]
             weight = tl.load(map_ptrs, mask=(c < K)[:, None] & (f < F)[None, :], other=0.0)
-            logs += tl.where((m // T == i)[:, None], _product(plain, weight, PRECISION), 0.0)
+            logs += tl.where((m // T == i)[:, None], product(plain, weight, PRECISION), 0.0)
         behind = tl.maximum(seen + t - (W + S - 1), 0).to(tl.float32)
         fade = tl.load(fade_ptr + h, mask=real, other=0.0).to(tl.float32) * tl.log(1.0 + behind / W)
         known = real[:, None] & (f < F)[None, :]
@@ -131,11 +120,11 @@ def read_kernel(
     # Rows of no query have nothing to see.
     best = tl.where(best == -float("inf"), 0.0, best)[:, None]
     weights = tl.exp(scores - best)
-    total, sums = tl.sum(weights, 1), _product(weights.to(near_v.dtype), near_v, PRECISION)
+    total, sums = tl.sum(weights, 1), product(weights.to(near_v.dtype), near_v, PRECISION)
     if S > 0:
         weights = tl.exp(sink_scores - best)
         total += tl.sum(weights, 1)
-        sums += _product(weights.to(first_v.dtype), first_v, PRECISION)
+        sums += product(weights.to(first_v.dtype), first_v, PRECISION)
     if FAR:
         # What left the window before the block, then what leaves it within the block.
         linear_ptr += (b * G + g) * F * (K + 1)
