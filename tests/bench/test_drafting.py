@@ -28,6 +28,7 @@ from subquad.decode.draft_head import DraftHead
 from subquad.decode.self_draft import SelfDraft
 from subquad.engine.draft import Draft, Drafter
 from subquad.engine.model_draft import ModelDrafter
+from subquad.engine.relax import Relaxed
 from subquad.models.checkpoint import save_pretrained
 from subquad.models.config import ModelConfig
 from subquad.models.draft_head import Head, HeadConfig, save_head, untrained
@@ -128,10 +129,14 @@ def test_a_drafter_that_changes_answers_has_no_speed() -> None:
 
 def test_every_way_has_a_figure_beside_plain_decoding() -> None:
     bench = Bench("decode.copyspec", smoke=True)
-    run_drafter(bench, lambda _: CopySpec())
+    run_drafter(bench, lambda _: CopySpec(), relaxed=Relaxed(beta=9, tau=9.0))
     rows = {row.id: row for row in bench.rows}
     for model in ("attention", "hybrid"):
-        for how in ("greedy", "t1"):
+        for b in (1, 2):
+            changed = rows[f"spec.copyspec.{model}.relaxed.b{b}.loose"]
+            assert changed.shape["beta"] == 9 and changed.shape["tokens"] == 4 * 8 and changed.value <= 1
+            assert 0 <= rows[f"spec.copyspec.{model}.relaxed.b{b}.other"].value <= 1
+        for how in ("greedy", "t1", "relaxed"):
             for b in (1, 2):
                 row = rows[f"spec.copyspec.{model}.{how}.b{b}"]
                 assert row.baseline == "plain" and row.unit == "tokens/s" and row.ratio and row.reps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -121,6 +122,22 @@ def test_json_holds_what_the_engine_gives(model: str, capsys: pytest.CaptureFixt
     assert [json.loads(line)["tokens"] for line in together.splitlines()] == [line["tokens"] for line in lines]
 
 
+def test_words_and_repetitions_are_left_out(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    free = expected(model, "xyx", 20)
+    options = ["--no-repeat-ngram-size", "2", "--bad-word", "q", "--bad-word", "\x11", "--epsilon-cutoff", "0.001"]
+    out, _ = run(capsys, model, "xyx", "--json", "--max-new-tokens", "20", *options)
+    ids = load_model(model).tokenizer.encode("xyx q\x11")
+    *_, space, q, other = ids
+    words = [[q], [space, q], [other], [space, other]]
+    config = SamplingConfig(no_repeat_ngram_size=2, bad_words_ids=words, epsilon_cutoff=0.001)
+    got = json.loads(out)["tokens"]
+    assert got == expected(model, "xyx", 20, config).tokens
+    assert {q, other} <= set(free.tokens)
+    assert not {q, other} & set(got)
+    pairs = list(itertools.pairwise([*ids[:-3], *got]))
+    assert len(set(pairs)) == len(pairs)
+
+
 def test_drafts_change_nothing_and_leave_a_trace(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +150,15 @@ def test_drafts_change_nothing_and_leave_a_trace(
     assert sum(look["tokens"] for look in looks) == 13
     assert 0 < sum(look["kept"] for look in looks) <= sum(look["guessed"] for look in looks)
     assert trace.with_suffix(".svg").read_text().startswith("<svg")
+
+
+def test_relaxed_drafts_say_that_they_are_not_exact(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["abcabcab", "--max-new-tokens", "13", "--json", "--draft", "gad,window=8,guesses=4", "--draft-tokens", "3"]
+    out, err = run(capsys, model, *asked)
+    assert json.loads(out)["exact"] and "EXACT" not in err
+    out, err = run(capsys, model, *asked, "--relaxed", "beta=258,tau=99")
+    assert not json.loads(out)["exact"] and json.loads(out)["text"] != expected(model, "abcabcab", 13).text
+    assert "NOT EXACT: " in err and " of 13 tokens (" in err
 
 
 def test_a_prompt_can_be_read_twice(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,6 +216,14 @@ def test_a_stop_string_and_the_end_token_end_the_text(model: str, capsys: pytest
         (["hi", "--max-new-tokens", "9", "--stop", ""], "stop: expected strings of at least one character"),
         (["hi", "--draft", "copyspek"], "unknown method 'copyspek' in decode; did you mean 'copyspec'?"),
         (["hi", "--draft-tokens", "3"], "--draft-tokens: expected a --draft, got none"),
+        (["hi", "--relaxed", "beta=3"], "--relaxed: expected a --draft, got none"),
+        (["hi", "--draft", "copyspec", "--relaxed", "3"], "relaxed: expected beta=3,tau=1, got '3'"),
+        (
+            ["hi", "--max-new-tokens", "9", "--draft", "copyspec", "--relaxed", "tau=1", "--temperature", "1"],
+            "relaxed: expected greedy requests, got temperature 1.0",
+        ),
+        (["hi", "--bad-word", " "], "--bad-word: expected a text, got an empty one"),
+        (["hi", "--no-repeat-ngram-size", "-1"], "no_repeat_ngram_size: expected an integer in [0, 2**31), got -1"),
         ([], "expected a prompt, got none"),
     ],
 )

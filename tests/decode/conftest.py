@@ -11,6 +11,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from subquad.core.registry import methods
+from subquad.engine.translate import Foreign, Translation
 from subquad.models.checkpoint import save_pretrained
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
@@ -25,19 +26,28 @@ MIXERS = {
 }
 
 
-def build(layer: dict[str, Any], seed: int = 0, vocab_size: int = V) -> Stack:
+def build(layer: dict[str, Any], seed: int = 0, vocab_size: int = V, layers: int = 2) -> Stack:
     torch.manual_seed(seed)
     bare = {k: v for k, v in layer.items() if k != "d_model"}
-    model = Stack(ModelConfig(vocab_size, layer.get("d_model", 32), 48, (bare, bare)))
+    model = Stack(ModelConfig(vocab_size, layer.get("d_model", 32), 48, (bare,) * layers))
     with torch.no_grad():
         for p in model.parameters():  # far from uniform logits, and no special starts
             p.add_(0.1 * torch.randn_like(p))
     return model.double().requires_grad_(False)
 
 
-def named(slug: str) -> Stack:
-    """A small model of the first example of a mixer."""
-    return build(next(layer for name, layer in MIXERS.items() if name.startswith(f"{slug}-")), seed=7)
+def foreign(slug: str) -> Foreign:
+    """A small model of 19 tokens: it has 14 of the others' under other ids and reads the rest as 0 to 3 of its own."""
+    pieces = [[(5 * i + 2) % 19] for i in range(14)] + [[j % 19 for j in range(i, i + i % 4)] for i in range(14, V)]
+    model = build(next(layer for name, layer in MIXERS.items() if name.startswith(f"{slug}-")), seed=7, vocab_size=19)
+    return Foreign(model, Translation(pieces, frozenset(range(14)), start=[4]))
+
+
+def named(slug: str, layers: int = 2) -> Stack:
+    """A small model of the first example of a mixer, or one of another vocabulary."""
+    if slug == "foreign":
+        return foreign("attention")
+    return build(next(layer for name, layer in MIXERS.items() if name.startswith(f"{slug}-")), seed=7, layers=layers)
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,16 +14,36 @@ import torch
 from subquad.core.registry import load, methods
 from subquad.engine.draft import Drafter
 from subquad.engine.engine import Engine
-from subquad.engine.generate import Limits, generate, generate_many
+from subquad.engine.generate import Generation, Limits, generate, generate_many
 from subquad.engine.prefix import PrefixCache
 from subquad.engine.request import Request
 from subquad.engine.sampler import SamplingConfig
 from subquad.models.stack import Stack
 
-from .conftest import MIXERS, V, build
+from .conftest import MIXERS, V, build, named
 
 DRAFTERS = [(slug, name) for slug, card in methods("decode").items() for name in card.examples]
 Models = Callable[[str], Stack]
+
+
+@functools.cache
+def built(mixer: str) -> Stack:
+    # No drafter's own start may depend on whether the model was built before.
+    with torch.random.fork_rng():
+        return build(MIXERS[mixer])
+
+
+PLAIN: dict[tuple[str, str], list[Generation]] = {}
+
+
+def plain(
+    mixer: str, prompts: Sequence[Sequence[int]], limits: Limits, sampling: Sequence[SamplingConfig] | None = None
+) -> list[Generation]:
+    """What comes without guesses, worked out once for all drafters."""
+    key = (mixer, repr((prompts, limits, sampling)))
+    if key not in PLAIN:
+        PLAIN[key] = generate(built(mixer), prompts, limits=limits, sampling=sampling)
+    return PLAIN[key]
 
 
 def test_every_drafter_gives_examples() -> None:
@@ -37,26 +59,24 @@ def drafter(request: pytest.FixtureRequest, models: Models) -> Drafter:
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_greedy_tokens_are_those_of_plain_decoding(mixer: str, drafter: Drafter, prompts: list[list[int]]) -> None:
     """In float64, ragged rows, ends inside blocks, rows that end at different times."""
-    model = build(MIXERS[mixer])
     limits = Limits(max_new_tokens=14, end_tokens=[0, 11], chunk=4)
-    expected = generate(model, prompts, limits=limits)
-    assert generate(model, prompts, limits=limits, drafter=drafter, draft_tokens=3) == expected
+    got = generate(built(mixer), prompts, limits=limits, drafter=drafter, draft_tokens=3)
+    assert got == plain(mixer, prompts, limits)
 
 
 @pytest.mark.parametrize("mixer", ["attention-full", "mamba2-paper", "windowed_linear-grouped"])
 def test_rows_join_and_leave(mixer: str, drafter: Drafter, prompts: list[list[int]]) -> None:
     """Few rows for many prompts, several rounds between two looks, and the number of guesses chosen as it goes."""
-    model = build(MIXERS[mixer])
     limits = Limits(max_new_tokens=11, end_tokens=[3], chunk=3)
     many = prompts + [[*p[::-1], 5] for p in prompts]
-    expected = dict(enumerate(generate(model, many, limits=limits)))
-    assert dict(generate_many(model, many, rows=3, limits=limits, rounds=3, drafter=drafter)) == expected
+    got = dict(generate_many(built(mixer), many, rows=3, limits=limits, rounds=3, drafter=drafter))
+    assert got == dict(enumerate(plain(mixer, many, limits)))
 
 
 def test_a_row_that_is_paused_goes_on_where_it_stood(drafter: Drafter, prompts: list[list[int]]) -> None:
-    model = build(MIXERS["gated_deltanet-paper"])
     limits = Limits(max_new_tokens=12, end_tokens=[])
-    expected = [g.tokens for g in generate(model, prompts, limits=limits)]
+    expected = [g.tokens for g in plain("gated_deltanet-paper", prompts, limits)]
+    model = built("gated_deltanet-paper")
     engine = Engine(model, rows=2, capacity=24, drafter=drafter, draft_tokens=2, prefixes=PrefixCache(1 << 20, block=2))
     for prompt in prompts:
         engine.submit(Request(prompt, limits))
@@ -73,23 +93,20 @@ def test_a_row_that_is_paused_goes_on_where_it_stood(drafter: Drafter, prompts: 
 
 def test_samples_are_distributed_as_without_guesses(drafter: Drafter) -> None:
     """Three tokens of 20,000 rows against their exact probabilities: a chi-square test of all that is likely enough."""
-    model = build(MIXERS["attention-full"]).float()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(2.0)
-    prompt, rows, n = [4, 9, 4, 9, 4], 20_000, 3
-    limits = Limits(max_new_tokens=n, end_tokens=[])
-    settings = SamplingConfig(temperature=0.7, top_k=4, seed=11)
+    model, prompt, settings, expected = exact()
+    # Side by side are as many rows as a core's cache likes; each draws with a seed of its own.
+    rows, together, limits = 20_000, 2_000, Limits(max_new_tokens=3, end_tokens=[])
     model_of = getattr(drafter, "model", None)
     if model_of is not None:
         model_of.float()
-    got = generate(model, [prompt] * rows, limits=limits, sampling=settings, drafter=drafter, draft_tokens=2)
-    counts: dict[tuple[int, ...], int] = {}
-    for g in got:
-        counts[tuple(g.tokens)] = counts.get(tuple(g.tokens), 0) + 1
-    expected = exact(model, prompt, n, settings)
+    counts = Counter[tuple[int, ...]]()
+    for first in range(0, rows, together):
+        sampling = dataclasses.replace(settings, seed=settings.seed + first)
+        options: dict[str, Any] = {"limits": limits, "sampling": sampling, "drafter": drafter, "draft_tokens": 2}
+        counts.update(tuple(g.tokens) for g in generate(model, [prompt] * together, **options))
     assert set(counts) <= set(expected)
     likely = {tokens: p for tokens, p in expected.items() if p * rows >= 10}
-    chi2 = sum((counts.get(tokens, 0) - p * rows) ** 2 / (p * rows) for tokens, p in likely.items())
+    chi2 = sum((counts[tokens] - p * rows) ** 2 / (p * rows) for tokens, p in likely.items())
     assert len(likely) > 20
     # Five standard deviations of a chi-square of that many degrees of freedom.
     assert chi2 < len(likely) + 5 * (2 * len(likely)) ** 0.5
@@ -97,11 +114,12 @@ def test_samples_are_distributed_as_without_guesses(drafter: Drafter) -> None:
 
 @pytest.mark.parametrize("slug", methods("decode"))
 def test_a_round_is_one_graph_without_a_break(
-    slug: str, models: Models, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    slug: str, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled whole, guesses and decisions with it, and the same tokens; so nothing in it asks the device."""
     torch.compiler.reset()
-    drafter = load("decode", slug).build(next(iter(methods("decode")[slug].examples.values())), models)
+    small = functools.partial(named, layers=1)
+    drafter = load("decode", slug).build(next(iter(methods("decode")[slug].examples.values())), small)
     compiled = torch.compile
 
     def quickly(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -112,7 +130,8 @@ def test_a_round_is_one_graph_without_a_break(
     limits = Limits(max_new_tokens=10, end_tokens=[0])
     options: dict[str, Any] = {"drafter": drafter, "draft_tokens": 2}
     expected = generate(model, prompts[:2], limits=limits, sampling=sampling, **options)
-    engine = Engine(model, rows=2, capacity=20, compile=True, **options)
+    # Each round gives a token at least, so that all rounds are of the same two rows, and compiled once.
+    engine = Engine(model, rows=2, capacity=20, compile=True, rounds=10, **options)
     for i, prompt in enumerate(prompts[:2]):
         engine.submit(Request(prompt, limits, dataclasses.replace(sampling, seed=3 + i)))
     got: dict[int, list[int]] = {0: [], 1: []}
@@ -122,10 +141,16 @@ def test_a_round_is_one_graph_without_a_break(
     assert [got[0], got[1]] == [g.tokens for g in expected]
 
 
-def exact(model: Stack, prompt: list[int], n: int, settings: SamplingConfig) -> dict[tuple[int, ...], float]:
-    """Every sequence of n tokens with its probability."""
+@functools.cache
+def exact() -> tuple[Stack, list[int], SamplingConfig, dict[tuple[int, ...], float]]:
+    """A model, a prompt, settings, and every sequence of three tokens with its probability."""
+    prompt, settings = [4, 9, 4, 9, 4], SamplingConfig(temperature=0.7, top_k=4, seed=11)
+    with torch.random.fork_rng():
+        model = build(MIXERS["attention-full"]).float()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
     found: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(n):
+    for _ in range(3):
         longer: dict[tuple[int, ...], float] = {}
         for tokens, p in found.items():
             logits_v = model(torch.tensor([prompt + list(tokens)]))[0, -1].double() / settings.temperature
@@ -134,17 +159,19 @@ def exact(model: Stack, prompt: list[int], n: int, settings: SamplingConfig) -> 
                 if q:
                     longer[(*tokens, token)] = p * q
         found = longer
-    return found
+    return model, prompt, settings, found
 
 
 def test_rows_of_all_settings_side_by_side(drafter: Drafter, prompts: list[list[int]]) -> None:
-    """A greedy row among sampled and penalised ones keeps its tokens; a sampled one does not depend on its company."""
-    model = build(MIXERS["gla-paper"])
+    """Greedy rows, one that may not repeat itself among them, keep their tokens; none depends on its company."""
+    model = built("gla-paper")
     settings = [
         SamplingConfig(),
         SamplingConfig(temperature=1.0, seed=3),
-        SamplingConfig(repetition_penalty=1.7, frequency_penalty=0.5),
-        SamplingConfig(temperature=0.6, top_p=0.8, presence_penalty=0.4, seed=9),
+        SamplingConfig(
+            repetition_penalty=1.7, frequency_penalty=0.5, no_repeat_ngram_size=2, bad_words_ids=[[4], [7, 1]]
+        ),
+        SamplingConfig(temperature=0.6, top_p=0.8, presence_penalty=0.4, no_repeat_ngram_size=1, seed=9),
     ]
     limits = Limits(max_new_tokens=10, end_tokens=[2])
     options: dict[str, Any] = {"limits": limits, "drafter": drafter, "draft_tokens": 3}
@@ -152,7 +179,7 @@ def test_rows_of_all_settings_side_by_side(drafter: Drafter, prompts: list[list[
     for prompt, config, got in zip(prompts, settings, together, strict=True):
         assert generate(model, [prompt], sampling=[config], **options) == [got]
         if config.temperature == 0:
-            assert generate(model, [prompt], limits=limits, sampling=[config]) == [got]
+            assert plain("gla-paper", [prompt], limits, [config]) == [got]
 
 
 WEIGHED = [(slug, name) for slug, name in DRAFTERS if "model" in methods("decode")[slug].examples[name]]

@@ -22,7 +22,7 @@ from subquad.models.draft_head import Head, HeadConfig, load_head, save_head, un
 from subquad.models.load import load_model
 from subquad.models.stack import Stack
 from subquad.ops import linear_loss
-from subquad.train.draft_head import compare, guessable, measure, scored
+from subquad.train.draft_head import compare, guess, guessable, measure, scored
 
 from .conftest import V
 
@@ -99,6 +99,40 @@ def test_guesses_follow_the_pairs_that_stood(models: Models) -> None:
     drafter.move([1], [2])
     history = History.start([[0]] * 3, 0)
     assert drafter.propose(3, 3, sampler, history).tokens_bk[2].tolist() == chain(model, head, told[1], 3)
+
+
+def test_a_head_reads_prompts_in_pieces(models: Models) -> None:
+    """Longer ones than its window too; a row that begins anew knows nothing of the one before."""
+    model = models("attention")
+    head = head_for(model, ids=FEW)
+    drafter = DraftHead(head)
+    drafter.open(model, 3, 40)
+    sampler, history = Sampler([SamplingConfig()] * 3), History.start([[0]] * 3, 0)
+    told: list[list[tuple[torch.Tensor, int]]] = [[], [], []]
+    for rows, n, t in (([2, 0], [5, 1], 5), ([0, 2], [9, 20], 20)):
+        tokens_bt, hidden_btd = torch.randint(V, (2, t)), torch.randn(2, t, 32, dtype=torch.float64)
+        drafter.hear(rows, tokens_bt, torch.tensor(n), hidden_btd)
+        for i, row in enumerate(rows):
+            told[row] += [(hidden_btd[i, c], int(tokens_bt[i, c])) for c in range(n[i])]
+    drafter.put([0, 2], [[1, 2], [3]])
+    draft = drafter.propose(3, 3, sampler, history)
+    assert draft.length_b.tolist() == [3, 0, 3]
+    for row in (0, 2):
+        assert draft.tokens_bk[row].tolist() == chain(model, head, told[row], 3)
+    drafter.drop([2])
+    assert drafter.propose(3, 3, sampler, history).length_b.tolist() == [3, 0, 0]
+
+
+def test_a_head_is_trained_on_the_pairs_that_the_engine_gives(models: Models) -> None:
+    """A text's first token as prompt: what the drafter has read behind its last one is what is trained there."""
+    model = models("mamba2")
+    drafter = DraftHead(head_for(model, window=16))
+    (result,) = generate(model, [[3]], limits=Limits(9, end_tokens=[]), drafter=drafter, draft_tokens=2)
+    text_1t = torch.tensor([[3, *result.tokens]])
+    guess_bnd, target_bnd, scored_bn = guess(model, drafter._head, text_1t, scored(text_1t, None, 16, 1))[0]
+    torch.testing.assert_close(guess_bnd[:, 8], drafter._pool.stream_bd, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(target_bnd[:, 8], model.hidden(text_1t)[:, 9])
+    assert scored_bn[0].tolist() == [True] * 9 + [False]
 
 
 def chain(model: Stack, head: Head, pairs: list[tuple[torch.Tensor, int]], k: int) -> list[int]:
@@ -204,12 +238,12 @@ def test_guesses_are_compared_over_the_whole_vocabulary(models: Models) -> None:
     model = models("attention")
     head = head_for(model, ids=FEW)
     guess_btd, target_btd = torch.randn(2, 1, 5, 32, dtype=torch.float64)
-    same, stands = compare(model, guessable(model, head), head.ids_m, [guess_btd], target_btd)
+    same_bt, stands_bt = compare(model, guessable(model, head), head.ids_m, guess_btd, target_btd)
     p_tv = model.head(target_btd)[0].softmax(-1)
     q_tv = torch.zeros(5, V, dtype=torch.float64)
     q_tv[:, FEW] = (guess_btd[0] @ model.lm_head.weight[FEW].T).softmax(-1)
-    torch.testing.assert_close(stands[0, 0], torch.minimum(p_tv, q_tv).sum(-1))
-    assert torch.equal(same[0, 0].bool(), p_tv.argmax(-1) == q_tv.argmax(-1))
+    torch.testing.assert_close(stands_bt[0], torch.minimum(p_tv, q_tv).sum(-1))
+    assert torch.equal(same_bt[0].bool(), p_tv.argmax(-1) == q_tv.argmax(-1))
     kl = linear_loss.kl(target_btd[0], model.lm_head.weight, target_btd[0], model.lm_head.weight, torch.ones(5))
     assert abs(float(kl)) < 1e-12
 

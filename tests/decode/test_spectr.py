@@ -22,7 +22,7 @@ from subquad.engine.sampler import History, Sampler, SamplingConfig
 from subquad.engine.trace import Look
 from subquad.models.stack import Stack
 
-from .conftest import V
+from .conftest import V, named
 
 Models = Callable[[str], Stack]
 
@@ -150,18 +150,17 @@ def test_behind_another_drafter(models: Models) -> None:
     assert [len(g.tokens) for g in got] == [20] * 4
 
 
-def test_a_round_of_a_tree_is_one_graph(
-    models: Models, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_round_of_a_tree_is_one_graph(prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the contract, with penalties and a greedy row beside a sampled one, on a state that is written anew."""
     torch.compiler.reset()
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, **options: compiled(fn, backend="aot_eager", **options))
-    model, limits = models("gla"), Limits(max_new_tokens=10, end_tokens=[0])
+    model, limits = named("gla", layers=1), Limits(max_new_tokens=10, end_tokens=[0])
     sampling = [SamplingConfig(), SamplingConfig(temperature=1.0, repetition_penalty=1.3, seed=4)]
-    options: dict[str, Any] = {"drafter": SpecTr(models("mamba2"), (2, 2)), "draft_tokens": 2}
+    options: dict[str, Any] = {"drafter": SpecTr(named("mamba2", layers=1), (2, 2)), "draft_tokens": 2}
     expected = generate(model, prompts[:2], limits=limits, sampling=sampling, **options)
-    engine = Engine(model, rows=2, capacity=20, compile=True, **options)
+    # Each round gives a token at least, so that all rounds are of the same two rows, and compiled once.
+    engine = Engine(model, rows=2, capacity=20, compile=True, rounds=10, **options)
     for prompt, config in zip(prompts, sampling, strict=False):
         engine.submit(Request(prompt, limits, config))
     got: list[list[int]] = [[], []]

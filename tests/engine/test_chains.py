@@ -43,9 +43,7 @@ def rows_of(config: SamplingConfig, rows: int) -> Sampler:
 
 
 def fresh(rows: int) -> History:
-    prompt_bv = torch.zeros(rows, V, dtype=torch.bool)
-    prompt_bv[:, START] = True
-    return History(torch.zeros(rows, dtype=torch.int64), prompt_bv, torch.zeros(rows, V, dtype=torch.int32))
+    return History.start([[START]], V).select(torch.zeros(rows, dtype=torch.int64))
 
 
 def enumerate_texts(config: SamplingConfig) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from subquad.core.errors import ConfigError
 from subquad.engine.engine import Engine
 from subquad.engine.generate import generate
 from subquad.engine.request import Limits, Request
@@ -244,3 +245,47 @@ def test_a_cheap_drafter_is_compared_with_what_came_while_nothing_is_read() -> N
         assert all(look.guessed == 0 for look in engine.looks)
         assert (engine.pace.accepted > 0.9) == stands
         assert (engine.pace.accepted < 0.4) == (not stands)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "mamba2"])
+def test_warming_changes_no_token_and_tells_what_rounds_take(mixer: str) -> None:
+    model, n = build(MIXERS[mixer]), 12
+    expected = plain(model, PROMPTS, n)
+    texts = [prompt + more for prompt, more in zip(PROMPTS, expected, strict=True)]
+    engine = Engine(model, rows=4, capacity=32, drafter=Oracle(texts, lambda *_: 2), most_drafted=4, rounds=2)
+    # Two ends make room that the first request does not need.
+    engine.warm(Request(PROMPTS[0], Limits(n, end_tokens=[V - 1, V - 2])))
+    assert all(sorted(engine.pace.costs(slots)) == [0, 1, 2, 4] for slots in (1, 2, 4))
+    assert all(cost > 0 for slots in (1, 2, 4) for cost in engine.pace.costs(slots).values())
+    assert not engine.busy
+    for prompt in PROMPTS:
+        engine.submit(Request(prompt, Limits(n, end_tokens=[])))
+    with pytest.raises(ConfigError, match="warm: expected nothing under way, got 4"):
+        engine.warm(Request(PROMPTS[0]))
+    got = drain(engine)
+    assert [tokens(got[row]) for row in range(4)] == expected
+    # What a round takes is known, so the first look guesses already.
+    assert engine.looks[0].k > 0
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 20])
+def test_a_drafter_is_told_what_plain_rounds_gave(rounds: int) -> None:
+    """All at once, in order, with the stream that each token was drawn from."""
+
+    class Witness(Oracle):
+        hears = True
+
+        def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
+            super().observe(tokens_bt, n_b, hidden_btd)
+            assert tokens_bt.shape[1] <= 16
+            heard.extend(zip(tokens_bt[0, : n_b[0]].tolist(), hidden_btd[0, : n_b[0]].clone(), strict=True))
+
+    model, n = build(MIXERS["attention"]), 23
+    expected, heard = plain(model, PROMPTS[:1], n)[0], list[tuple[int, Tensor]]()
+    engine = Engine(model, rows=2, capacity=40, drafter=Witness([PROMPTS[0] + expected], lambda *_: 0), rounds=rounds)
+    engine.pace.choose = lambda slots=1: 0
+    engine.submit(Request(PROMPTS[0], Limits(n, end_tokens=[])))
+    drain(engine)
+    assert [token for token, _ in heard] == expected
+    hidden_td = model.hidden(torch.tensor([PROMPTS[0] + expected]))[0, len(PROMPTS[0]) - 1 : -1]
+    torch.testing.assert_close(torch.stack([stream_d for _, stream_d in heard]), hidden_td)

@@ -158,14 +158,14 @@ def test_the_state_is_allocated_once_and_a_constant_one_ignores_the_length(
         return read(self, tokens_bt, state, *args, **kwargs)
 
     monkeypatch.setattr(Stack, "read", spy)
-    generate(model, [[1, 2, 3]], limits=Limits(max_new_tokens=30))
-    assert len(pools) == 31
+    generate(model, [[1, 2, 3]], limits=Limits(max_new_tokens=12))
+    assert len(pools) == 13
     prompt, *steps = pools  # the prompt but its last token is read against an empty state of its own
     assert len(set(steps)) == 1
     assert prompt <= steps[0]
     slug = model.config.layers[0]["mixer"]
     if methods("mixers")[slug].constant_state:
-        generate(model, [[1, 2, 3] * 20], limits=Limits(max_new_tokens=60))
+        generate(model, [[1, 2, 3] * 36], limits=Limits(max_new_tokens=12))
         assert set(pools) == {prompt, steps[0]}
 
 

@@ -1,5 +1,6 @@
 """Many prompts through few rows: each gets what it would get alone."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from subquad.core.errors import ConfigError, DivergenceError
 from subquad.core.registry import methods
 from subquad.engine.engine import Engine
-from subquad.engine.generate import Limits, generate, generate_many
+from subquad.engine.generate import Generation, Limits, generate, generate_many
 from subquad.engine.request import Request
 from subquad.engine.sampler import SamplingConfig
 from subquad.models.config import ModelConfig
@@ -39,15 +40,24 @@ def prompts() -> list[list[int]]:
     return [torch.randint(V, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
+LIMITS = Limits(max_new_tokens=11, end_tokens=range(0, V, 12), chunk=4)
+SAMPLING = SamplingConfig(temperature=1.0, seed=3)
+
+
+@functools.cache
+def sampled(name: str) -> tuple[Stack, list[Generation]]:
+    """A model and what it gives each prompt, worked out once for all numbers of rows."""
+    torch.manual_seed(0)
+    model = build(MIXERS[name])
+    return model, generate(model, prompts(), limits=LIMITS, sampling=SAMPLING)
+
+
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize(("rows", "rounds"), [(3, 4), (1, 1), (20, 16)])
 def test_a_prompt_gets_what_it_would_get_alone(name: str, rows: int, rounds: int) -> None:
     """Float64 and noise of its own, so that its tokens are the same in any company; some end early, some at once."""
-    model = build(MIXERS[name])
-    limits = Limits(max_new_tokens=11, end_tokens=range(0, V, 12), chunk=4)
-    sampling = SamplingConfig(temperature=1.0, seed=3)
-    expected = generate(model, prompts(), limits=limits, sampling=sampling)
-    got = dict(generate_many(model, prompts(), rows=rows, limits=limits, sampling=sampling, rounds=rounds))
+    model, expected = sampled(name)
+    got = dict(generate_many(model, prompts(), rows=rows, limits=LIMITS, sampling=SAMPLING, rounds=rounds))
     assert [got[i] for i in range(len(LENGTHS))] == expected
     assert len(got) == len(LENGTHS)
     assert len({len(g.tokens) for g in expected}) > 2

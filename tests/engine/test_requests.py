@@ -34,6 +34,11 @@ def test_what_does_not_fit_is_refused_and_nothing_else_is_touched(model: Stack) 
         (lambda: Request([-1], Limits(4)), DataError, "^request 1: expected token ids"),
         (lambda: Request([1], Limits(4), SamplingConfig(temperature=-1)), ConfigError, "^temperature"),
         (lambda: Request([1], Limits(4), SamplingConfig(top_p=math.nan)), ConfigError, "^top_p"),
+        (
+            lambda: Request([1], Limits(4), SamplingConfig(bad_words_ids=[[2], [1, V]])),
+            ConfigError,
+            f"^bad_words_ids: expected token ids below {V}, got {V}",
+        ),
     ]
     for make, error, message in bad:
         with pytest.raises(error, match=message):

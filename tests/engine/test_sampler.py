@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
-from subquad.engine.sampler import History, Sampler, SamplingConfig, gumbel
+from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.ops.draw import gumbel
 
 V = 61
 PROMPTS = [[1, 2, 3, 3], [60], [7, 7, 8, 9, 10, 11]]
@@ -26,7 +27,11 @@ def reference(config: SamplingConfig, ids: list[int], logits_v: Tensor) -> Tenso
     from transformers import GenerationConfig
     from transformers.generation import LogitsProcessorList
     from transformers.generation.logits_process import (
+        EpsilonLogitsWarper,
+        EtaLogitsWarper,
         MinPLogitsWarper,
+        NoBadWordsLogitsProcessor,
+        NoRepeatNGramLogitsProcessor,
         RepetitionPenaltyLogitsProcessor,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
@@ -37,6 +42,11 @@ def reference(config: SamplingConfig, ids: list[int], logits_v: Tensor) -> Tenso
     chain = LogitsProcessorList()
     if config.repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    bad_words_ids = [list(word) for word in config.bad_words_ids]
+    if config.no_repeat_ngram_size:
+        chain.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    if bad_words_ids:
+        chain.append(NoBadWordsLogitsProcessor(bad_words_ids))
     chain.append(TemperatureLogitsWarper(config.temperature))
     if config.top_k:
         chain.append(TopKLogitsWarper(config.top_k))
@@ -46,18 +56,26 @@ def reference(config: SamplingConfig, ids: list[int], logits_v: Tensor) -> Tenso
         chain.append(MinPLogitsWarper(config.min_p))
     if config.typical_p < 1:
         chain.append(TypicalLogitsWarper(config.typical_p))
+    if config.epsilon_cutoff:
+        chain.append(EpsilonLogitsWarper(config.epsilon_cutoff))
+    if config.eta_cutoff:
+        chain.append(EtaLogitsWarper(config.eta_cutoff))
     # The order above is the one that transformers builds from the same settings.
-    built = order_in_transformers(
-        GenerationConfig(
-            do_sample=True,
-            repetition_penalty=config.repetition_penalty,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p or None,
-            typical_p=config.typical_p,
-        )
+    asked = GenerationConfig(
+        do_sample=True,
+        repetition_penalty=config.repetition_penalty,
+        no_repeat_ngram_size=config.no_repeat_ngram_size,
+        bad_words_ids=bad_words_ids or None,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p or None,
+        typical_p=config.typical_p,
+        epsilon_cutoff=config.epsilon_cutoff,
+        eta_cutoff=config.eta_cutoff,
     )
+    asked._eos_token_tensor = None
+    built = order_in_transformers(asked)
     assert built == [type(p) for p in chain if not (isinstance(p, TemperatureLogitsWarper) and config.temperature == 1)]
     return chain(torch.tensor([ids]), logits_v[None].clone())[0]
 
@@ -81,6 +99,22 @@ CONFIGS = [
     SamplingConfig(temperature=1.0, typical_p=0.6),
     SamplingConfig(temperature=1.0, typical_p=1e-6),
     SamplingConfig(temperature=0.8, top_k=12, min_p=0.02, typical_p=0.9),
+    SamplingConfig(temperature=1.0, epsilon_cutoff=0.02),
+    SamplingConfig(temperature=1.0, epsilon_cutoff=0.9),
+    SamplingConfig(temperature=1.0, eta_cutoff=0.01),
+    SamplingConfig(temperature=1.0, eta_cutoff=0.9),
+    SamplingConfig(temperature=1.0, no_repeat_ngram_size=1),
+    SamplingConfig(temperature=1.0, no_repeat_ngram_size=2),
+    SamplingConfig(temperature=1.0, bad_words_ids=[[4], [7, 9], [20, 7, 11], [5, 0, 30]]),
+    SamplingConfig(
+        temperature=0.7,
+        top_p=0.95,
+        eta_cutoff=0.02,
+        epsilon_cutoff=0.003,
+        no_repeat_ngram_size=2,
+        bad_words_ids=[[4], [7, 21]],
+        repetition_penalty=1.3,
+    ),
     SamplingConfig(temperature=1.0, repetition_penalty=1.3),
     SamplingConfig(temperature=1.6, top_k=20, top_p=0.9, min_p=0.05, repetition_penalty=0.8),
     SamplingConfig(temperature=0.4, top_k=7, top_p=0.95, min_p=0.02, repetition_penalty=1.8),
@@ -88,7 +122,7 @@ CONFIGS = [
 
 
 def history_after(generated: list[list[int]]) -> History:
-    history = History.start(PROMPTS, V)
+    history = History.start(PROMPTS, V, tokens=9)
     for step in zip(*generated, strict=True):
         history.observe_(torch.tensor(step), torch.ones(3, dtype=torch.int64))
     return history
@@ -112,6 +146,70 @@ def test_rows_of_one_batch_may_all_be_processed_differently() -> None:
         for row, config in enumerate(configs):
             alone_v = Sampler([config]).probabilities(logits()[row : row + 1], history.select(torch.tensor([row])))[0]
             torch.testing.assert_close(together_bv[row], alone_v, rtol=1e-6, atol=1e-8)
+
+
+def test_what_is_forbidden_for_the_tokens_before_it_is_what_transformers_forbids() -> None:
+    """Random texts of few tokens, in which much comes again: each row has its own size, words and length."""
+    from transformers.generation.logits_process import NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor
+
+    noise = torch.Generator().manual_seed(7)
+
+    def some(most: int, least: int = 0) -> int:
+        return int(torch.randint(least, most + 1, (), generator=noise))
+
+    def text(n: int) -> list[int]:
+        return torch.randint(5, (n,), generator=noise).tolist()
+
+    rows, forbidden = 6, 0
+    for _ in range(60):
+        texts = [text(some(25, 1)) for _ in range(rows)]
+        history = History.start(texts, 0, tokens=30)
+        configs = [
+            SamplingConfig(no_repeat_ngram_size=some(5), bad_words_ids=[text(some(4, 1)) for _ in range(some(5))])
+            for _ in range(rows)
+        ]
+        sampler = Sampler(configs[::-1])
+        sampler.put(range(rows), configs)
+        for _ in range(3):
+            step, there = text(rows), [some(1) for _ in range(rows)]
+            history.observe_(torch.tensor(step), torch.tensor(there))
+            texts = [t + [new] * n for t, new, n in zip(texts, step, there, strict=True)]
+        guess, before = text(rows), history.snapshot()
+        ahead = history.after(torch.tensor(guess))
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(history.tensors(), before.tensors(), strict=True))
+        for now, known in ((texts, history), ([[*t, g] for t, g in zip(texts, guess, strict=True)], ahead)):
+            x = torch.randn(rows, V, generator=noise)
+            got = sampler.process(x, known)
+            for row, config in enumerate(configs):
+                want, ids = x[row : row + 1].clone(), torch.tensor([now[row]])
+                if config.no_repeat_ngram_size:
+                    want = NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)(ids, want)
+                if config.bad_words_ids:
+                    want = NoBadWordsLogitsProcessor(list(config.bad_words_ids))(ids, want)
+                assert torch.equal(got[row], want[0])
+                forbidden += int((want == -math.inf).sum())
+    assert forbidden > 1000
+
+
+def test_what_no_row_asks_for_costs_no_operation_and_no_room() -> None:
+    plain, counted = SamplingConfig(), SamplingConfig(presence_penalty=1.0)
+    texts = [SamplingConfig(no_repeat_ngram_size=n) for n in (2, 3)]
+    words = [SamplingConfig(bad_words_ids=[word]) for word in ([3], [3, 4])]
+    kinds = [Sampler([plain, config]) for config in (plain, counted, *texts, *words)]
+    assert len({sampler.features for sampler in kinds}) == len(kinds)
+    assert [s.penalises for s in kinds] == [False, True, True, True, False, True]
+    assert [s.reads_text for s in kinds] == [False, False, True, True, False, True]
+    assert [s.configs[1].penalises for s in kinds] == [s.penalises for s in kinds]
+    kinds[3].put([1], [plain])
+    assert (kinds[3].features, kinds[3].penalises) == (kinds[0].features, False)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_logit_that_is_not_finite_is_noticed_where_its_token_is_forbidden_too(bad: float) -> None:
+    broken = logits()
+    broken[1, 60] = bad
+    for config in (SamplingConfig(no_repeat_ngram_size=1), SamplingConfig(bad_words_ids=[[60]])):
+        assert Sampler([config] * 3).sample(broken, History.start(PROMPTS, 0, tokens=9)).tolist()[1] == -1
 
 
 def test_presence_and_frequency_count_the_output_and_not_the_prompt() -> None:
@@ -144,7 +242,8 @@ def test_greedy_puts_all_mass_on_the_best_token_after_the_penalties() -> None:
 def test_samples_follow_the_distribution() -> None:
     n, config = 100_000, SamplingConfig(temperature=0.8, top_k=12, top_p=0.97, seed=3)
     one_bv = logits(1, seed=5)
-    sampler = Sampler([replace(config, seed=3 + i) for i in range(n)])
+    sampler = Sampler([config] * n)
+    sampler.seed_b = 3 + torch.arange(n)
     history = History.start([[0]] * n, 0)
     p_v = Sampler([config]).probabilities(one_bv.double(), History.start([[0]], 0))[0]
     counts_v = torch.bincount(sampler.sample(one_bv.expand(n, -1), history), minlength=V)
@@ -223,15 +322,25 @@ def test_logits_that_are_not_finite_give_no_token(bad: float) -> None:
         {"min_p": 1.5},
         {"typical_p": 0.0},
         {"typical_p": 1.2},
+        {"epsilon_cutoff": -0.1},
+        {"epsilon_cutoff": 1.0},
+        {"eta_cutoff": 1.0},
+        {"eta_cutoff": math.nan},
+        {"no_repeat_ngram_size": -1},
+        {"no_repeat_ngram_size": 2.5},
+        {"no_repeat_ngram_size": 2**31},
+        {"bad_words_ids": [[]]},
+        {"bad_words_ids": [[3], [1, -1]]},
+        {"bad_words_ids": [[1.5]]},
         {"repetition_penalty": 0.0},
         {"presence_penalty": math.inf},
         {"seed": -1},
     ],
 )
-def test_values_out_of_range_are_refused_by_name(values: dict[str, float]) -> None:
+def test_values_out_of_range_are_refused_by_name(values: dict[str, Any]) -> None:
     (name,) = values
     with pytest.raises(ConfigError, match=f"^{name}: expected .*, got "):
-        SamplingConfig(**values)  # pyright: ignore[reportArgumentType]
+        SamplingConfig(**values)
 
 
 def test_a_bias_is_added_first_and_minus_infinity_forbids() -> None:

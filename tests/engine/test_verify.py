@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from subquad.engine.draft import Draft
-from subquad.engine.sampler import History, Sampler, SamplingConfig, gumbel
+from subquad.engine.sampler import History, Sampler, SamplingConfig
 from subquad.engine.verify import DRAFT_STREAM, verify
+from subquad.ops.draw import gumbel
 
 V, K, T, START = 4, 2, 3, 1
 ROWS = 60_000
@@ -22,6 +23,9 @@ CONFIGS = {
     "top_k": SamplingConfig(temperature=0.7, top_k=3),
     "top_p": SamplingConfig(temperature=1.3, top_p=0.8),
     "penalties": SamplingConfig(temperature=1.0, repetition_penalty=1.6, presence_penalty=0.5, frequency_penalty=0.6),
+    "forbidden": SamplingConfig(
+        temperature=1.0, no_repeat_ngram_size=2, bad_words_ids=[[2, 0], [START, 3, 3], [0, 2, 1]]
+    ),
     "all": SamplingConfig(temperature=1.2, top_k=3, top_p=0.9, min_p=0.05, repetition_penalty=1.3, frequency_penalty=1),
 }
 # Chance of a false alarm of one test, were the seeds not fixed.
@@ -37,12 +41,16 @@ TARGET, DRAFTER = table(1), table(2)
 
 
 def processed(logits: Sequence[float], config: SamplingConfig, text: Sequence[int]) -> list[float]:
-    """Probabilities of one row in plain Python: penalties, temperature, top-k, top-p, min-p; `text` is the output."""
-    x = list(logits)
+    """Probabilities of one row in plain Python; `text` is the output, behind START."""
+    x, past = list(logits), [START, *text]
     for v in range(V):
         if v == START or v in text:
             x[v] = x[v] / config.repetition_penalty if x[v] > 0 else x[v] * config.repetition_penalty
         x[v] -= config.presence_penalty * (v in text) + config.frequency_penalty * text.count(v)
+        n = config.no_repeat_ngram_size
+        ends = [[*past[len(past) + 1 - m :], v] for m in range(1, len(past) + 2)]
+        repeats = n and any(past[i : i + n] in ends for i in range(len(past) - n + 1))
+        x[v] = -math.inf if repeats or any(list(word) in ends for word in config.bad_words_ids) else x[v]
         x[v] /= config.temperature
     weights = [math.exp(value) for value in x]
     order = sorted(range(V), key=lambda v: -weights[v])
@@ -78,9 +86,8 @@ def sampler_of(name: str) -> Sampler:
 
 
 def fresh(rows: int) -> History:
-    prompt_bv = torch.zeros(rows, V, dtype=torch.bool)
-    prompt_bv[:, START] = True
-    return History(torch.zeros(rows, dtype=torch.int64), prompt_bv, torch.zeros(rows, V, dtype=torch.int32))
+    one = History.start([[START]], V, tokens=1 + T * (K + 1))
+    return one.select(torch.zeros(rows, dtype=torch.int64))
 
 
 def guesses(
@@ -91,7 +98,7 @@ def guesses(
     for _ in range(K):
         logits_bv = DRAFTER.to(dtype)[last_b]
         q_bv = sampler.probabilities(logits_bv, history)
-        last_b = q_bv.argmax(-1) if kind == "certain" else sampler.sample(logits_bv, history, DRAFT_STREAM)
+        last_b = q_bv.argmax(-1) if kind == "certain" else sampler.sample(logits_bv, history, DRAFT_STREAM).clamp(min=0)
         tokens.append(last_b)
         drawn_from.append(q_bv if kind != "lie" else q_bv.roll(1, dims=-1))
         history = history.after(last_b)
@@ -117,8 +124,9 @@ def decode(kind: str, name: str, mixed: bool, dtype: torch.dtype) -> tuple[Tenso
         for i in range(K + 1):
             there_b = i < n_b
             out_bn.scatter_(1, torch.where(there_b, fill_b + i, out_bn.shape[1] - 1)[:, None], tokens_bt[:, i : i + 1])
-            history.observe_(tokens_bt[:, i], there_b.to(torch.int64))
-        last_b, fill_b = tokens_bt.gather(1, (n_b - 1)[:, None])[:, 0], fill_b + n_b
+            # Behind the T that count, a row may have no token left that is not forbidden.
+            history.observe_(tokens_bt[:, i].clamp(min=0), there_b.to(torch.int64))
+        last_b, fill_b = tokens_bt.gather(1, (n_b - 1)[:, None])[:, 0].clamp(min=0), fill_b + n_b
     assert first_b is not None
     return out_bn[:, :T], first_b
 
@@ -151,6 +159,7 @@ def distances(tokens_bt: Tensor, p_x: Tensor) -> tuple[float, float, float, floa
         ("drawn", "top_p", True, torch.float32),
         ("drawn", "penalties", True, torch.float32),
         ("certain", "penalties", False, torch.float32),
+        ("drawn", "forbidden", True, torch.float32),
         ("drawn", "all", True, torch.float32),
     ],
 )

@@ -4,7 +4,9 @@ Ids are ``spec.<drafter>.<model>.<how>.b<rows>``: the model is ``attention``, th
 conversion that ``--hybrid`` names; how is ``greedy``, or ``t1`` for temperature 1. The figure is tokens a second of the
 rounds, beside plain decoding by the same engine, over what people ask: chat and code together. ``.chat``, ``.code``
 and ``.copies`` behind an id are one kind alone, and ``.no_loops`` leaves out answers that have fallen into a loop,
-where any copy is right: a small model loops often, a good one seldom.
+where any copy is right: a small model loops often, a good one seldom. With ``relaxed`` for how, answers are greedy ones
+of guesses that are merely good: ``.loose`` is the share of their tokens that are not the model's likeliest behind the
+same text, ``.other`` the share of answers that are not those of plain decoding.
 
 A drafter that is trained is the one of ``--drafter``; without it its room says what it takes instead.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -24,6 +26,8 @@ from subquad.bench.prompts import KINDS, prompt_tokens, spread
 from subquad.core.errors import ConfigError
 from subquad.engine.draft import Drafter, read_vocab
 from subquad.engine.engine import Engine
+from subquad.engine.pace import Pace
+from subquad.engine.relax import Relaxed
 from subquad.engine.request import Limits, Request, diverged
 from subquad.engine.sampler import SamplingConfig
 from subquad.engine.trace import Look
@@ -46,10 +50,6 @@ PASSES = {"attention": {1: 1, 8: 2, 32: 2}, "hybrid": {1: 1, 8: 1, 32: 1}}
 ASKED = ("chat", "code")
 HOW = {"greedy": 0.0, "t1": 1.0}
 LOOP_TOKENS, LOOP_PERIOD = 32, 16
-# Of an answer that is only there so that rounds are captured.
-# Most passes that are not timed, until one in which no round was done for the first time.
-SETTLING = 5
-WARM_TOKENS = 40
 
 Prompts = dict[str, list[list[int]]]
 
@@ -92,7 +92,14 @@ class _Contender:
     """An engine that stays open, so that what it has captured serves every batch."""
 
     def __init__(
-        self, model: Stack, rows: int, longest: int, new: int, drafter: Drafter | None, draft_tokens: int | None
+        self,
+        model: Stack,
+        rows: int,
+        longest: int,
+        new: int,
+        drafter: Drafter | None = None,
+        draft_tokens: int | None = None,
+        relaxed: Relaxed | None = None,
     ) -> None:
         self.looks: list[Look] = []
         self.limits = Limits(max_new_tokens=new)
@@ -103,21 +110,19 @@ class _Contender:
             drafter=drafter,
             draft_tokens=draft_tokens if drafter is not None else None,
             on_look=self.looks.append,
+            relaxed=relaxed,
         )
 
     def warm(self, prompts: Sequence[list[int]], temperature: float) -> None:
-        """Capture the rounds of every number of guesses that the engine may choose, which costs more than rounds do."""
-        pace = self.engine.pace
-        for k in [pace.most] if pace.fixed else pace.ladder:
-            pace.choose = lambda slots=1, k=k: k
-            self.decode(prompts, temperature, Limits(max_new_tokens=min(WARM_TOKENS, self.limits.max_new_tokens)))
-        del pace.choose
+        """Do what is not timed: every round that may be needed, and a batch, whose prompts' kernels are compiled."""
+        self.engine.warm(Request(prompts[0], self.limits, SamplingConfig(temperature=temperature)))
+        self.decode(prompts, temperature)
 
-    def decode(self, prompts: Sequence[list[int]], temperature: float, limits: Limits | None = None) -> _Run:
+    def decode(self, prompts: Sequence[list[int]], temperature: float) -> _Run:
         """Answer all of `prompts` side by side; prompt i draws with seed i."""
         self.looks.clear()
         requests = [
-            Request(prompt, limits or self.limits, SamplingConfig(temperature=temperature, seed=i))
+            Request(prompt, self.limits, SamplingConfig(temperature=temperature, seed=i))
             for i, prompt in enumerate(prompts)
         ]
         places = {self.engine.submit(request): i for i, request in enumerate(requests)}
@@ -136,6 +141,7 @@ def run_drafter(
     *,
     draft_tokens: int | None = None,
     batches: Sequence[int] = tuple(PASSES["attention"]),
+    relaxed: Relaxed | None = None,
 ) -> None:
     """Decode all kinds of prompts with guesses and without, greedily and sampled, one by one and side by side.
 
@@ -146,6 +152,7 @@ def run_drafter(
         drafter: makes a drafter for a model; it is called anew for every engine.
         draft_tokens: guesses a row and round; None lets the engine choose by what they bring.
         batches: rows, of those in `PASSES`.
+        relaxed: also let guesses stand that are merely good, and count what that changes, which the gate is not for.
 
     Raises:
         GateError: a greedy token differs that is no near-tie.
@@ -160,12 +167,19 @@ def run_drafter(
             chosen = _batches(bench, name, prompts, rows)
             longest = max(len(prompt) for _, batch in chosen for prompt in batch)
             ours = _Contender(model, rows, longest, new, drafter(model), draft_tokens)
-            plain = _Contender(model, rows, longest, new, None, None)
+            plain = _Contender(model, rows, longest, new)
+            passes = bench.size(PASSES[name], smoke={}).get(rows, 1)
             for how, temperature in HOW.items():
-                pairs = _race(ours, plain, chosen, temperature, bench.size(PASSES[name], smoke={}).get(rows, 1))
+                pairs = _race(ours, plain, chosen, temperature, passes)
                 if temperature == 0:
                     _prove(bench, f"{name}.b{rows}", model, pairs)
                 _record(bench, f"{name}.{how}.b{rows}", pairs)
+            _record_costs(bench, f"{name}.b{rows}", ours.engine.pace, rows)
+            if relaxed is not None:
+                ours = _Contender(model, rows, longest, new, drafter(model), draft_tokens, relaxed)
+                pairs = _race(ours, plain, chosen, HOW["greedy"], passes)
+                _record(bench, f"{name}.relaxed.b{rows}", pairs)
+                _record_changes(bench, f"{name}.relaxed.b{rows}", pairs, relaxed)
             del ours, plain
             _forget(bench)
 
@@ -237,10 +251,6 @@ def _race(
     """Every batch by both in turns, so often, after rounds that are not timed have captured what is needed."""
     for one in (ours, plain):
         one.warm(batches[0][1], temperature)
-        for _, batch in batches if len(batches[0][1]) > 1 else ():
-            for _ in range(SETTLING):  # rows end in their own order, and fewer rows are another graph
-                if all(look.steady for look in one.decode(batch, temperature).looks):
-                    break
     pairs: list[_Pair] = []
     for i, (kind, batch) in enumerate(batches):
         runs: list[tuple[_Run, _Run]] = []
@@ -285,6 +295,25 @@ def _record(bench: Bench, id: str, pairs: Sequence[_Pair]) -> None:
     rounds = sum(look.rows * look.rounds for look in looks)
     bench.value(f"{id}.accepted", kept / max(guessed, 1), "1", "higher", shape={"guessed": guessed, "kept": kept})
     bench.value(f"{id}.tokens_a_round", given / max(rounds, 1), "tokens", "higher")
+
+
+def _record_costs(bench: Bench, id: str, pace: Pace, rows: int) -> None:
+    """What a round of so many rows takes by the guesses that it reads, in milliseconds, with all that belongs to it."""
+    costs = {k: 1e3 * seconds for k, seconds in sorted(pace.costs(rows).items())}
+    for k, cost in costs.items():
+        bench.value(f"{id}.round.k{k}", cost, "ms", "lower")
+    bench.say(f"{bench.name}.{id}: " + ", ".join(f"k={k} {cost:.3f} ms" for k, cost in costs.items()))
+
+
+def _record_changes(bench: Bench, id: str, pairs: Sequence[_Pair], relaxed: Relaxed) -> None:
+    """What relaxed guesses changed in the answers to what people ask."""
+    asked, shape = [pair for pair in pairs if pair.kind in ASKED], asdict(relaxed)
+    looks = [look for pair in asked for look in pair.ours.looks]
+    loose, given = (sum(getattr(look, what) for look in looks) for what in ("loose", "tokens"))
+    answers = [both for pair in asked for both in zip(pair.ours.answers, pair.plain.answers, strict=True)]
+    other = sum(mine != theirs for mine, theirs in answers)
+    bench.value(f"{id}.loose", loose / max(given, 1), "1", "lower", shape=shape | {"tokens": given, "loose": loose})
+    bench.value(f"{id}.other", other / max(len(answers), 1), "1", "lower", shape=shape | {"answers": len(answers)})
 
 
 def _rate(bench: Bench, id: str, pairs: Sequence[_Pair]) -> None:

@@ -36,6 +36,7 @@ class HeadRun:
         data: texts as in `parse_source`, and ``self`` for the model's own samples.
         tokens: to train on.
         window: pairs that the head's attention sees.
+        guesses: tokens that it guesses in one read.
         vocab: how many of the commonest tokens it may guess; 0 is all.
         lr: peak learning rate.
         batch, seq: sequences of a batch, and tokens of a sequence.
@@ -49,6 +50,7 @@ class HeadRun:
     data: tuple[str, ...]
     tokens: int
     window: int
+    guesses: int
     vocab: int
     lr: float
     batch: int
@@ -57,6 +59,11 @@ class HeadRun:
     samples: int | None
     eval_tokens: int
     seed: int
+
+    @property
+    def drafter(self) -> str:
+        """The slug of what drafts with such a head."""
+        return "gad" if self.guesses > 1 else "draft_head"
 
 
 def train_head(settings: HeadRun, out: Path, *, resume: bool, device: torch.device) -> None:
@@ -100,8 +107,9 @@ def train_head(settings: HeadRun, out: Path, *, resume: bool, device: torch.devi
             folder.log.unlink(missing_ok=True)
             folder.note(settings=asdict(settings))
         ids: list[int] = json.loads(vocab.read_text(encoding="utf-8")) if settings.vocab else []
-        shape = HeadConfig.like(loaded.model.config, settings.window, kept=len(ids), target=loaded.name)
-        lesson = Lesson()
+        kept, guesses = len(ids), settings.guesses
+        shape = HeadConfig.like(loaded.model.config, settings.window, kept=kept, target=loaded.name, guesses=guesses)
+        lesson = Lesson(guesses) if guesses > 1 else Lesson()
         head = untrained(shape, ids, seed=settings.seed).to(device).begin_(loaded.model)
         stream = TokenStream(
             sources,
@@ -134,7 +142,7 @@ def train_head(settings: HeadRun, out: Path, *, resume: bool, device: torch.devi
         folder.note(finished=True)
         folder.checkpoint.unlink(missing_ok=True)
     typer.echo(table(stood))
-    typer.echo(f"saved in {out}; use it with --draft draft_head,path={out}")
+    typer.echo(f"saved in {out}; use it with --draft {settings.drafter},path={out}")
 
 
 def _opened(facts: dict[str, Any], settings: HeadRun, out: Path, *, resume: bool) -> bool:
@@ -142,7 +150,7 @@ def _opened(facts: dict[str, Any], settings: HeadRun, out: Path, *, resume: bool
     if facts and not resume:
         raise ConfigError(f"--out {out}: holds a run already; give --resume to go on, or another folder")
     if facts.get("finished"):
-        raise ConfigError(f"--resume: the run in {out} is finished; use it with --draft draft_head,path={out}")
+        raise ConfigError(f"--resume: the run in {out} is finished; use it with --draft {settings.drafter},path={out}")
     now, was = asdict(settings) | {"data": list(settings.data)}, facts.get("settings")
     changed = [f"{k} {was.get(k)} (now {v})" for k, v in now.items() if was.get(k) != v] if was else []
     if changed:

@@ -27,8 +27,8 @@ def run(
     drafter: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a trained drafter, as subquad draft writes it: a head for decode/draft_head, a model for "
-            "decode/draft_model, self_draft and spectr."
+            help="Folder of a trained drafter, as subquad draft writes it: a head for decode/draft_head and gad, a "
+            "model for decode/draft_model, self_draft and spectr."
         ),
     ] = None,
     data: Annotated[

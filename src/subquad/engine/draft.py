@@ -84,9 +84,11 @@ class Drafter(ABC):
 
     Attributes:
         always: whether it guesses for every row, so that none can stand behind it.
+        hears: whether it reads the model's stream, which nobody keeps for it otherwise.
     """
 
     always: bool = False
+    hears: bool = False
 
     @classmethod
     @abstractmethod
@@ -113,9 +115,24 @@ class Drafter(ABC):
     def prepare(self, rows: int, k: int) -> None:
         """Called before rounds in which `propose` is asked for `k`: what needs the device's answer is done here."""
 
+    def hear(  # noqa: B027  (few drafters read the stream)
+        self, rows: Sequence[int], tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor
+    ) -> None:
+        """What the model read of prompts before `put`, in pieces; only where it `hears`, and not of what was known.
+
+        Args:
+            rows: slots.
+            tokens_bt: tokens of their prompts but the first.
+            n_b: how many of them count.
+            hidden_btd: the model's stream at the token before each of them.
+        """
+
     @abstractmethod
     def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        """Begin anew in `rows`, with all tokens of their prompts."""
+        """Begin in `rows`, with all tokens of their prompts."""
+
+    def drop(self, rows: Sequence[int]) -> None:  # noqa: B027  (most begin anew in `put`)
+        """Forget what `rows` hold: another request comes next."""
 
     @abstractmethod
     def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
@@ -130,12 +147,12 @@ class Drafter(ABC):
 
     @abstractmethod
     def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
-        """What a round gave the first slots.
+        """What one or more rounds gave the first slots.
 
         Args:
             tokens_bt: their new tokens, behind those of `put`, each an id of the vocabulary.
             n_b: how many of them were kept; 0 where a slot is idle.
-            hidden_btd: the model's stream where each of them was drawn from.
+            hidden_btd: the model's stream where each of them was drawn from; where it does not `hears`, d may be 0.
         """
 
     @abstractmethod
@@ -154,6 +171,7 @@ class InTurn(Drafter):
         if any(drafter.always for drafter in drafters[:-1]):
             raise ConfigError("draft: expected no drafter behind one that always guesses, got one; name it last")
         self.drafters, self.always = list(drafters), drafters[-1].always
+        self.hears = any(drafter.hears for drafter in drafters)
 
     @classmethod
     def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:
@@ -170,6 +188,16 @@ class InTurn(Drafter):
         """All of them; see `Drafter.prepare`."""
         for drafter in self.drafters:
             drafter.prepare(rows, k)
+
+    def hear(self, rows: Sequence[int], tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
+        """All of them; see `Drafter.hear`."""
+        for drafter in self.drafters:
+            drafter.hear(rows, tokens_bt, n_b, hidden_btd)
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """All of them; see `Drafter.drop`."""
+        for drafter in self.drafters:
+            drafter.drop(rows)
 
     def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """All of them; see `Drafter.put`."""
@@ -206,11 +234,16 @@ class Transcript:
         self.tokens_bn = torch.zeros(rows, capacity + 2, dtype=torch.int64, device=device)
         self.length_b = torch.zeros(rows, dtype=torch.int64, device=device)
 
+    @property
+    def room(self) -> int:
+        """Most tokens of a slot: what it commits, and its last one."""
+        return self.tokens_bn.shape[1] - 1
+
     def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Begin `rows` anew."""
         device, width = self.length_b.device, max(map(len, prompts))
         at, padded = torch.tensor(rows, device=device), [[*p, *[0] * (width - len(p))] for p in prompts]
-        self.tokens_bn[at, :width] = torch.tensor(padded, device=device)
+        self.tokens_bn[at, :width] = torch.tensor(padded, dtype=torch.int64, device=device)
         self.length_b[at] = torch.tensor([len(p) for p in prompts], device=device)
 
     def add(self, tokens_bt: Tensor, n_b: Tensor) -> None:

@@ -14,6 +14,7 @@ from subquad.engine.detokenize import Detokenizer
 from subquad.engine.draft import Drafter
 from subquad.engine.pace import Pace
 from subquad.engine.prefix import PrefixCache
+from subquad.engine.relax import Relaxed
 from subquad.engine.request import Piece, Request, check_model, check_request
 from subquad.engine.rounds import Given, Rounds
 from subquad.engine.sampler import History
@@ -23,6 +24,9 @@ from subquad.models.stack import Stack, StackState
 LOOKS_KEPT = 4096
 CHUNKS_AT_ONCE = 32
 """Most tokens of prompts in one forward pass, in chunks; it bounds what that holds in memory beside the state."""
+
+# A round is captured at its second time or, where that fails, its third; what is done once a look comes once a look.
+REHEARSALS = 3
 
 
 @dataclass
@@ -63,6 +67,8 @@ class Engine:
         prefixes: keeps states of prompts' beginnings for later ones; None keeps nothing.
         logprobs: give the log-probability of each token.
         on_look: called with what each look at the device found; the last ones are in `looks`.
+        relaxed: let guesses stand that are merely good, for greedy requests alone: what comes is not what it would be
+            without, and `exact` is False.
         compile: fuse a round's operations with torch.compile, at its first call for each number of rows and guesses,
             which takes a minute of a large model's time.
 
@@ -91,6 +97,7 @@ class Engine:
         prefixes: PrefixCache | None = None,
         logprobs: bool = False,
         on_look: Callable[[Look], None] | None = None,
+        relaxed: Relaxed | None = None,
         compile: bool = False,
     ) -> None:
         check_model(model)
@@ -104,17 +111,36 @@ class Engine:
         widest = 0 if drafter is None else most_drafted if draft_tokens is None else draft_tokens
         if drafter is not None and widest < 1:
             raise ConfigError(f"draft_tokens: expected at least 1 with a drafter, got {widest}; leave the drafter out")
+        if relaxed is not None and drafter is None:
+            raise ConfigError("relaxed: expected a drafter whose guesses it is about, got none; name one")
         self.model, self.rows, self.capacity, self.chunk, self.rounds = model, rows, capacity, chunk, rounds
+        self.relaxed = relaxed
         self.drafter, self.prefixes, self.logprobs, self.on_look = drafter, prefixes, logprobs, on_look
         if prefixes is not None:
             prefixes.bind(model)
-        self.pace = Pace(widest, fixed=draft_tokens is not None)
+        watched = drafter is not None and not drafter.always
+        self.pace = Pace(widest, fixed=draft_tokens is not None, watched=watched)
         self.looks = deque[Look](maxlen=LOOKS_KEPT)
         self._waiting = deque[_Row]()
         self._slots: list[_Row | None] = [None] * rows
         self._submitted = 0
         block = widest + 1
-        self._rounds = Rounds(model, rows, capacity, block, rounds * block, drafter, logprobs=logprobs, compile=compile)
+        self._rounds = Rounds(
+            model,
+            rows,
+            capacity,
+            block,
+            rounds,
+            drafter,
+            logprobs=logprobs,
+            compile=compile,
+            relaxed=None if self.exact else relaxed,
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Whether what comes is what plain decoding gives, or equal in distribution."""
+        return self.relaxed is None or self.relaxed.exact
 
     @property
     def busy(self) -> bool:
@@ -144,6 +170,11 @@ class Engine:
         """
         id = self._submitted
         check_request(self.model, request, f"request {id}")
+        if self.relaxed is not None and request.sampling.temperature > 0:
+            raise ConfigError(
+                f"relaxed: expected greedy requests, got temperature {request.sampling.temperature}; sampled ones are "
+                "verified exactly or not at all"
+            )
         if request.tokens > self.capacity:
             raise ConfigError(
                 f"request {id}: expected at most {self.capacity} tokens as a row has room for, got "
@@ -156,6 +187,36 @@ class Engine:
         self._submitted += 1
         self._waiting.append(_Row(id, request, list(request.prompt), text))
         return id
+
+    @torch.no_grad()
+    def warm(self, request: Request) -> None:
+        """Do all rounds that requests with such sampling and ends may need, so that none is new later.
+
+        On a GPU that is when a round is compiled and captured, which takes longer than hundreds of rounds. Each number
+        of rows and guesses is run over empty rows, and what it takes is where the choice of guesses begins.
+
+        Raises:
+            ConfigError: something is waiting or under way.
+        """
+        if self.busy:
+            there = len(self._waiting) + self.live
+            raise ConfigError(f"warm: expected nothing under way, got {there} requests; call it before the first")
+        self._rounds.admit([0], [request], [0])
+        sizes = {min(1 << i, self.rows) for i in range(self.rows.bit_length() + 1)}
+        for n in sorted(sizes):
+            for k in [self.pace.most] if self.pace.fixed else self.pace.ladder:
+                self.pace.note(n, k, self._rehearse(n, k))
+        self._leave([0])
+
+    def _rehearse(self, n: int, k: int) -> float:
+        """Seconds of a round when nothing in it is done for the first time."""
+        for _ in range(REHEARSALS):
+            self._run(n, k)
+        self._rounds.take(n)
+        began = time.perf_counter()
+        self._run(n, k)
+        self._rounds.take(n)
+        return (time.perf_counter() - began) / self.rounds
 
     def cancel(self, id: int) -> bool:
         """Forget a request and free its slot; False if it is not there (any more)."""
@@ -196,13 +257,19 @@ class Engine:
         n = min(self.rows, 1 << (used - 1).bit_length()) if self._rounds.captures else used
         k = self.pace.choose(n) if self.drafter is not None else 0
         began = time.perf_counter()
+        return self._take(n, k, began, steady=self._run(n, k))
+
+    def _run(self, n: int, k: int) -> bool:
+        """The rounds between two looks; whether none did anything for the first time."""
         if k and self.drafter is not None:
             self.drafter.prepare(n, k)
         elif self.drafter is not None and not self.drafter.always:
             # Such a guess costs next to nothing: so what is not worth a read now is seen as soon as it would be.
             self._rounds.foresee(n, min(self.pace.most, self.rounds))
         steady = sum(self._rounds.run(n, k) for _ in range(self.rounds)) == self.rounds
-        return self._take(n, k, began, steady=steady)
+        if not k and self.drafter is not None:
+            self._rounds.catch_up(n)
+        return steady
 
     def _admit(self) -> None:
         """Give free slots to those who wait, all at once."""
@@ -255,8 +322,12 @@ class Engine:
         # Nothing to look at costs less than an empty buffer.
         state = self.model.init_state(len(slots)) if fresh else pool.select(at).settled()
         ragged = any(len(block) < width for block in blocks)
-        _, update = self.model.read(tokens_bt, state, lengths_b if ragged else None)
+        hidden_btd, update = self.model.read(tokens_bt, state, lengths_b if ragged else None)
         update.commit_(pool, at, lengths_b)
+        if self.drafter is not None and self.drafter.hears:
+            following = [row.tokens[row.read + 1 :][: len(block)] for row, block in zip(rows, blocks, strict=True)]
+            next_bt = torch.tensor([some + [0] * (width - len(some)) for some in following], device=device)
+            self.drafter.hear(slots, next_bt, lengths_b, hidden_btd)
         for slot, row, block in zip(slots, rows, blocks, strict=True):
             row.read += len(block)
             if self.prefixes is not None and row.read in row.marks:
@@ -301,6 +372,7 @@ class Engine:
             seconds=time.perf_counter() - began,
             slots=n,
             steady=steady,
+            loose=sum(new.loose for new in given),
         )
         self.looks.append(look)
         self.pace.learn(look)

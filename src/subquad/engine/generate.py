@@ -8,6 +8,7 @@ from typing import Any
 from subquad.core.errors import ConfigError, DataError
 from subquad.engine.draft import Drafter
 from subquad.engine.engine import Engine
+from subquad.engine.relax import Relaxed
 from subquad.engine.request import Generation, Limits, Piece, Request, check_model, check_request, diverged, row_configs
 from subquad.engine.sampler import SamplingConfig
 from subquad.engine.trace import Look
@@ -28,6 +29,7 @@ def generate(
     draft_tokens: int | None = None,
     on_piece: Callable[[Piece], None] | None = None,
     on_look: Callable[[Look], None] | None = None,
+    relaxed: Relaxed | None = None,
 ) -> list[Generation]:
     """Continue every prompt, and return what came, in the prompts' order; see `stream`.
 
@@ -42,8 +44,9 @@ def generate(
         draft_tokens: guesses a row and round; None chooses by what they bring.
         on_piece: called with every piece as it comes.
         on_look: called with what each look at the device found.
+        relaxed: let guesses stand that are merely good; the results are then not `exact`.
     """
-    results = [Generation() for _ in prompts]
+    results = [Generation(exact=relaxed is None or relaxed.exact) for _ in prompts]
     pieces = stream(
         model,
         prompts,
@@ -54,6 +57,7 @@ def generate(
         drafter=drafter,
         draft_tokens=draft_tokens,
         on_look=on_look,
+        relaxed=relaxed,
     )
     for piece in pieces:
         result = results[piece.row]
@@ -78,6 +82,7 @@ def stream(
     drafter: Drafter | None = None,
     draft_tokens: int | None = None,
     on_look: Callable[[Look], None] | None = None,
+    relaxed: Relaxed | None = None,
 ) -> Iterator[Piece]:
     """The pieces of every row as they come.
 
@@ -87,7 +92,7 @@ def stream(
 
     Raises:
         DataError: no prompt, an empty one, or a token that is not in the vocabulary.
-        ConfigError: a limit that can't be kept, among them the model's context.
+        ConfigError: a limit that can't be kept, among them the model's context; relaxed guesses of sampled rows.
         DivergenceError: logits that are not finite.
         UnsupportedError: a layer that looks ahead or can't be read in pieces.
     """
@@ -102,6 +107,7 @@ def stream(
         rounds=1,
         logprobs=logprobs,
         on_look=on_look,
+        relaxed=relaxed,
     )
     for request in requests:
         engine.submit(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,9 @@ from subquad.core.errors import ConfigError
 from subquad.engine.draft import Draft, Drafter, Transcript
 from subquad.engine.request import check_model
 from subquad.engine.sampler import History, Sampler
+from subquad.engine.translate import Foreign, TranslatedTranscript, Translation
 from subquad.engine.verify import DRAFT_STREAM
-from subquad.models.stack import Stack
+from subquad.models.stack import Stack, StackState
 
 # Tokens of a read that are usual: what stood since the last one, or guesses.
 FEW = 16
@@ -24,32 +26,45 @@ CATCH_UP = 256
 class Guessable:
     """A model's head over the tokens that may be guessed, computing no others (arXiv 2502.14856).
 
+    All ids are those of the model that is guessed for.
+
     Args:
         model: whose head it is.
         ids: of those tokens; None is all.
+        translation: of these tokens where the model has others; then `ids` are some that both have.
 
     Raises:
-        ConfigError: no ids, or ids that the model has not.
+        ConfigError: no ids, or ids that there are not.
     """
 
-    def __init__(self, model: Stack, ids: Sequence[int] | None) -> None:
+    def __init__(self, model: Stack, ids: Sequence[int] | None, translation: Translation | None = None) -> None:
         self.model = model
+        self.size = model.config.vocab_size if translation is None else len(translation.pieces)
         self._ids_m: Tensor | None = None
+        self._own_v: Tensor | None = None
         if ids is not None:
-            size = model.config.vocab_size
-            wrong = next((i for i in ids if not 0 <= i < size), None)
+            wrong = next((i for i in ids if not 0 <= i < self.size), None)
             if wrong is not None or not ids:
-                raise ConfigError(f"draft vocabulary: expected ids from 0 to {size - 1}, got {wrong}; write it anew")
-            self._ids_m = torch.tensor(sorted(set(ids)), device=model.device)
-            self._head_md = model.lm_head.weight.detach()[self._ids_m]
+                raise ConfigError(
+                    f"draft vocabulary: expected ids from 0 to {self.size - 1}, got {wrong}; write it anew"
+                )
+            self._ids_m = own_m = torch.tensor(sorted(set(ids)), device=model.device)
+            if translation is not None:
+                self._own_v = translation.table(model.device)[0][:, 0]
+                own_m = self._own_v[self._ids_m]
+            self._head_md = model.lm_head.weight.detach()[own_m]
 
     def logits(self, hidden_bd: Tensor) -> Tensor:
         """Logits ``[b, v]``, minus infinity for what is never guessed."""
         if self._ids_m is None:
             return self.model.head(hidden_bd)
         few_bm = F.linear(hidden_bd, self._head_md)
-        none_bv = few_bm.new_full((len(few_bm), self.model.config.vocab_size), -torch.inf)
+        none_bv = few_bm.new_full((len(few_bm), self.size), -torch.inf)
         return none_bv.index_copy(1, self._ids_m, few_bm)
+
+    def own(self, guesses_bt: Tensor) -> Tensor:
+        """Guesses as the model's tokens."""
+        return guesses_bt if self._own_v is None else self._own_v[guesses_bt]
 
 
 def draw(
@@ -86,31 +101,41 @@ class ModelDrafter(Drafter):
     state; these reads are forgotten, and the tokens that stood are read in the next round, with its first guess. So
     nothing is copied and nothing rolled back, in a recurrent state as in a cache.
 
+    A model of another vocabulary guesses what both have: its q is its own distribution over these tokens, renormalised.
+    It reads all tokens in its own; how many guesses stand depends on how, and no token that comes.
+
     Args:
-        model: the drafter, on the device of the model that it guesses for.
+        model: the drafter, on the device of the model that it guesses for; `Foreign` where its vocabulary is another.
         coupled: as in `draw`.
         vocab: ids of the tokens that may be guessed; see `Guessable`.
     """
 
     always = True
+    translation: Translation | None = None
 
     def __init__(self, model: Stack, *, coupled: bool = False, vocab: Sequence[int] | None = None) -> None:
         check_model(model)
+        if isinstance(model, Foreign):
+            self.translation, common = model.translation, model.translation.common
+            vocab = sorted(common if vocab is None else common.intersection(vocab))
         self.model, self.coupled, self.vocab = model, coupled, vocab
 
     def open(self, target: Stack, rows: int, capacity: int) -> None:
         """Allocate a state of the drafter's own; see `Drafter.open`."""
-        mine, theirs = self.model.config.vocab_size, target.config.vocab_size
+        self._guessable = Guessable(self.model, self.vocab, self.translation)
+        mine, theirs = self._guessable.size, target.config.vocab_size
         if mine != theirs:
             raise ConfigError(
                 f"draft model: expected a vocabulary of {theirs} tokens, got {mine}; use a smaller model of the same "
-                "tokenizer"
+                "tokenizer, or translate its tokens (subquad.engine.translate)"
             )
         if self.model.device != target.device:
             raise ConfigError(f"draft model: expected it on {target.device}, got {self.model.device}; move it there")
-        self._guessable = Guessable(self.model, self.vocab)
-        self._pool = self.model.init_pool(rows, capacity + 1, FEW)
-        self._told = Transcript(rows, capacity, target.device)
+        self._told, self._widest = Transcript(rows, capacity, target.device), 1
+        if self.translation is not None:
+            self._widest = self.translation.widest
+            self._told = TranslatedTranscript(self.translation, rows, capacity, target.device)
+        self._pool = self.model.init_pool(rows, self._told.room, FEW)
 
     @torch.no_grad()
     def put(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
@@ -123,7 +148,7 @@ class ModelDrafter(Drafter):
         """Read what was missed while nothing was guessed, but for what the next guess reads anyway."""
         while True:
             lag_b = (self._told.length_b - self._pool.seen_b)[:rows]
-            if not rows or int(lag_b.max()) <= k + 1:
+            if not rows or int(lag_b.max()) <= k + self._widest:
                 return
             self._read(rows, min(CATCH_UP, int(lag_b.max()) - 1), leave=1)
 
@@ -137,17 +162,32 @@ class ModelDrafter(Drafter):
         update.commit_(pool, None, lengths_b)
         return last(hidden_btd, lengths_b)
 
+    def _read_kept(self, rows: int, k: int) -> tuple[Tensor, Tensor]:
+        """Read what stood since k guesses: the stream behind it, ``[b, d]``, and how many guesses that allows, ``[b]``.
+
+        A guess is one token of the drafter's, and only the token behind those that stood may be several. More come
+        where another drafter guessed: then some wait for the next round, and until all are read there is no guess. Nor
+        is there one behind a token of which nothing can be read.
+        """
+        width = k + self._widest
+        lag_b = self._told.length_b[:rows] - self._pool.seen_b[:rows]
+        return self._read(rows, width), torch.where((lag_b > 0) & (lag_b <= width), k, 0)
+
+    def _read_guesses(self, guesses_bt: Tensor, state: StackState) -> Tensor:
+        """Read guesses, to be forgotten: the stream behind them, ``[b, d]``."""
+        return self.model.read(self._guessable.own(guesses_bt), state)[0][:, -1]
+
     @torch.no_grad()
     def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
         """k reads, the first of what stood since the last time; see `Drafter.propose`."""
+        first_bd, length_b = self._read_kept(rows, k)
 
         def logits(guesses: Sequence[Tensor]) -> Tensor:
             if not guesses:
-                return self._guessable.logits(self._read(rows, k + 1))
-            hidden_btd, _ = self.model.read(torch.stack(list(guesses), dim=1), self._pool.first(rows))
-            return self._guessable.logits(hidden_btd[:, -1])
+                return self._guessable.logits(first_bd)
+            return self._guessable.logits(self._read_guesses(torch.stack(list(guesses), 1), self._pool.first(rows)))
 
-        return draw(k, logits, sampler, history, coupled=self.coupled)
+        return replace(draw(k, logits, sampler, history, coupled=self.coupled), length_b=length_b)
 
     def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
         """Note them; see `Drafter.observe`."""

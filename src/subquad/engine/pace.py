@@ -34,10 +34,12 @@ class Pace:
     Args:
         most: largest k; 0 never guesses.
         fixed: always take `most`.
+        watched: `see` tells what guesses would have brought while none are read: where they don't pay, nothing is tried
+            but what has no cost yet.
     """
 
-    def __init__(self, most: int, *, fixed: bool = False) -> None:
-        self.most, self.fixed = most, fixed
+    def __init__(self, most: int, *, fixed: bool = False, watched: bool = False) -> None:
+        self.most, self.fixed, self.watched = most, fixed, watched
         self.ladder = [0, *(1 << i for i in range(most.bit_length()) if 1 << i < most), *([most] if most else [])]
         self._seconds: dict[int, dict[int, float]] = {}
         self.seconds: dict[int, float] = {}
@@ -59,7 +61,7 @@ class Pace:
         """The k of the next rounds, which read so many slots."""
         if self.fixed or not self.most:
             return self.most
-        self.seconds = self._of(slots)
+        self.seconds = self.costs(slots)
         if 0 not in self.seconds:
             return 0
         best = max(self.ladder, key=self._rate)
@@ -68,6 +70,8 @@ class Pace:
         if (best > 0) != (self._last > 0):
             self._since = 0
         self._last = best
+        if not best and self.watched and all(k in self.seconds for k in self.ladder):
+            return 0
         self._since += 1
         if self._since <= (TOUR if best else self._patience):
             return best
@@ -84,11 +88,15 @@ class Pace:
         cheap = [k for k in self.ladder[1:] if self._cost(k) <= DEAREST_TRY * self.seconds[0]] or [self.ladder[1]]
         return cheap[self._tours % len(cheap)]
 
+    def note(self, slots: int, k: int, seconds: float) -> None:
+        """Take what a round was measured to cost."""
+        self.costs(slots)[k] = seconds
+
     def learn(self, look: Look) -> None:
         """Take in what some rounds brought."""
         if self.fixed:
             return
-        self.seconds = self._of(look.slots)
+        self.seconds = self.costs(look.slots)
         cost, before = look.seconds / look.rounds, self.seconds.get(look.k)
         if look.steady and before is None:
             self.seconds[look.k] = cost
@@ -108,8 +116,8 @@ class Pace:
             self._covered.add(UNREAD_WEIGHT * guessed, UNREAD_WEIGHT * asked)
             self._accepted.add(UNREAD_WEIGHT * kept, UNREAD_WEIGHT * judged)
 
-    def _of(self, slots: int) -> dict[int, float]:
-        """Seconds of a round by k, for numbers of slots like this one."""
+    def costs(self, slots: int) -> dict[int, float]:
+        """Seconds of a round by k, as far as they are known, for numbers of slots like this one."""
         return self._seconds.setdefault((slots - 1).bit_length(), {})
 
     def _cost(self, k: int) -> float:

@@ -83,12 +83,18 @@ class Piece:
 
 @dataclass
 class Generation:
-    """All that was generated for one prompt; the attributes are those of its pieces."""
+    """All that was generated for one prompt.
+
+    Attributes:
+        tokens, text, logprobs, finish: those of its pieces.
+        exact: whether the tokens are those of plain decoding, or equal in distribution; see `Relaxed`.
+    """
 
     tokens: list[int] = field(default_factory=list[int])
     text: str = ""
     logprobs: list[float] = field(default_factory=list[float])
     finish: str = ""
+    exact: bool = True
 
 
 def row_configs(sampling: SamplingConfig | Sequence[SamplingConfig] | None, batch: int) -> list[SamplingConfig]:
@@ -150,6 +156,11 @@ def check_request(model: Stack, request: Request, name: str) -> None:
     beyond = next((t for t in request.sampling.logit_bias if t >= vocab_size), None)
     if beyond is not None:
         raise ConfigError(f"logit_bias: expected token ids below {vocab_size}, got {beyond}; use the model's tokenizer")
+    beyond = next((t for word in request.sampling.bad_words_ids for t in word if t >= vocab_size), None)
+    if beyond is not None:
+        raise ConfigError(
+            f"bad_words_ids: expected token ids below {vocab_size}, got {beyond}; use the model's tokenizer"
+        )
     if request.tokens > context and not limits.allow_long:
         room = context - len(prompt) + 1
         remedy = f"ask for at most {room} new tokens" if room > 0 else f"drop {1 - room} tokens"

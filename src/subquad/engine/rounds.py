@@ -8,17 +8,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.engine.chains import select, verify_chains
 from subquad.engine.draft import Draft, Drafter
+from subquad.engine.relax import Relaxed, verify_relaxed
 from subquad.engine.request import Request
 from subquad.engine.sampler import History, Sampler, SamplingConfig
 from subquad.engine.verify import verify
 from subquad.models.stack import Stack, StackState
+from subquad.ops.slots import Slots, emit_, lead
 
 # Captures that may fail before rounds are no longer captured.
 MOST_FAILURES = 3
+# Most tokens of a slot that a drafter is told at once.
+MOST_TOLD = 16
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Given:
         scores: their log-probabilities, empty unless asked for.
         kept, judged, guessed: guesses that stood, whose turn came, that were read.
         foreseen: what `foresee` guessed for the first of them, which nobody read.
+        loose: tokens that stood though another was likelier.
     """
 
     tokens: list[int]
@@ -38,6 +44,7 @@ class Given:
     judged: int
     guessed: int
     foreseen: list[int]
+    loose: int = 0
 
 
 class Rounds:
@@ -47,10 +54,11 @@ class Rounds:
         model: reads and commits.
         rows, capacity: of the state.
         block: most tokens that a round reads of a slot: its last, and the guesses.
-        width: most tokens that a slot is given between two looks.
+        rounds: between two looks.
         drafter: guesses tokens, or None.
         logprobs: note the log-probability of each token.
         compile: fuse a round with torch.compile.
+        relaxed: which guesses stand beside the likeliest token; None is none.
     """
 
     def __init__(
@@ -59,26 +67,31 @@ class Rounds:
         rows: int,
         capacity: int,
         block: int,
-        width: int,
+        rounds: int,
         drafter: Drafter | None,
         *,
         logprobs: bool,
         compile: bool,
+        relaxed: Relaxed | None = None,
     ) -> None:
         device = model.device
         self.model, self.rows, self.drafter, self.logprobs = model, rows, drafter, logprobs
+        self.capacity, self.relaxed = capacity, relaxed
+        self._loose_b = torch.zeros(rows, dtype=torch.int64, device=device)
         self.pool = model.init_pool(rows, capacity, block)
         self._sampler = Sampler([SamplingConfig()] * rows, device, model.config.vocab_size)
         self._history = History.start([[0]] * rows, 0, device)
-        self._last_b, self._alive_b, self._left_b, self._fill_b, self._kept_b, self._judged_b, self._guessed_b = (
-            torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(7)
-        )
+        width = rounds * block
+        self._slots = Slots.empty(rows, width, device)
         # Tokens of a row before which it can't end; here as well, so that nobody asks the device whether there are any.
         self._least_b, self._least = torch.zeros(rows, dtype=torch.int64, device=device), [0] * rows
-        # One column more than is ever read takes what is not kept.
-        self._out_bn = torch.zeros(rows, width + 1, dtype=torch.int64, device=device)
         self._score_bn = torch.zeros(rows, width + 1 if logprobs else 0, device=device)
-        self._ends_be = torch.full((rows, 1), -2, dtype=torch.int64, device=device)
+        # The stream of a look's tokens, which plain rounds leave to a drafter that reads it.
+        self._hidden_bnd = None
+        if drafter is not None and drafter.hears:
+            shape = (rows, rounds, model.config.d_model)
+            self._hidden_bnd = torch.zeros(shape, device=device, dtype=model.dtype)
+        self._looked = rounds
         # How many guesses there are that nobody reads, and they.
         self._foreseen_bk = torch.zeros(rows, block, dtype=torch.int64, device=device)
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
@@ -103,22 +116,24 @@ class Rounds:
         """Empty `slots` for `requests`, of which so many tokens were drawn before; none takes part in rounds yet."""
         device, at = self.model.device, self._at(slots)
         self.pool.clear_(at)
+        if self.drafter is not None:
+            self.drafter.drop(slots)
         self._sampler.put(slots, [request.sampling for request in requests])
-        if self._sampler.penalises and not self._history.count_bv.shape[1]:
-            self._widen_history()
+        self._widen_history()
         prompts = [request.prompt for request in requests]
-        self._history.write_(at, History.start(prompts, self._history.count_bv.shape[1], device))
+        vocab_size, room = self._history.room
+        self._history.write_(at, History.start(prompts, vocab_size, device, room))
         self._history.step_b[at] = torch.tensor(drawn, device=device)
         ends = [sorted(request.ends(self.model)) for request in requests]
-        if (most := max(map(len, ends))) > self._ends_be.shape[1]:
-            more = torch.full((self.rows, most - self._ends_be.shape[1]), -2, dtype=torch.int64, device=device)
-            self._ends_be = torch.cat((self._ends_be, more), dim=1)
+        width = self._slots.ends_be.shape[1]
+        if (more := max(map(len, ends)) - width) > 0:
+            self._slots = self._slots._replace(ends_be=F.pad(self._slots.ends_be, (0, more), value=-2))
             self._graphs.clear()
-        padded = [row + [-2] * (self._ends_be.shape[1] - len(row)) for row in ends]
-        self._ends_be[at] = torch.tensor(padded, dtype=torch.int64, device=device)
+        padded = [row + [-2] * (self._slots.ends_be.shape[1] - len(row)) for row in ends]
+        self._slots.ends_be[at] = torch.tensor(padded, dtype=torch.int64, device=device)
         left = [request.limits.max_new_tokens - n for request, n in zip(requests, drawn, strict=True)]
-        self._left_b[at] = torch.tensor(left, device=device)
-        self._alive_b[at] = 0
+        self._slots.left_b[at] = torch.tensor(left, device=device)
+        self._slots.alive_b[at] = 0
         self._hold(slots, [request.limits.min_new_tokens for request in requests])
 
     def _hold(self, slots: Sequence[int], least: Sequence[int]) -> None:
@@ -128,9 +143,14 @@ class Rounds:
         self._least_b[self._at(slots)] = self._at(least)
 
     def _widen_history(self) -> None:
-        """Make room for counts of tokens; rows under way have no penalty, so that theirs stay zero."""
-        wide = History.start([[0]] * self.rows, self.model.config.vocab_size, self.model.device)
-        wide.step_b.copy_(self._history.step_b)
+        """Make room for what processors ask of the past; rows under way ask for nothing that there is no room for."""
+        counted, texts = self._sampler.counts_tokens, self._sampler.reads_text
+        asked = (self.model.config.vocab_size if counted else 0, self.capacity if texts else 0)
+        vocab_size, room = map(max, zip(self._history.room, asked, strict=True))
+        if (vocab_size, room) == self._history.room:
+            return
+        wide = History.start([[0]] * self.rows, vocab_size, self.model.device, room)
+        wide.recall_(torch.arange(self.rows, device=self.model.device), self._history)
         self._history = wide
         self._graphs.clear()
 
@@ -139,15 +159,15 @@ class Rounds:
         if not slots:
             return
         at = self._at(slots)
-        self._last_b[at] = self._at([row[-1] for row in tokens])
-        self._alive_b[at] = 1
+        self._slots.last_b[at] = self._at([row[-1] for row in tokens])
+        self._slots.alive_b[at] = 1
         if self.drafter is not None:
             self.drafter.put(slots, tokens)
 
     def leave(self, slots: Sequence[int]) -> None:
         """From now on `slots` take part no more."""
         if slots:
-            self._alive_b[self._at(slots)] = 0
+            self._slots.alive_b[self._at(slots)] = 0
             self._sampler.put(slots, [SamplingConfig()] * len(slots))
             self._hold(slots, [0] * len(slots))
 
@@ -156,9 +176,9 @@ class Rounds:
         at, to = self._at(sources), self._at(targets)
         for state in (self.pool, self._history):
             state.write_(to, state.select(at))
-        for buffer in (self._last_b, self._alive_b, self._left_b, self._ends_be):
+        for buffer in self._slots:
             buffer[to] = buffer[at]
-        self._alive_b[at] = 0
+        self._slots.alive_b[at] = 0
         self._hold([*targets, *sources], [*(self._least[slot] for slot in sources), *[0] * len(sources)])
         configs = [self._sampler.configs[slot] for slot in sources]
         self._sampler.put([*targets, *sources], [*configs, *[SamplingConfig()] * len(sources)])
@@ -174,9 +194,9 @@ class Rounds:
         """Write what `save` gave, or a state alone, into an empty slot."""
         at = self._at([slot])
         self.pool.write_(at, state)
-        # Room for counts that has come since then is empty for a row that needs none.
-        if history is not None and history.count_bv.shape[1] == self._history.count_bv.shape[1]:
-            self._history.write_(at, history)
+        # Room that has come since then is empty for a row that needs none.
+        if history is not None:
+            self._history.recall_(at, history)
 
     def foresee(self, n: int, k: int) -> None:
         """Guess for the first `n` slots without reading it: what comes then tells what guesses would have brought."""
@@ -185,8 +205,22 @@ class Rounds:
     def _foresee(self, n: int, k: int) -> None:
         assert self.drafter is not None
         draft = self.drafter.propose(n, k, self._sampler, self._history.first(n))
-        self._foreseen_bk[:n, 0] = draft.length_b * self._alive_b[:n]
+        self._foreseen_bk[:n, 0] = draft.length_b * self._slots.alive_b[:n]
         self._foreseen_bk[:n, 1 : k + 1] = draft.tokens_bk
+
+    def catch_up(self, n: int) -> None:
+        """Tell the drafter what plain rounds gave the first `n` slots since the last look, all at once."""
+        self._launch(("catch up", n), lambda: self._catch_up(n))
+
+    def _catch_up(self, n: int) -> None:
+        assert self.drafter is not None
+        slots = self._slots.first(n)
+        for start in range(0, self._looked, MOST_TOLD):
+            stop = min(start + MOST_TOLD, self._looked)
+            tokens_bt = slots.out_bn[:, start:stop].clamp(min=0)
+            hidden_bnd = tokens_bt.new_empty(n, self._looked, 0) if self._hidden_bnd is None else self._hidden_bnd[:n]
+            n_b = (slots.fill_b - start).clamp(0, stop - start)
+            self.drafter.observe(tokens_bt, n_b, hidden_bnd[:, start:stop])
 
     def run(self, n: int, k: int) -> bool:
         """One round over the first `n` slots, on a GPU as one graph from its third time on.
@@ -227,85 +261,88 @@ class Rounds:
         return steady
 
     def _round(self, n: int, k: int) -> None:
-        pool, history, alive_b = self.pool.first(n), self._history.first(n), self._alive_b[:n]
-        draft = Draft.none(n, self.model.device)
-        if k and self.drafter is not None:
-            draft = self.drafter.propose(n, k, self._sampler, history)
-            # No more than the row may still give, one of them not guessed; none where nothing is under way.
-            length_b = torch.minimum(draft.length_b, (self._left_b[:n] - 1).clamp(min=0)) * alive_b
-            draft = replace(draft, length_b=length_b)
-            if not self._static:
-                draft = draft.cut(int(draft.length_b.max()))
-        tokens_bt = torch.cat((draft.fork(self._last_b[:n])[:, None], draft.tokens_bk), dim=1)
-        lengths_b = draft.fork(1 + draft.length_b) if tokens_bt.shape[1] > 1 else None
+        pool, history, slots = self.pool.first(n), self._history.first(n), self._slots.first(n)
+        draft, tokens_bt, lengths_b = self._lead(n, k)
         state = pool if draft.chains == 1 else pool.fork(draft.chains)
         hidden_btd, update = self.model.read(tokens_bt, state, lengths_b)
         logits_btv = self.model.head(hidden_btd)
         allowed_btv = self._without_ends(logits_btv, n, draft) if any(self._least) else logits_btv
-        rows = None
-        if draft.chains == 1:
+        rows, loose_bt = None, None
+        if self.relaxed is not None:
+            tokens_bt, n_b, loose_bt = verify_relaxed(self._sampler, history, allowed_btv, draft, self.relaxed)
+        elif draft.chains == 1:
             tokens_bt, n_b = verify(self._sampler, history, allowed_btv, draft)
         else:
             tokens_bt, n_b, at_b = verify_chains(self._sampler, history, allowed_btv, draft)
             hidden_btd, logits_btv, update = hidden_btd[at_b], logits_btv[at_b], select(update, at_b)
             # Named, since it is not the pool that was read.
             rows = torch.arange(n, device=self.model.device)
-        kept_b = self._emit(tokens_bt, n_b, logits_btv)
+        fill_b = slots.fill_b.clone() if self.logprobs or self._hidden_bnd is not None else slots.fill_b
         # Guesses of several chains at one position count as one.
-        self._kept_b[:n] += torch.minimum(n_b - 1, kept_b)
-        self._judged_b[:n] += torch.minimum(torch.minimum(draft.length_b, n_b), kept_b)
-        self._guessed_b[:n] += draft.length_b
+        kept_b = emit_(slots, tokens_bt, n_b, draft.length_b)
+        history.observe_block_(tokens_bt.clamp(min=0), kept_b)
+        if loose_bt is not None:
+            columns_t = torch.arange(loose_bt.shape[1], device=loose_bt.device)
+            self._loose_b[:n] += (loose_bt & (columns_t < kept_b[:, None])).sum(1)
+        if self.logprobs:
+            self._score(tokens_bt, kept_b, logits_btv, fill_b)
         update.commit_(pool, rows, kept_b)
-        if self.drafter is not None:
+        if k and self.drafter is not None:
             self.drafter.observe(tokens_bt.clamp(min=0), kept_b, hidden_btd)
+        elif self._hidden_bnd is not None:
+            # A row that has ended writes where nothing will be read.
+            at_b11 = fill_b.clamp(max=self._hidden_bnd.shape[1] - 1)[:, None, None]
+            self._hidden_bnd[:n].scatter_(1, at_b11.expand_as(hidden_btd), hidden_btd)
+
+    def _lead(self, n: int, k: int) -> tuple[Draft, Tensor, Tensor | None]:
+        """Guesses, the block that they make with each row's last token, and how many of it count, None for all."""
+        slots = self._slots.first(n)
+        if not k or self.drafter is None:
+            return Draft.none(n, self.model.device), slots.last_b[:, None], None
+        draft = self.drafter.propose(n, k, self._sampler, self._history.first(n))
+        if draft.chains == 1 and self._static:
+            tokens_bt, lengths_b = lead(slots, draft.tokens_bk, draft.length_b)
+            return replace(draft, length_b=lengths_b - 1), tokens_bt, lengths_b
+        # No more than the row may still give, one of them not guessed; none where nothing is under way.
+        length_b = torch.minimum(draft.length_b, (slots.left_b - 1).clamp(min=0)) * slots.alive_b
+        draft = replace(draft, length_b=length_b)
+        if not self._static:
+            draft = draft.cut(int(draft.length_b.max()))
+        tokens_bt = torch.cat((draft.fork(slots.last_b)[:, None], draft.tokens_bk), dim=1)
+        return draft, tokens_bt, draft.fork(1 + draft.length_b) if tokens_bt.shape[1] > 1 else None
 
     def _without_ends(self, logits_btv: Tensor, n: int, draft: Draft) -> Tensor:
         """The logits with no end token where a row can't end yet."""
         t, vocab_size = logits_btv.shape[1:]
         step_bt = self._history.step_b[:n, None] + torch.arange(t, device=logits_btv.device)
         early_bt = draft.fork(step_bt < self._least_b[:n, None])
-        ends_b1e = draft.fork(self._ends_be[:n])[:, None]
+        ends_b1e = draft.fork(self._slots.ends_be[:n])[:, None]
         barred_bte = early_bt[..., None] & (ends_b1e >= 0) & (ends_b1e < vocab_size)
         # Where nothing is barred the place, whichever it is, keeps what it has.
         at_bte = torch.where(barred_bte, ends_b1e, 0)
         ceiling_bte = torch.where(barred_bte, -torch.inf, torch.inf).to(logits_btv.dtype)
         return logits_btv.scatter_reduce(2, at_bte, ceiling_bte, "amin")
 
-    def _emit(self, tokens_bt: Tensor, n_b: Tensor, logits_btv: Tensor) -> Tensor:
-        """Write what stands up to a row's end, and return how many tokens that is, 0 for rows that have ended."""
-        n, t = tokens_bt.shape
-        columns_t, alive_b, left_b = torch.arange(t, device=tokens_bt.device), self._alive_b[:n], self._left_b[:n]
-        ends_bt = (tokens_bt[..., None] == self._ends_be[:n, None]).any(-1) | (tokens_bt < 0)
-        ends_bt = ends_bt & (columns_t < n_b[:, None])
-        first_b = torch.where(ends_bt.any(1), ends_bt.to(torch.int64).argmax(1) + 1, t)
-        kept_b = torch.minimum(torch.minimum(n_b, first_b), left_b) * alive_b
-        kept_bt = columns_t < kept_b[:, None]
-        out_bn = self._out_bn[:n]
-        slots_bt = torch.where(kept_bt, self._fill_b[:n, None] + columns_t, out_bn.shape[1] - 1)
-        out_bn.scatter_(1, slots_bt, tokens_bt)
-        if self.logprobs:
-            own_btv = logits_btv.float()
-            score_bt = own_btv.gather(2, tokens_bt.clamp(min=0)[..., None])[..., 0] - own_btv.logsumexp(-1)
-            self._score_bn[:n].scatter_(1, slots_bt, score_bt)
-        history = self._history.first(n)
-        for i in range(t):
-            history.observe_(tokens_bt[:, i].clamp(min=0), kept_bt[:, i].to(torch.int64))
-        last_b = tokens_bt.gather(1, (kept_b - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
-        self._last_b[:n] = torch.where(kept_b > 0, last_b, self._last_b[:n])
-        self._fill_b[:n] += kept_b
-        left_b -= kept_b
-        alive_b *= ~((ends_bt & kept_bt).any(1) | (left_b == 0))
-        return kept_b
+    def _score(self, tokens_bt: Tensor, kept_b: Tensor, logits_btv: Tensor, fill_b: Tensor) -> None:
+        """Note the log-probabilities of the tokens kept, behind the `fill_b` that are there."""
+        columns_t = torch.arange(tokens_bt.shape[1], device=tokens_bt.device)
+        at_bt = torch.where(columns_t < kept_b[:, None], fill_b[:, None] + columns_t, self._score_bn.shape[1] - 1)
+        own_btv = logits_btv.float()
+        score_bt = own_btv.gather(2, tokens_bt.clamp(min=0)[..., None])[..., 0] - own_btv.logsumexp(-1)
+        self._score_bn[: len(tokens_bt)].scatter_(1, at_bt, score_bt)
 
     def take(self, n: int) -> list[Given]:
         """What the first `n` slots were given since the last time: the one wait for the device."""
-        counts = torch.stack((self._fill_b[:n], self._kept_b[:n], self._judged_b[:n], self._guessed_b[:n]), dim=1)
+        slots = self._slots.first(n)
+        loose_b = self._loose_b[:n]
+        counts = torch.stack((slots.fill_b, slots.kept_b, slots.judged_b, slots.guessed_b, loose_b), dim=1)
         width = self._foreseen_bk.shape[1]
-        rows = torch.cat((counts, self._foreseen_bk[:n], self._out_bn[:n]), dim=1).tolist()
+        rows = torch.cat((counts, self._foreseen_bk[:n], slots.out_bn), dim=1).tolist()
         scores = self._score_bn[:n].tolist()
-        for buffer in (self._fill_b, self._kept_b, self._judged_b, self._guessed_b, self._foreseen_bk):
+        every = self._slots
+        for buffer in (every.fill_b, every.kept_b, every.judged_b, every.guessed_b, self._loose_b, self._foreseen_bk):
             buffer.zero_()
         return [
-            Given(more[width:][:fill], row_scores[:fill], kept, judged, guessed, more[1:width][: more[0]])
-            for (fill, kept, judged, guessed, *more), row_scores in zip(rows, scores, strict=True)
+            Given(more[width:][:fill], row_scores[:fill], kept, judged, guessed, more[1:width][: more[0]], loose)
+            for (fill, kept, judged, guessed, loose, *more), row_scores in zip(rows, scores, strict=True)
         ]

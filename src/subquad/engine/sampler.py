@@ -1,19 +1,22 @@
 """From logits to tokens: processors in a fixed order, and noise that belongs to a row alone.
 
-The order is that of transformers: bias, repetition penalty, presence and frequency penalties, temperature, top-k,
-top-p, min-p, typical-p. The distribution that remains after the last of them is the p of speculative decoding.
+The order is that of transformers: bias, repetition penalty, presence and frequency penalties, repeated n-grams, bad
+words, temperature, top-k, top-p, min-p, typical-p, epsilon and eta cutoffs. The distribution that remains after the
+last of them is the p of speculative decoding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.core.state import State, axes, precise
+from subquad.ops.draw import draw
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,13 @@ class SamplingConfig:
         min_p: drop tokens below this share of the most likely one's probability (arXiv 2407.01082); 0 keeps all.
         typical_p: keep the tokens whose surprise is nearest to what is expected, of at least this probability together
             (arXiv 2202.00666); 1 keeps all.
+        epsilon_cutoff: drop tokens of less probability than this, but for the most likely (arXiv 2210.15191); 0 keeps
+            all.
+        eta_cutoff: as `epsilon_cutoff`, and below ``sqrt(eta) * exp(-entropy)`` where that is less (arXiv 2210.15191);
+            0 keeps all.
+        no_repeat_ngram_size: so many tokens in succession never come twice in prompt and output together; 0 lets them.
+        bad_words_ids: sequences of token ids that are never completed by the output's tokens. A row that these two
+            leave no token for ends as one whose logits are not finite.
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the output
             (arXiv 1909.05858); 1 is none.
         presence_penalty: subtracted from the logits of tokens in the output.
@@ -40,6 +50,10 @@ class SamplingConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: Sequence[Sequence[int]] = ()
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -60,6 +74,15 @@ class SamplingConfig:
         expect(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", "1 keeps all tokens")
         expect(0 <= self.min_p <= 1, "min_p", "a number in [0, 1]", "0 keeps all tokens")
         expect(0 < self.typical_p <= 1, "typical_p", "a number in (0, 1]", "1 keeps all tokens")
+        expect(0 <= self.epsilon_cutoff < 1, "epsilon_cutoff", "a number in [0, 1)", "0 keeps all tokens")
+        expect(0 <= self.eta_cutoff < 1, "eta_cutoff", "a number in [0, 1)", "0 keeps all tokens")
+        sized = isinstance(self.no_repeat_ngram_size, Integral) and 0 <= self.no_repeat_ngram_size < 2**31
+        expect(sized, "no_repeat_ngram_size", "an integer in [0, 2**31)", "0 lets all be repeated")
+        for word in self.bad_words_ids:
+            if not word or any(not isinstance(token, Integral) or token < 0 for token in word):
+                raise ConfigError(
+                    f"bad_words_ids: expected sequences of at least one token id, each at least 0, got {word}; drop it"
+                )
         expect(0 < self.repetition_penalty < finite, "repetition_penalty", "a number above 0", "1 is no penalty")
         expect(abs(self.presence_penalty) < finite, "presence_penalty", "a finite number", "0 is no penalty")
         expect(abs(self.frequency_penalty) < finite, "frequency_penalty", "a finite number", "0 is no penalty")
@@ -74,42 +97,98 @@ class SamplingConfig:
     @property
     def penalises(self) -> bool:
         """Whether the next token depends on which tokens came before, besides through the model."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        counted = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return counted or self.reads_text
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the next token depends on the order in which tokens came before, besides through the model."""
+        return self.no_repeat_ngram_size > 0 or any(len(word) > 1 for word in self.bad_words_ids)
 
 
 @dataclass(frozen=True)
 class History(State):
-    """What the processors and the noise know of each row's past. v is 0 where no row has a penalty."""
+    """What the processors and the noise know of each row's past.
+
+    v is 0 where no row has a penalty, n where no row forbids tokens for those that came just before. What lies beyond
+    a row's length in `text_bn` says nothing, and its last column takes what goes beyond all bounds.
+    """
 
     step_b: Tensor = axes("b", precision="index")
     prompt_bv: Tensor = axes("b v", precision="index")
     count_bv: Tensor = axes("b v", precision="index")
+    text_bn: Tensor = axes("b n", precision="index")
+    length_b: Tensor = axes("b", precision="index")
 
     @staticmethod
-    def start(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str | None = None) -> History:
-        """Of rows that have produced nothing yet; `vocab_size` is 0 where nothing is penalised."""
-        prompt_bv = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-        if vocab_size:
-            for row, prompt in enumerate(prompts):
-                prompt_bv[row, torch.tensor(prompt)] = True
+    def start(
+        prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str | None = None, tokens: int = 0
+    ) -> History:
+        """Of rows that have produced nothing yet.
+
+        Args:
+            prompts: one a row.
+            vocab_size: v; 0 where nothing is penalised.
+            device: of the tensors.
+            tokens: most of a row behind which another is drawn; 0 where nobody reads them.
+        """
+        rows = len(prompts)
+        prompt_bv = torch.zeros(rows, vocab_size, dtype=torch.bool)
+        text_bn = torch.zeros(rows, tokens + 1 if tokens else 0, dtype=torch.int64)
+        for row, prompt in enumerate(prompts if vocab_size or tokens else ()):
+            ids = torch.tensor(prompt)
+            if vocab_size:
+                prompt_bv[row, ids] = True
+            if tokens:
+                text_bn[row, : len(ids)] = ids
         return History(
-            torch.zeros(len(prompts), dtype=torch.int64, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
             prompt_bv.to(device),
-            torch.zeros(len(prompts), vocab_size, dtype=torch.int32, device=device),
+            torch.zeros(rows, vocab_size, dtype=torch.int32, device=device),
+            text_bn.to(device),
+            torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64, device=device),
         )
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """The ``vocab_size`` and ``tokens`` of `start`."""
+        return self.count_bv.shape[1], max(self.text_bn.shape[1] - 1, 0)
+
+    def recall_(self, rows: Tensor, other: History) -> None:
+        """Overwrite `rows` in place with `other`'s, as far as both have the same room."""
+        for (_, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
+            if mine.shape[1:] == theirs.shape[1:]:
+                mine.index_copy_(0, rows, theirs)
 
     def observe_(self, tokens_b: Tensor, n_b: Tensor) -> None:
         """Count `tokens_b` in place where `n_b` is 1, and not where it is 0."""
         self.step_b.add_(n_b)
         if self.count_bv.shape[1]:
             self.count_bv.scatter_add_(1, tokens_b[:, None], n_b[:, None].to(self.count_bv.dtype))
+        if self.text_bn.shape[1]:
+            self.text_bn.scatter_(1, self._end(), tokens_b[:, None])
+            self.length_b.add_(n_b)
+
+    def observe_block_(self, tokens_bt: Tensor, n_b: Tensor) -> None:
+        """Count the first `n_b` of each row's tokens in place."""
+        if self.room == (0, 0):
+            self.step_b.add_(n_b)
+            return
+        for i in range(tokens_bt.shape[1]):
+            self.observe_(tokens_bt[:, i], (n_b > i).to(torch.int64))
 
     def after(self, tokens_b: Tensor) -> History:
         """The history if every row went on with `tokens_b`; this one stays as it is."""
-        ahead = History(self.step_b + 1, self.prompt_bv, self.count_bv.clone())
-        if self.count_bv.shape[1]:
-            ahead.count_bv.scatter_add_(1, tokens_b[:, None], torch.ones_like(ahead.count_bv[:, :1]))
-        return ahead
+        count_bv, text_bn, length_b = self.count_bv, self.text_bn, self.length_b
+        if count_bv.shape[1]:
+            count_bv = count_bv.scatter_add(1, tokens_b[:, None], torch.ones_like(count_bv[:, :1]))
+        if text_bn.shape[1]:
+            text_bn, length_b = text_bn.scatter(1, self._end(), tokens_b[:, None]), length_b + 1
+        return History(self.step_b + 1, self.prompt_bv, count_bv, text_bn, length_b)
+
+    def _end(self) -> Tensor:
+        """The column of each row's next token ``[b, 1]``."""
+        return self.length_b.clamp(max=self.text_bn.shape[1] - 1)[:, None]
 
 
 # What the processors read of a row.
@@ -122,6 +201,9 @@ COLUMNS: Mapping[str, Callable[[SamplingConfig], float]] = {
     "tail": lambda c: 1 - float(c.top_p),
     "min_p": lambda c: float(c.min_p),
     "typical_p": lambda c: float(c.typical_p),
+    "epsilon": lambda c: float(c.epsilon_cutoff),
+    "eta": lambda c: float(c.eta_cutoff),
+    "ngram": lambda c: int(c.no_repeat_ngram_size),
 }
 
 
@@ -134,6 +216,54 @@ def penalise_repetition(logits_bv: Tensor, seen_bv: Tensor, penalty: Tensor | fl
 def penalise_counts(logits_bv: Tensor, count_bv: Tensor, presence: Tensor | float, frequency: Tensor | float) -> Tensor:
     """``logit - presence * [count > 0] - frequency * count``."""
     return logits_bv - presence * (count_bv > 0) - frequency * count_bv
+
+
+def _back(history: History, d: int) -> Tensor:
+    """The d-th last token of each row ``[b, 1]``; anything where it has fewer."""
+    return history.text_bn.gather(1, (history.length_b - d).clamp(0, history.text_bn.shape[1] - 1)[:, None])
+
+
+def find_ngrams(history: History, size_b1: Tensor, largest: int) -> Tensor:
+    """Where in a row's text an n-gram ends that begins as the text's end does: there is a token that would repeat it.
+
+    Args:
+        history: of the rows.
+        size_b1: n of each row; 0 finds nothing.
+        largest: the maximum of `size_b1`, known here so that the device is not asked.
+
+    Returns:
+        bool ``[b, n]``, beside `History.text_bn`.
+    """
+    columns_n = torch.arange(history.text_bn.shape[1], device=size_b1.device)
+    found_bn = (size_b1 > 0) & (columns_n >= size_b1 - 1) & (columns_n < history.length_b[:, None])
+    for d in range(1, min(largest, len(columns_n))):
+        # What rolls in from the end is where no n-gram of more than d tokens ends.
+        found_bn = found_bn & ((history.text_bn.roll(d, 1) == _back(history, d)) | (size_b1 <= d))
+    return found_bn
+
+
+def find_words(history: History, words_bwl: Tensor) -> Tensor:
+    """Which sequences, all tokens of which but the last are the end of a row's text, its next token would complete.
+
+    Args:
+        history: of the rows.
+        words_bwl: token ids, -1 before a shorter sequence's first and where there is none.
+
+    Returns:
+        bool ``[b, w]``.
+    """
+    found_bw = words_bwl[..., -1] >= 0
+    for d in range(1, words_bwl.shape[2]):
+        token_bw = words_bwl[..., -1 - d]
+        same_bw = (token_bw == _back(history, d)) & (history.length_b >= d)[:, None]
+        found_bw = found_bw & (same_bw | (token_bw < 0))
+    return found_bw
+
+
+def forbid(logits_bv: Tensor, tokens_bm: Tensor, there_bm: Tensor) -> Tensor:
+    """Minus infinity for `tokens_bm` where `there_bm`, m of a row; logits that are not finite are no less noticed."""
+    times_bv = torch.zeros_like(logits_bv, dtype=torch.int32).scatter_add_(1, tokens_bm, there_bm.to(torch.int32))
+    return torch.where(times_bv > 0, logits_bv - torch.inf, logits_bv)
 
 
 def keep_top_k(logits_bv: Tensor, k_b1: Tensor, largest: int) -> Tensor:
@@ -163,6 +293,11 @@ def keep_min_p(logits_bv: Tensor, p: Tensor | float) -> Tensor:
     return logits_bv.masked_fill(prob_bv < p * prob_bv.amax(-1, keepdim=True), -torch.inf)
 
 
+def _entropy(prob_bv: Tensor, log_bv: Tensor) -> Tensor:
+    """Of each row's distribution ``[b, 1]``, in nats."""
+    return -torch.where(prob_bv > 0, prob_bv * log_bv, 0).sum(-1, keepdim=True)
+
+
 def keep_typical_p(logits_bv: Tensor, p_b1: Tensor) -> Tensor:
     """Keep the tokens whose ``-log`` probability is nearest to the entropy, up to the one that brings them to ``p``.
 
@@ -170,7 +305,7 @@ def keep_typical_p(logits_bv: Tensor, p_b1: Tensor) -> Tensor:
     """
     log_bv = logits_bv.log_softmax(-1)
     prob_bv = log_bv.exp()
-    entropy_b1 = -torch.where(prob_bv > 0, prob_bv * log_bv, 0).sum(-1, keepdim=True)
+    entropy_b1 = _entropy(prob_bv, log_bv)
     sorted_bv, order_bv = (-log_bv - entropy_b1).abs().sort(dim=-1)
     # A token that ties with the last one that is needed is kept as well.
     last_b1 = (prob_bv.gather(1, order_bv).cumsum(-1) < p_b1).sum(-1, keepdim=True).clamp(max=logits_bv.shape[1] - 1)
@@ -179,43 +314,31 @@ def keep_typical_p(logits_bv: Tensor, p_b1: Tensor) -> Tensor:
     return logits_bv.masked_fill(drop_bv, -torch.inf)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, a bijection of 64 bits (doi 10.1145/2660193.2660195, mix64 variant 13)."""
-    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ (x >> 31 & 0x1FFFFFFFF)
+def keep_epsilon(logits_bv: Tensor, epsilon: Tensor | float) -> Tensor:
+    """Drop tokens whose probability is below `epsilon`, but for the most likely."""
+    drop_bv = (logits_bv.softmax(-1) < epsilon) & (logits_bv < logits_bv.amax(-1, keepdim=True))
+    return logits_bv.masked_fill(drop_bv, -torch.inf)
 
 
-def _bits(seed_b: Tensor, step_b: Tensor, count: int, stream: int) -> Tensor:
-    golden = -0x61C8864680B583EB
-    key_b = _mix(_mix(seed_b + golden) + step_b * golden)
-    if stream:
-        key_b = _mix(key_b + stream)
-    return _mix(key_b[:, None] + torch.arange(1, count + 1, device=seed_b.device) * golden)
+def keep_eta(logits_bv: Tensor, eta_b1: Tensor) -> Tensor:
+    """`keep_epsilon` with ``min(eta, sqrt(eta) * exp(-entropy))``: where much is possible, less likely tokens stay."""
+    log_bv = logits_bv.log_softmax(-1)
+    floor_b1 = eta_b1.sqrt() * (-_entropy(log_bv.exp(), log_bv)).exp()
+    return keep_epsilon(logits_bv, torch.minimum(eta_b1, floor_b1))
 
 
-def gumbel(seed_b: Tensor, step_b: Tensor, vocab_size: int, stream: int = 0) -> Tensor:
-    """Standard Gumbel noise ``[b, v]`` in float32, a function of each row's seed and step, and the token.
-
-    There is no generator to carry along: a row draws the same in any batch and after any interruption. The bits are the
-    same on every device, their logarithms up to rounding.
-
-    Args:
-        seed_b: int64 seeds.
-        step_b: int64, number of tokens already drawn.
-        vocab_size: v.
-        stream: noises of different streams are independent.
-    """
-    # The uniform is never 0, and finest near 0, where log1p turns it into the exponentials that win; nor is it ever
-    # rounded to 1, where the noise would be minus infinity and a token that is certain could lose.
-    bits_bv = (_bits(seed_b, step_b, vocab_size, stream) >> 11 & 0x1FFFFFFFFFFFFF) | 1
-    uniform_bv = (bits_bv.to(torch.float32) * 2.0**-53).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform_bv))
+def _power_of_two(n: int) -> int:
+    """The least that is not below n, or 0: so that a graph made for one number serves others."""
+    return 1 << (n - 1).bit_length() if n else 0
 
 
-def uniform(seed_b: Tensor, step_b: Tensor, stream: int) -> Tensor:
-    """A number ``[b]`` in [0, 1) for each row, float32, a function of seed, step and stream as in `gumbel`."""
-    return (_bits(seed_b, step_b, 1, stream)[:, 0] >> 40 & 0xFFFFFF).to(torch.float32) * 2.0**-24
+def _buffers(configs: Sequence[SamplingConfig], device: torch.device | str | None) -> list[Tensor]:
+    """Whether each row is greedy, its seed, and its `COLUMNS`."""
+    return [
+        torch.tensor([c.temperature == 0 for c in configs], device=device),
+        torch.tensor([c.seed for c in configs], device=device),
+        *(torch.tensor([[make(c)] for c in configs], device=device) for make in COLUMNS.values()),
+    ]
 
 
 class Sampler:
@@ -235,24 +358,23 @@ class Sampler:
     ) -> None:
         self.configs, self.vocab_size = list(configs), vocab_size
         self._bias_bv = torch.zeros(len(configs), 0, device=device)
-        self.greedy_b = torch.tensor([c.temperature == 0 for c in configs], device=device)
-        self.seed_b = torch.tensor([c.seed for c in configs], device=device)
-        self._columns = {
-            name: torch.tensor([[make(c)] for c in configs], device=device) for name, make in COLUMNS.items()
-        }
+        self._words_bwl = torch.zeros(len(configs), 0, 0, dtype=torch.int64, device=device)
+        self.greedy_b, self.seed_b, *columns = _buffers(configs, device)
+        self._columns = dict(zip(COLUMNS, columns, strict=True))
         self._note_biases(range(len(configs)), configs)
+        self._note_words(range(len(configs)), configs)
         self._choose()
 
     def put(self, rows: Sequence[int], configs: Sequence[SamplingConfig]) -> None:
         """From now on `rows` are asked for what `configs` say."""
         for row, config in zip(rows, configs, strict=True):
             self.configs[row] = config
-        plain = [replace(c, logit_bias={}) for c in configs]
-        fresh, rows_b = Sampler(plain), torch.tensor(rows, device=self.seed_b.device)
-        mine = (self.greedy_b, self.seed_b, *self._columns.values())
-        for buffer, values in zip(mine, (fresh.greedy_b, fresh.seed_b, *fresh._columns.values()), strict=True):
-            buffer.index_copy_(0, rows_b, values.to(buffer.device))
+        device, mine = self.seed_b.device, (self.greedy_b, self.seed_b, *self._columns.values())
+        rows_b = torch.tensor(rows, device=device)
+        for buffer, values in zip(mine, _buffers(configs, device), strict=True):
+            buffer.index_copy_(0, rows_b, values)
         self._note_biases(rows, configs)
+        self._note_words(rows, configs)
         self._choose()
 
     def _note_biases(self, rows: Sequence[int], configs: Sequence[SamplingConfig]) -> None:
@@ -267,32 +389,59 @@ class Sampler:
                 at, bias = torch.tensor(list(config.logit_bias)), torch.tensor(list(config.logit_bias.values()))
                 self._bias_bv[row, at.to(self.seed_b.device)] = bias.to(self._bias_bv)
 
+    def _note_words(self, rows: Sequence[int], configs: Sequence[SamplingConfig]) -> None:
+        """Note the bad words of `rows`; there is room for as many, and as long ones, as some row has had."""
+        b, w, length = self._words_bwl.shape
+        most = max((len(c.bad_words_ids) for c in configs), default=0)
+        longest = max((len(word) for c in configs for word in c.bad_words_ids), default=0)
+        if most > w or longest > length:
+            wider, longer = max(w, _power_of_two(most)), max(length, _power_of_two(longest))
+            words_bwl = self._words_bwl.new_full((b, wider, longer), -1)
+            words_bwl[:, :w, longer - length :] = self._words_bwl
+            self._words_bwl = words_bwl
+        if self._words_bwl.shape[1]:
+            mine_bwl = torch.full((len(rows), *self._words_bwl.shape[1:]), -1)
+            for row, config in enumerate(configs):
+                for i, word in enumerate(config.bad_words_ids):
+                    mine_bwl[row, i, -len(word) :] = torch.tensor(word)
+            self._words_bwl[torch.tensor(rows, device=self.seed_b.device)] = mine_bwl.to(self.seed_b.device)
+
     def _choose(self) -> None:
         asked = self.configs
         self.draws = any(c.temperature > 0 for c in asked)
-        # As a power of two, so that the graph of one k serves others.
-        largest = max((c.top_k for c in asked), default=0)
-        self.largest_k = 1 << (largest - 1).bit_length() if largest else 0
+        self.largest_k = _power_of_two(max((c.top_k for c in asked), default=0))
+        self.largest_n = max((c.no_repeat_ngram_size for c in asked), default=0)
+        self.reads_text = any(c.reads_text for c in asked)
         self._asked = {
             "bias": any(c.logit_bias for c in asked),
             "repetition": any(c.repetition_penalty != 1 for c in asked),
             "counts": any(c.presence_penalty or c.frequency_penalty for c in asked),
+            "ngrams": self.largest_n > 0,
+            "words": any(c.bad_words_ids for c in asked),
             "temperature": any(c.temperature not in (0, 1) for c in asked),
             "top_k": self.largest_k > 0,
             "top_p": any(c.top_p != 1 for c in asked),
             "min_p": any(c.min_p for c in asked),
             "typical_p": any(c.typical_p != 1 for c in asked),
+            "epsilon": any(c.epsilon_cutoff for c in asked),
+            "eta": any(c.eta_cutoff for c in asked),
         }
 
     @property
     def features(self) -> tuple[object, ...]:
         """All that decides which operations `sample` and `probabilities` run; the rest lies in buffers."""
-        return (self.draws, self.largest_k, *self._asked.values())
+        words = self._words_bwl.shape[1:] if self._asked["words"] else ()
+        return (self.draws, self.largest_k, self.largest_n, *words, *self._asked.values())
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether some row needs to know how often each token came before."""
+        return self._asked["repetition"] or self._asked["counts"]
 
     @property
     def penalises(self) -> bool:
         """Whether some row needs a history of its tokens."""
-        return self._asked["repetition"] or self._asked["counts"]
+        return self.counts_tokens or self.reads_text
 
     def process(self, logits_bv: Tensor, history: History) -> Tensor:
         """The logits after every processor, in float32 at least; for the first rows when there are fewer."""
@@ -304,6 +453,11 @@ class Sampler:
             x = penalise_repetition(x, history.prompt_bv | (history.count_bv > 0), column["repetition"])
         if asked["counts"]:
             x = penalise_counts(x, history.count_bv, column["presence"], column["frequency"])
+        if asked["ngrams"]:
+            x = forbid(x, history.text_bn, find_ngrams(history, column["ngram"], self.largest_n))
+        if asked["words"]:
+            words_bwl = self._words_bwl[: len(x)]
+            x = forbid(x, words_bwl[..., -1].clamp(min=0), find_words(history, words_bwl))
         if asked["temperature"]:
             x = x / column["temperature"]
         if asked["top_k"]:
@@ -314,33 +468,47 @@ class Sampler:
             x = keep_min_p(x, column["min_p"])
         if asked["typical_p"]:
             x = keep_typical_p(x, column["typical_p"])
+        if asked["epsilon"]:
+            x = keep_epsilon(x, column["epsilon"])
+        if asked["eta"]:
+            x = keep_eta(x, column["eta"])
         return x
 
-    def probabilities(self, logits_bv: Tensor, history: History) -> Tensor:
-        """The distribution ``[b, v]`` that `sample` draws from; a greedy row's has all its mass on one token.
+    def probabilities(self, logits: Tensor, history: History) -> Tensor:
+        """The distribution that `sample` draws from; a greedy row's has all its mass on one token.
 
-        NaN in rows whose logits hold a NaN or have no finite maximum.
+        NaN where logits hold a NaN or have no finite maximum.
+
+        Args:
+            logits: ``[b, v]``, or ``[b, t, v]`` of several steps, where no row may need a history of its tokens.
+            history: of the same rows.
         """
-        processed_bv = self.process(logits_bv, history)
-        certain_bv = torch.zeros_like(processed_bv).scatter_(1, processed_bv.argmax(-1, keepdim=True), 1)
-        certain_bv = certain_bv.masked_fill(~processed_bv.amax(-1, keepdim=True).isfinite(), torch.nan)
-        return torch.where(self.greedy_b[: len(logits_bv), None], certain_bv, processed_bv.softmax(-1))
+        x = self._process_block(logits, history) if logits.dim() == 3 else self.process(logits, history)
+        certain = torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1)
+        certain = certain.masked_fill(~x.amax(-1, keepdim=True).isfinite(), torch.nan)
+        greedy_b = self.greedy_b[: len(x)]
+        return torch.where(greedy_b.view(-1, *[1] * (x.dim() - 1)), certain, x.softmax(-1))
 
     def sample(self, logits_bv: Tensor, history: History, stream: int = 0) -> Tensor:
         """The next tokens, int64 ``[b]``; -1 where a row's logits hold a NaN or have no finite maximum.
-
-        ``argmax(logits + Gumbel noise)`` is distributed as ``softmax(logits)``.
 
         Args:
             logits_bv: as the model gives them.
             history: of the same rows.
             stream: which of the rows' independent noises; 0 is that of the model's own tokens.
         """
-        processed_bv = self.process(logits_bv, history)
-        # One reduction tells: the maximum of a row is NaN when any of it is.
-        sound_b = processed_bv.amax(-1).isfinite()
-        if self.draws:
-            rows = len(logits_bv)
-            noise_bv = gumbel(self.seed_b[:rows], history.step_b, logits_bv.shape[1], stream)
-            processed_bv = processed_bv + noise_bv.masked_fill(self.greedy_b[:rows, None], 0)
-        return torch.where(sound_b, processed_bv.argmax(-1), -1)
+        return self.sample_block(logits_bv[:, None], history, stream)[:, 0]
+
+    def sample_block(self, logits_btv: Tensor, history: History, stream: int = 0) -> Tensor:
+        """The tokens ``[b, t]`` of the next t steps; see `sample`. For t above 1 no row `penalises`."""
+        rows = len(logits_btv)
+        if any(self._asked.values()):
+            logits_btv = self._process_block(logits_btv, history)
+        noise = self.greedy_b[:rows], self.seed_b[:rows], history.step_b
+        return draw(logits_btv, *noise, draws=self.draws, stream=stream)
+
+    def _process_block(self, logits_btv: Tensor, history: History) -> Tensor:
+        """`process` of several steps that know the same of their tokens."""
+        if not any(self._asked.values()):
+            return logits_btv.to(precise(logits_btv.dtype))
+        return torch.stack([self.process(logits_bv, history) for logits_bv in logits_btv.unbind(1)], dim=1)

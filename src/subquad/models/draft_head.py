@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ HEAD_DIM = 64
 THETA = 10_000.0
 # Share of the largest weight of a norm below which a channel counts as dropped.
 SMALLEST = 1e-4
+# Of so many pairs one is trained to have a block of guesses behind it: 8 then cost what 3 in succession do.
+ANCHOR_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class HeadConfig:
         kept: how many tokens it may guess; 0 is all.
         norm_eps: epsilon of its norms.
         target: name of the model that it was trained for.
+        guesses: how many tokens one read guesses; with more than 1 it is a `BlockHead`.
     """
 
     vocab_size: int
@@ -56,13 +60,14 @@ class HeadConfig:
     kept: int = 0
     norm_eps: float = 1e-5
     target: str = ""
+    guesses: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what is no head."""
-        if self.window < 1 or not 0 <= self.kept <= self.vocab_size:
+        if min(self.window, self.guesses) < 1 or not 0 <= self.kept <= self.vocab_size:
             raise ConfigError(
-                f"draft head: expected window >= 1 and kept in 0..{self.vocab_size}, got {self.window} and "
-                f"{self.kept}; change them"
+                f"draft head: expected window and guesses >= 1 and kept in 0..{self.vocab_size}, got {self.window}, "
+                f"{self.guesses} and {self.kept}; change them"
             )
         if self.n_heads < 1 or self.d_model % (2 * self.n_heads):
             raise ConfigError(
@@ -71,12 +76,12 @@ class HeadConfig:
             )
 
     @staticmethod
-    def like(model: ModelConfig, window: int, *, kept: int = 0, target: str = "") -> HeadConfig:
+    def like(model: ModelConfig, window: int, *, kept: int = 0, target: str = "", guesses: int = 1) -> HeadConfig:
         """A head as wide as `model`, whatever its mixers are."""
         most = max(1, model.d_model // HEAD_DIM)
         n_heads = next(n for n in range(most, 0, -1) if n == 1 or model.d_model % (2 * n) == 0)
         sizes = (model.vocab_size, model.d_model, model.d_mlp, n_heads, window)
-        return HeadConfig(*sizes, kept, model.norm_eps, target)
+        return HeadConfig(*sizes, kept, model.norm_eps, target, guesses)
 
     def check(self, model: ModelConfig) -> None:
         """Refuse a model of other sizes.
@@ -164,7 +169,7 @@ class Head(nn.Module):
             state: rows aligned with the block's.
             layout: where the pairs stand.
         """
-        x_btd, update = self.block.read(self._joined(model, stream_btd, tokens_bt), state, layout)
+        x_btd, update = self.block.read(self._joined(stream_btd, model.embed(tokens_bt)), state, layout)
         return _normed(model, x_btd), update
 
     def unroll(self, model: Stack, stream_btd: Tensor, tokens_bt: Tensor, steps: int) -> list[Tensor]:
@@ -185,18 +190,16 @@ class Head(nn.Module):
             For each step ``[b, t, d]``; in the first `s` columns of a piece there is no such guess.
         """
         b, t = tokens_bt.shape
-        size = min(self.config.window, t)
-        pad = -t % size
-        x_ptd = F.pad(stream_btd, (0, 0, 0, pad)).view(-1, size, stream_btd.shape[2])
-        tokens_pt = F.pad(tokens_bt, (0, pad)).view(-1, size)
-        layout = Layout.dense(*tokens_pt.shape, device=tokens_bt.device)
+        x_ptd, token_ptd = self._pieces(model, stream_btd, tokens_bt)
+        size = x_ptd.shape[1]
+        layout = Layout.dense(*x_ptd.shape[:2], device=tokens_bt.device)
         column_t = torch.arange(size, device=tokens_bt.device)
         back_tn = column_t[:, None] - column_t
         out: list[Tensor] = []
         keys: list[Tensor] = []
         values: list[Tensor] = []
         for step in range(steps):
-            x_ptd = self._joined(model, x_ptd, tokens_pt)
+            x_ptd = self._joined(x_ptd, token_ptd)
             q_pthk, k_pthk, v_pthk = self.mixer.qkv(self.block.norm1(x_ptd), layout)
             keys.append(k_pthk.transpose(1, 2))
             values.append(v_pthk.transpose(1, 2))
@@ -207,16 +210,113 @@ class Head(nn.Module):
                 y_pthk = attention.masked(q_pthk, *joint, allowed_1tn, self.mixer.scale)
             else:
                 y_pthk = attention.causal(q_pthk, k_pthk, v_pthk, self.mixer.scale)
-            y_ptd = _normed(model, self.block.feed(x_ptd, self.mixer.o_proj(y_pthk.flatten(2))))
-            out.append(y_ptd.reshape(b, t + pad, -1)[:, :t])
+            y_ptd = self._fed(model, x_ptd, y_pthk)
+            out.append(y_ptd.unflatten(0, (b, -1)).flatten(1, 2)[:, :t])
             x_ptd = F.pad(y_ptd[:, :-1], (0, 0, 1, 0))
         return out
 
-    def _joined(self, model: Stack, stream_btd: Tensor, tokens_bt: Tensor) -> Tensor:
+    def columns(self, step: int, t: int) -> slice:
+        """Of t columns those where `unroll` guesses in a step; it returns no others."""
+        return slice(None)
+
+    def _pieces(self, model: Stack, stream_btd: Tensor, tokens_bt: Tensor) -> tuple[Tensor, Tensor]:
+        """Streams and embeddings, both ``[p, t, d]``, of pieces as long as the window; the last may end in padding."""
+        t = tokens_bt.shape[1]
+        size = min(self.config.window, t)
+        pad = -t % size
+        stream_ptd = F.pad(stream_btd, (0, 0, 0, pad)).view(-1, size, stream_btd.shape[2])
+        return stream_ptd, model.embed(F.pad(tokens_bt, (0, pad)).view(-1, size))
+
+    def _joined(self, stream_btd: Tensor, token_btd: Tensor) -> Tensor:
         # In training more precise than the model's, and so stays what the block adds to.
         own = self.norm_stream.weight.dtype
-        stream_btd, token_btd = stream_btd.to(own), model.embed(tokens_bt).to(own)
+        stream_btd, token_btd = stream_btd.to(own), token_btd.to(own)
         return self.join(torch.cat((self.norm_stream(stream_btd), self.norm_token(token_btd)), dim=-1)).to(own)
+
+    def _fed(self, model: Stack, x_btd: Tensor, y_bthk: Tensor) -> Tensor:
+        """What the block makes of its input and of what its attention gave, behind the model's norm."""
+        return _normed(model, self.block.feed(x_btd, self.mixer.o_proj(y_bthk.flatten(2))))
+
+
+class BlockHead(Head):
+    """Guesses a block of tokens in one read: learned vectors stand where tokens are that nobody knows yet.
+
+    What a `Head` gives behind the last pair is the stream of the first guess, at no read of its own. Behind it come
+    ``guesses - 1`` pairs of this stream and a mask each, a learned vector in place of the token's embedding, and one
+    read of them all gives the streams of the other guesses (arXiv 2203.16487, section 3.1, where every place of a
+    block has a query of its own too). So each guess knows the prefix and its place, and none what the others are.
+
+    The attention over masks is causal. So a guess is the same however many are asked for, and the head that was
+    trained for many serves few; a mask tells a later one nothing that it could not read for itself.
+    """
+
+    def __init__(self, config: HeadConfig, ids: Sequence[int] = ()) -> None:
+        super().__init__(config, ids)
+        if config.guesses < 2:
+            raise ConfigError(f"block head: expected at least 2 guesses, got {config.guesses}; one is a Head's")
+        self.masks_kd = nn.Parameter(torch.randn(config.guesses - 1, config.d_model))
+
+    def ahead(self, model: Stack, stream_bd: Tensor, k: int, state: WindowState | RingState) -> Tensor:
+        """What stands for the streams of the next k guesses, ``[b, k, d]``; `state` stays as it is.
+
+        Args:
+            model: that it guesses for.
+            stream_bd: what `read` gave at each row's last pair.
+            k: from 1 to `config.guesses`.
+            state: that holds all pairs.
+        """
+        if k == 1:
+            return stream_bd[:, None]
+        b = len(stream_bd)
+        pairs = (stream_bd[:, None].expand(-1, k - 1, -1), self.masks_kd[: k - 1].expand(b, -1, -1))
+        x_bkd, _ = self.block.read(self._joined(*pairs), state, Layout.dense(b, k - 1, start_b=state.seen_b))
+        return torch.cat((stream_bd[:, None], _normed(model, x_bkd)), dim=1)
+
+    def unroll(self, model: Stack, stream_btd: Tensor, tokens_bt: Tensor, steps: int) -> list[Tensor]:
+        """The training form: the first guess behind every pair, and the others behind some; see `Head.unroll`.
+
+        As there, the guess of step s in column c stands on the true pairs up to column c - s. All masks behind all
+        anchors are read at once.
+
+        Returns:
+            For each step ``[b, n, d]``, of its `columns`; those whose anchor is in another piece are no guesses.
+
+        Raises:
+            ConfigError: more steps than guesses.
+        """
+        if not 1 <= steps <= self.config.guesses:
+            raise ConfigError(f"block head: expected 1 to {self.config.guesses} steps, got {steps}; ask for fewer")
+        (b, t), device = tokens_bt.shape, tokens_bt.device
+        x_ptd = self._joined(*self._pieces(model, stream_btd, tokens_bt))
+        (p, size), every, masks = x_ptd.shape[:2], self._every(t), steps - 1
+        q_pthk, k_pthk, v_pthk = self.mixer.qkv(self.block.norm1(x_ptd), Layout.dense(p, size, device=device))
+        y_ptd = self._fed(model, x_ptd, attention.causal(q_pthk, k_pthk, v_pthk, self.mixer.scale))
+        out = [y_ptd.unflatten(0, (b, -1)).flatten(1, 2)[:, :t]]
+        if not masks:
+            return out
+        anchor_n = torch.arange(0, size, every, device=device).repeat_interleave(masks)
+        place_n = torch.arange(masks, device=device).repeat(size // every)
+        x_pnd = self._joined(y_ptd[:, anchor_n], self.masks_kd[place_n].expand(p, -1, -1))
+        layout = Layout(torch.full((p,), len(anchor_n), device=device), (anchor_n + place_n + 1).expand(p, -1))
+        q_pnhk, *both = self.mixer.qkv(self.block.norm1(x_pnd), layout)
+        before_nt = torch.arange(size, device=device) <= anchor_n[:, None]
+        among_nn = (anchor_n[:, None] == anchor_n) & (place_n[:, None] >= place_n)
+        k_phmk, v_phmk = (torch.cat(x, dim=1).transpose(1, 2) for x in zip((k_pthk, v_pthk), both, strict=True))
+        allowed_1nm = torch.cat((before_nt, among_nn), dim=1)[None]
+        y_pnhk = attention.masked(q_pnhk, k_phmk, v_phmk, allowed_1nm, self.mixer.scale)
+        ahead_pand = self._fed(model, x_pnd, y_pnhk).unflatten(1, (-1, masks))
+        for step in range(1, steps):
+            guess_bnd = ahead_pand[:, :, step - 1].unflatten(0, (b, -1)).flatten(1, 2)
+            out.append(guess_bnd[:, : len(range(t)[self.columns(step, t)])])
+        return out
+
+    def columns(self, step: int, t: int) -> slice:
+        """All in the first step; then those that lie `step` columns behind an anchor."""
+        return slice(step, None, self._every(t)) if step else slice(None)
+
+    def _every(self, t: int) -> int:
+        """The distance of two anchors in t columns, such that each piece begins with one."""
+        return math.gcd(min(self.config.window, t), ANCHOR_EVERY)
 
 
 def _normed(model: Stack, x_btd: Tensor) -> Tensor:
@@ -228,7 +328,7 @@ def untrained(config: HeadConfig, ids: Sequence[int] = (), *, seed: int = 0) -> 
     """A head of chance, in float32 on the CPU; the same for the same seed."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return Head(config, ids)
+        return (BlockHead if config.guesses > 1 else Head)(config, ids)
 
 
 def save_head(head: Head, folder: str | Path) -> None:

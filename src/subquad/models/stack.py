@@ -103,6 +103,8 @@ class StackUpdate(Update):
             pool.seen_b.index_copy_(0, rows, seen_b)
 
     def _seen_b(self, seen_b: Tensor, n_b: Tensor | None) -> Tensor:
+        if self.layout.documents_bt is None:
+            return seen_b + (self.layout.lengths_b if n_b is None else n_b)
         kept_bt, continues_b = self.layout.tail(self.layout.lengths_b if n_b is None else n_b)
         return torch.where(continues_b, seen_b, 0) + kept_bt.sum(1)
 
@@ -212,4 +214,4 @@ class Stack(nn.Module):
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x_btd, update = block.read(x_btd, layer, layout)
             updates.append(update)
-        return self.norm(x_btd), StackUpdate(state, tuple(updates), layout)
+        return norm.add_rms(x_btd, None, self.norm)[1], StackUpdate(state, tuple(updates), layout)

@@ -60,11 +60,18 @@ def heads(h: int, **tensors: Tensor) -> None:
             raise ConfigError(f"{name}: expected a number of heads that divides h={h}, got {x.shape[2]}")
 
 
+def no_kernels(device: torch.device) -> str | None:
+    """Why kernels can't run on `device`, or None when they can."""
+    if device.type != "cuda" and not backends.interpreted():
+        return f"the Triton kernels need a CUDA device, got {device}"
+    return None
+
+
 def refusal(*tensors: Tensor, widths: tuple[int, ...]) -> str | None:
     """Why kernels can't run `tensors` with head dims `widths`, or None when they can."""
     device = tensors[0].device
-    if device.type != "cuda" and not backends.interpreted():
-        return f"the Triton kernels need a CUDA device, got {device}"
+    if (reason := no_kernels(device)) is not None:
+        return reason
     for x in tensors:
         if x.device != device:
             raise ConfigError(f"expected all tensors on one device, got {device} and {x.device}; move them")

@@ -34,7 +34,7 @@ class Lesson:
     """What a head is trained on.
 
     Attributes:
-        steps: guesses that stand one on the other (arXiv 2503.01840, section 3.2).
+        steps: guesses that stand one on the other (arXiv 2503.01840, section 3.2), or of a block head's one read.
         decay: weight of each guess's loss relative to the one before it: it counts only where that one stood.
         stream: weight of the relative squared error of what stands for the model's stream. EAGLE has a term like it
             (arXiv 2401.15077, section 3.2), EAGLE-3 has none.
@@ -54,9 +54,12 @@ class HeadStage(Stage):
     """Minimise ``sum_s decay^s KL(p || q_s)``, p and q renormalised over the tokens that may be guessed.
 
     p is the model's distribution behind a pair's token, and q_s that of the head where its last s pairs are of its own
-    making (`Head.unroll`). The model runs without gradients, in the dtype it has; logits exist for one chunk of tokens
-    at a time. Before each step the guesses for a few tokens of its batch are compared with the model: as long as no
-    text comes twice, that is text not seen.
+    making (`Head.unroll`). The q_s of a block head does not depend on the last s tokens: it learns the mean of p over
+    all that may stand there, which on the model's own samples is how the model itself goes on behind the prefix.
+
+    The model runs without gradients, in the dtype it has; logits exist for one chunk of tokens at a time. Before each
+    step the guesses for a few tokens of its batch are compared with the model: as long as no text comes twice, that is
+    text not seen.
 
     Args:
         model: that the head guesses for; not changed.
@@ -79,38 +82,34 @@ class HeadStage(Stage):
 
     def step(self) -> dict[str, Tensor]:
         """One batch, in parts."""
-        batch = next(self.stream).to(self.device)
-        scored_sbt = scored(batch.tokens_bt, batch.wanted_bt, self.head.config.window, self.lesson.steps)
-        whole_s = scored_sbt.sum((1, 2)).clamp(min=1)
+        batch, steps = next(self.stream).to(self.device), self.lesson.steps
+        scored_sbt = scored(batch.tokens_bt, batch.wanted_bt, self.head.config.window, steps)
+        counts = [
+            scored_bt[:, self.head.columns(s, scored_bt.shape[1])].sum() for s, scored_bt in enumerate(scored_sbt)
+        ]
+        whole_s = torch.stack(counts).clamp(min=1)
         compared: dict[str, Tensor] = {}
-        kl_s = torch.zeros(self.lesson.steps, device=self.device)
+        kl_s = torch.zeros(steps, device=self.device)
         loss = torch.zeros((), device=self.device)
         for start in range(0, len(batch.tokens_bt), self._rows):
-            tokens_bt, scored_one_sbt = batch.tokens_bt[start:][: self._rows], scored_sbt[:, start:][:, : self._rows]
-            with torch.no_grad():
-                stream_btd = self.model.hidden(tokens_bt)
-            guesses = self.head.unroll(self.model, stream_btd, tokens_bt, self.lesson.steps)
-            target_btd = stream_btd.roll(-1, 1)
+            rows = slice(start, start + self._rows)
+            guesses = guess(self.model, self.head, batch.tokens_bt[rows], scored_sbt[:, rows])
             if not compared:
-                *some, target_1td = (x[:1, :COMPARED] for x in (*guesses, target_btd))
-                stood = compare(self.model, self._few_md, self.head.ids_m, some, target_1td)
-                count_s = scored_one_sbt[:, :1, :COMPARED].sum((1, 2)).clamp(min=1)
-                same_s, stands_s = ((x * scored_one_sbt[:, :1, :COMPARED]).sum((1, 2)) / count_s for x in stood)
+                some = [[x[:1, :COMPARED] for x in of_step] for of_step in guesses]
+                sums_s3 = torch.stack([stood(self.model, self._few_md, self.head.ids_m, *few) for few in some])
+                same_s, stands_s = (sums_s3[:, :2] / sums_s3[:, 2:].clamp(min=1)).unbind(1)
                 compared = {"agreement": same_s, "acceptance": stands_s}
-            one, one_s = self._loss(guesses, target_btd, scored_one_sbt, whole_s)
+            one, one_s = self._loss(guesses, whole_s)
             one.backward()  # pyright: ignore[reportUnknownMemberType]
             loss, kl_s = loss + one.detach(), kl_s + one_s.detach()
         return {"loss": loss, "kl": kl_s, **compared}
 
-    def _loss(
-        self, guesses: Sequence[Tensor], target_btd: Tensor, scored_sbt: Tensor, whole_s: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _loss(self, guesses: Sequence[tuple[Tensor, ...]], whole_s: Tensor) -> tuple[Tensor, Tensor]:
         """Some rows' share of a batch's loss, and of the KL of each guess; of `whole_s` scored columns."""
-        target_nd = target_btd.flatten(0, 1)
         losses: list[Tensor] = []
         kls: list[Tensor] = []
-        for s, (guess_btd, scored_bt) in enumerate(zip(guesses, scored_sbt, strict=True)):
-            guess_nd, scored_n, weight = guess_btd.flatten(0, 1), scored_bt.flatten(), self.lesson.decay**s
+        for s, of_step in enumerate(guesses):
+            (guess_nd, target_nd, scored_n), weight = (x.flatten(0, 1) for x in of_step), self.lesson.decay**s
             kl = linear_loss.kl(guess_nd, self._few_md, target_nd, self._few_md, scored_n) / whole_s[s]
             losses.append(weight * kl)
             kls.append(kl)
@@ -144,6 +143,26 @@ class HeadStage(Stage):
         self.stream.load_state_dict(state["stream"])
 
 
+def guess(model: Stack, head: Head, tokens_bt: Tensor, scored_sbt: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What the head makes of a text in each step, the model's stream in its place, and whether it is scored.
+
+    Args:
+        model: that it guesses for; nothing of it is trained.
+        head: that guesses.
+        tokens_bt: the text.
+        scored_sbt: of `scored`, for each step.
+
+    Returns:
+        ``[b, n, d]``, ``[b, n, d]`` and ``[b, n]``, of the step's `Head.columns`.
+    """
+    with torch.no_grad():
+        stream_btd = model.hidden(tokens_bt)
+    # A pair's token is the one that was drawn from its stream, the next. The last column has none, and is not scored.
+    guesses = head.unroll(model, stream_btd, tokens_bt.roll(-1, 1), len(scored_sbt))
+    at, target_btd = [head.columns(s, tokens_bt.shape[1]) for s in range(len(guesses))], stream_btd.roll(-1, 1)
+    return [(x_bnd, target_btd[:, at[s]], scored_sbt[s][:, at[s]]) for s, x_bnd in enumerate(guesses)]
+
+
 def guessable(model: Stack, head: Head) -> Tensor:
     """``[m, d]``: the rows of the model's head of the tokens that may be guessed."""
     weight_vd = model.lm_head.weight.detach()
@@ -171,9 +190,9 @@ def scored(tokens_bt: Tensor, wanted_bt: Tensor | None, window: int, steps: int)
 
 @torch.no_grad()
 def compare(
-    model: Stack, few_md: Tensor, ids_m: Tensor, guesses: Sequence[Tensor], target_btd: Tensor
+    model: Stack, few_md: Tensor, ids_m: Tensor, guess_bnd: Tensor, target_bnd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How each step's guesses compare with the model over its whole vocabulary, both ``[s, b, t]``.
+    """How guesses compare with the model over its whole vocabulary, both ``[b, n]``.
 
     First, whether the likeliest tokens are the same: then a greedy guess stands. Second, ``sum_v min(p, q)``, the
     probability that a sampled one stands (arXiv 2211.17192, theorem 3.5).
@@ -182,22 +201,26 @@ def compare(
         model: whose head makes the target's distributions p.
         few_md: of `guessable`.
         ids_m: their tokens; none is all.
-        guesses: of each step, ``[b, t, d]``.
-        target_btd: the model's stream in their place.
+        guess_bnd: what stands for the model's stream.
+        target_bnd: the model's stream in its place.
     """
-    logits_btv = model.head(target_btd)
-    logits_btv = logits_btv.to(precise(logits_btv.dtype))
-    best_bt, p_btm = logits_btv.argmax(-1), logits_btv.softmax(-1)
+    logits_bnv = model.head(target_bnd)
+    logits_bnv = logits_bnv.to(precise(logits_bnv.dtype))
+    best_bn, p_bnm = logits_bnv.argmax(-1), logits_bnv.softmax(-1)
     if len(ids_m):
-        p_btm = p_btm[..., ids_m]
-    same: list[Tensor] = []
-    stands: list[Tensor] = []
-    for guess_btd in guesses:
-        q_btm = F.linear(guess_btd, few_md).to(p_btm.dtype).softmax(-1)
-        guess_bt = q_btm.argmax(-1)
-        same.append((ids_m[guess_bt] if len(ids_m) else guess_bt) == best_bt)
-        stands.append(torch.minimum(p_btm, q_btm).sum(-1))
-    return torch.stack(same).to(p_btm.dtype), torch.stack(stands)
+        p_bnm = p_bnm[..., ids_m]
+    q_bnm = F.linear(guess_bnd, few_md).to(p_bnm.dtype).softmax(-1)
+    guess_bn = q_bnm.argmax(-1)
+    same_bn = (ids_m[guess_bn] if len(ids_m) else guess_bn) == best_bn
+    return same_bn.to(p_bnm.dtype), torch.minimum(p_bnm, q_bnm).sum(-1)
+
+
+def stood(
+    model: Stack, few_md: Tensor, ids_m: Tensor, guess_bnd: Tensor, target_bnd: Tensor, scored_bn: Tensor
+) -> Tensor:
+    """``[3]``: the sums of both of `compare` over what is scored, and how much that is."""
+    both = compare(model, few_md, ids_m, guess_bnd, target_bnd)
+    return torch.stack([*((x_bn * scored_bn).sum() for x_bn in both), scored_bn.sum()])
 
 
 @dataclass(frozen=True)
@@ -230,20 +253,15 @@ def measure(model: Stack, head: Head, tokens_bt: Tensor, steps: int) -> Stood:
         steps: guesses in a row.
     """
     few_md = guessable(model, head)
-    sums = torch.zeros(2, steps, device=model.device)
-    count_s = torch.zeros(steps, device=model.device)
+    sums_s3 = torch.zeros(steps, 3, device=model.device)
     with autocast(model.device):
         for row_t in tokens_bt:
             row_1t = row_t[None].to(model.device)
-            stream_1td = model.hidden(row_1t)
-            guesses = head.unroll(model, stream_1td, row_1t, steps)
-            target_1td, scored_s1t = stream_1td.roll(-1, 1), scored(row_1t, None, head.config.window, steps)
-            for start in range(0, row_1t.shape[1], COMPARED):
-                *some, target = (x[:, start : start + COMPARED] for x in (*guesses, target_1td))
-                stood, here = compare(model, few_md, head.ids_m, some, target), scored_s1t[..., start:][..., :COMPARED]
-                sums += torch.stack([(x * here).sum((1, 2)) for x in stood])
-                count_s += here.sum((1, 2))
-    agreement, acceptance = (sums / count_s.clamp(min=1)).tolist()
+            guesses = guess(model, head, row_1t, scored(row_1t, None, head.config.window, steps))
+            for sums_3, of_step in zip(sums_s3, guesses, strict=True):
+                for chunk in zip(*(x.split(COMPARED, dim=1) for x in of_step), strict=True):
+                    sums_3 += stood(model, few_md, head.ids_m, *chunk)
+    agreement, acceptance = (sums_s3[:, :2] / sums_s3[:, 2:].clamp(min=1)).mT.tolist()
     return Stood(tuple(agreement), tuple(acceptance), tokens_bt.numel())
 
 

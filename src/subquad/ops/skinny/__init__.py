@@ -13,7 +13,7 @@ __all__ = ["project", "swiglu"]
 _backends = Backends(__name__)
 
 MOST_TOKENS = 16
-MOST_OF_NARROW, NARROW = 64, 1024
+MOST_OF_NARROW, NARROW = 320, 1024
 """More tokens than that are read by cuBLAS at less cost; of a narrow input more are still few."""
 MOST_LAYERS = 6
 

@@ -100,13 +100,13 @@ def project_kernel(
 ):  # fmt: skip
     """``y = [x w0^T + b0, x w1^T + b1, ...] + add``; bit i of BIASES says whether layer i has a bias.
 
-    Grid: blocks of columns, layer after layer. `x` and `add` are contiguous. BM is 1 for one token, which needs no
-    matrix unit.
+    Grid: blocks of columns, layer after layer, and of tokens. `x` and `add` are contiguous. BM is 1 for one token,
+    which needs no matrix unit.
     """
     pid, weight_ptr, bias_ptr, n, column, biased = _layer(
         tl.program_id(0), w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5, COUNT, BIASES, BN
     )
-    m, j = tl.arange(0, BM), pid * BN + tl.arange(0, BN)
+    m, j = tl.program_id(1) * BM + tl.arange(0, BM), pid * BN + tl.arange(0, BN)
     if BM == 1:
         parts = tl.zeros((BN, BK), tl.float32)
         _ahead(weight_ptr, j, n, K, BK, OVERLAP)
@@ -151,8 +151,8 @@ def gate_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``silu(gate(x)) * up(x)``. Grid: blocks of columns."""
-    m, j = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    """``silu(gate(x)) * up(x)``. Grid: blocks of columns, and of tokens."""
+    m, j = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     gates, ups = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     if ONCE:
         k = tl.arange(0, BK)

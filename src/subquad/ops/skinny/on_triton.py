@@ -15,12 +15,13 @@ from subquad.ops.skinny.on_torch import Layer
 
 
 class Tiling(NamedTuple):
-    """Columns of a program, inputs at once, tiles of weights under way, warps."""
+    """Columns of a program, inputs at once, tiles of weights under way, warps, most tokens."""
 
     columns: int
     inputs: int
     stages: int
     warps: int
+    tokens: int = 64
 
 
 # One token before a long row of a weight: no matrix unit reads as fast.
@@ -31,6 +32,8 @@ def tiling(tokens: int, width: int, size: int) -> Tiling:
     """The table, for bytes of a number: a short row of a weight at once, so one wait; a long one in tiles under way."""
     if size > 2:
         return Tiling(16, 128, 3, 4)
+    if tokens > 64:
+        return Tiling(32, 128, 3, 4)
     if tokens > 16:
         return Tiling(16, 64, 5, 4) if width <= 1024 else Tiling(16, 128, 4, 4)
     if width <= LONG:
@@ -70,12 +73,13 @@ def _project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     # An absent layer's or bias's place is taken by one that no branch reads.
     more = [weights[0]] * (6 - len(weights))
     absent = [weights[0] if bias is None else bias for bias in biases]
-    kernel: Any = project_kernel[(sum(triton.cdiv(n, tile.columns) for n in sizes),)]
+    bm = 1 if single else _tokens(rows, tile)
+    kernel: Any = project_kernel[(sum(triton.cdiv(n, tile.columns) for n in sizes), triton.cdiv(rows, bm))]
     kernel(
         x, x if add is None else add, y, *weights, *more, *absent, *more, *sizes, *[0] * len(more), rows, k, sum(sizes),
         COUNT=len(weights), BIASES=sum(1 << i for i, bias in enumerate(biases) if bias is not None),
         ADD=add is not None, PRECISION=launch.precision(x.dtype),
-        BM=1 if single else _tokens(rows), BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
+        BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
         ONCE=k <= tile.inputs, num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip
     return y
@@ -92,11 +96,12 @@ def _gate(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias
     (b, t, k), n, rows = x.shape, len(gate), x.shape[0] * x.shape[1]
     out = launch.scratch(b, t, n, like=x, dtype=x.dtype)
     tile = tiling(rows, k, x.element_size())
-    kernel: Any = gate_kernel[(triton.cdiv(n, tile.columns),)]
+    bm = _tokens(rows, tile)
+    kernel: Any = gate_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(rows, bm))]
     kernel(
         x, gate, up, gate if gate_bias is None else gate_bias, up if up_bias is None else up_bias, out, rows, k, n,
         BIAS=gate_bias is not None, PRECISION=launch.precision(x.dtype),
-        BM=_tokens(rows), BN=tile.columns, BK=tile.inputs, STAGES=tile.stages, ONCE=k <= tile.inputs,
+        BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages, ONCE=k <= tile.inputs,
         num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip
     return out
@@ -107,6 +112,6 @@ def _(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Te
     return x.new_empty(x.shape[0], x.shape[1], len(gate))
 
 
-def _tokens(rows: int) -> int:
-    """Rows of a tile, no fewer than a matrix unit takes."""
-    return max(16, triton.next_power_of_2(rows))
+def _tokens(rows: int, tile: Tiling) -> int:
+    """Tokens of a program, no fewer than a matrix unit takes."""
+    return min(tile.tokens, max(16, triton.next_power_of_2(rows)))

@@ -1,0 +1,48 @@
+"""Noise that is a function of a row's seed and step: there is no generator to carry along."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Two multipliers of SplitMix64's finaliser, and the increment of its sequence (doi 10.1145/2660193.2660195), as the
+# signed integers of the same bits.
+MIX1, MIX2, GOLDEN = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, a bijection of 64 bits (mix64 variant 13)."""
+    x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * MIX1
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * MIX2
+    return x ^ (x >> 31 & 0x1FFFFFFFF)
+
+
+def _bits(seed_b: Tensor, step_b: Tensor, count: int, stream: int) -> Tensor:
+    key_b = _mix(_mix(seed_b + GOLDEN) + step_b * GOLDEN)
+    if stream:
+        key_b = _mix(key_b + stream)
+    return _mix(key_b[:, None] + torch.arange(1, count + 1, device=seed_b.device) * GOLDEN)
+
+
+def gumbel(seed_b: Tensor, step_b: Tensor, vocab_size: int, stream: int = 0) -> Tensor:
+    """Standard Gumbel noise ``[b, v]`` in float32, a function of each row's seed and step, and the token.
+
+    A row draws the same in any batch and after any interruption. The bits are the same on every device, their
+    logarithms up to rounding.
+
+    Args:
+        seed_b: int64 seeds.
+        step_b: int64, number of tokens already drawn.
+        vocab_size: v.
+        stream: noises of different streams are independent.
+    """
+    # The uniform is never 0, and finest near 0, where log1p turns it into the exponentials that win; nor is it ever
+    # rounded to 1, where the noise would be minus infinity and a token that is certain could lose.
+    bits_bv = (_bits(seed_b, step_b, vocab_size, stream) >> 11 & 0x1FFFFFFFFFFFFF) | 1
+    uniform_bv = (bits_bv.to(torch.float32) * 2.0**-53).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform_bv))
+
+
+def uniform(seed_b: Tensor, step_b: Tensor, stream: int) -> Tensor:
+    """A number ``[b]`` in [0, 1) for each row, float32, a function of seed, step and stream as in `gumbel`."""
+    return (_bits(seed_b, step_b, 1, stream)[:, 0] >> 40 & 0xFFFFFF).to(torch.float32) * 2.0**-24

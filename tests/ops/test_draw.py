@@ -1,0 +1,64 @@
+"""Draws: what the kernels take is what PyTorch takes, and noise belongs to seed, step and token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad.ops import backends
+from subquad.ops.draw import draw, gumbel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
+V = 5003
+
+
+def rows(b: int, t: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, of whose rows the first is greedy, with the rows' seeds and steps; some beyond 32 bits."""
+    generator = torch.Generator().manual_seed(b * t)
+    logits_btv = (3 * torch.randn(b, t, V, generator=generator)).to(DEVICE, dtype)
+    greedy_b = torch.arange(b, device=DEVICE) == 0
+    seed_b = torch.tensor([5, 2**62 + 11, 2**40, 7][:b], device=DEVICE)
+    return logits_btv, greedy_b, seed_b, torch.tensor([0, 3, 2**33, 1000][:b], device=DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stream", [0, 3])
+def test_kernels_take_the_same_tokens(dtype: torch.dtype, stream: int) -> None:
+    logits_btv, greedy_b, seed_b, step_b = rows(4, 3, dtype)
+    with backends.use("torch"):
+        want_bt = draw(logits_btv, greedy_b, seed_b, step_b, stream=stream)
+    with backends.use("triton"):
+        got_bt = draw(logits_btv, greedy_b, seed_b, step_b, stream=stream)
+        plain_bt = draw(logits_btv, greedy_b, seed_b, step_b, draws=False)
+    # Noise that differs in its last digit may decide between two tokens: then their scores are as good as equal.
+    noise_btv = torch.stack([gumbel(seed_b, step_b + i, V, stream) for i in range(3)], dim=1)
+    score_btv = logits_btv.float() + noise_btv.masked_fill(greedy_b[:, None, None], 0)
+    scores = (score_btv.gather(2, tokens_bt[..., None]) for tokens_bt in (got_bt, want_bt))
+    torch.testing.assert_close(*scores, rtol=1e-6, atol=1e-6)
+    assert (got_bt == want_bt).float().mean() > 0.8
+    assert torch.equal(got_bt[0], want_bt[0])
+    assert torch.equal(plain_bt, logits_btv.float().argmax(-1))
+
+
+@needs_triton
+def test_kernels_take_the_first_of_equal_tokens() -> None:
+    logits_btv, greedy_b, seed_b, step_b = rows(1, 2, torch.float32)
+    logits_btv.clamp_(max=1.0)
+    with backends.use("triton"):
+        got_bt = draw(logits_btv, greedy_b, seed_b, step_b)
+    assert got_bt.tolist() == (logits_btv == 1).to(torch.int64).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_broken_rows_give_no_token(backend: str) -> None:
+    logits_btv, greedy_b, seed_b, step_b = rows(4, 2, torch.float32)
+    logits_btv[0, 0, 4000], logits_btv[1, 1, 1], logits_btv[2, 0] = torch.nan, torch.inf, -torch.inf
+    # A single token that is possible is certain.
+    logits_btv[3, 0, 1:] = -torch.inf
+    with backends.use(backend):
+        got_bt = draw(logits_btv, greedy_b, seed_b, step_b)
+    assert (got_bt < 0).tolist() == [[True, False], [False, True], [True, False], [False, False]]
+    assert got_bt[3, 0] == 0

@@ -1,0 +1,72 @@
+"""The bookkeeping of rows: by hand, and the kernels as PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from subquad.ops import backends
+from subquad.ops.slots import Slots, emit_, lead
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
+both = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+
+
+def slots(rows: int, width: int = 12) -> Slots:
+    """Rows under way with 5 tokens left, which end at 7."""
+    made = Slots.empty(rows, width, DEVICE)
+    made.alive_b.fill_(1), made.left_b.fill_(5), made.last_b.fill_(3)
+    return made._replace(ends_be=torch.tensor([[7, -2]] * rows, device=DEVICE))
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, device=DEVICE)
+
+
+@both
+def test_a_block_is_the_last_token_and_what_may_be_guessed(backend: str) -> None:
+    some = slots(4)
+    some.left_b.copy_(ints(5, 3, 0, 5))
+    some.alive_b[3] = 0
+    with backends.use(backend):
+        tokens_bt, count_b = lead(some, torch.arange(12, device=DEVICE).view(4, 3), ints(2, 3, 3, 3))
+    assert tokens_bt.tolist() == [[3, 0, 1, 2], [3, 3, 4, 5], [3, 6, 7, 8], [3, 9, 10, 11]]
+    assert count_b.tolist() == [3, 3, 1, 1]
+
+
+@both
+def test_a_row_ends_with_its_token_its_room_or_a_broken_one(backend: str) -> None:
+    some = slots(6)
+    some.left_b[2], some.alive_b[3] = 2, 0
+    some.fill_b[1] = 4
+    tokens_bt = torch.tensor([[1, 2, 4], [1, 7, 4], [1, 2, 4], [1, 2, 4], [-1, 2, 4], [1, 2, 7]], device=DEVICE)
+    with backends.use(backend):
+        given_b = emit_(some, tokens_bt, ints(3, 3, 3, 3, 3, 2), ints(2, 2, 2, 0, 2, 2))
+    assert given_b.tolist() == [3, 2, 2, 0, 1, 2]
+    assert some.alive_b.tolist() == [1, 0, 0, 0, 0, 1]
+    assert some.left_b.tolist() == [2, 3, 0, 5, 4, 3]
+    assert some.last_b.tolist() == [4, 7, 2, 3, 0, 2]
+    assert some.fill_b.tolist() == [3, 6, 2, 0, 1, 2]
+    assert some.out_bn[1, 4:6].tolist() == [1, 7]
+    assert (some.kept_b.tolist(), some.judged_b.tolist()) == ([2, 2, 2, 0, 1, 1], [2, 2, 2, 0, 1, 2])
+    assert some.guessed_b.tolist() == [2, 2, 2, 0, 2, 2]
+
+
+@needs_triton
+def test_kernels_keep_the_books_as_pytorch_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    books: list[Slots] = [slots(9, 30), slots(9, 30)]
+    for some in books:
+        some.left_b.copy_(torch.arange(9, device=DEVICE) * 3)
+    for _ in range(6):
+        tokens_bt = torch.randint(-1, 60, (9, 5), generator=generator).to(DEVICE)
+        n_b = torch.randint(1, 6, (9,), generator=generator).to(DEVICE)
+        for name, some in zip(("torch", "triton"), books, strict=True):
+            with backends.use(name):
+                block_bt, count_b = lead(some, tokens_bt[:, 1:], n_b)
+                emit_(some, block_bt, n_b, count_b - 1)
+    for mine, theirs in zip(*books, strict=True):
+        # What is not kept goes to the last column, or nowhere.
+        assert torch.equal(mine[..., :30], theirs[..., :30])
+    assert 0 < int(books[0].alive_b.sum()) < 9
