@@ -212,3 +212,33 @@ def test_guesses_that_nobody_read_say_at_once_that_reading_them_would_pay() -> N
     assert any(world.chosen)
     world.run(60, 0.98)
     assert world.share(0.98) >= 0.9
+
+
+def test_notes_hold_until_looks_tell_and_follow_their_scale() -> None:
+    pace = Pace(4)
+    for k, cost in ((0, 1.0), (1, 1.1), (2, 1.2), (4, 1.4)):
+        pace.note(8, k, cost)
+    assert pace.costs(8) == {0: 1.0, 1: 1.1, 2: 1.2, 4: 1.4}
+    assert pace.costs(1) == {}
+    pace.learn(Look(8, 0, 8, 64, 0, 0, 0, seconds=8 * 2.0, slots=8))
+    assert pace.costs(8) == pytest.approx({0: 2.0, 1: 2.2, 2: 2.4, 4: 2.8})
+    pace.learn(Look(8, 2, 8, 64, 0, 0, 0, seconds=8 * 3.6, slots=8))
+    # Twice what was noted without guesses, three times with two.
+    assert pace.costs(8) == pytest.approx({0: 2.0, 1: 2.75, 2: 3.6, 4: 3.5})
+    pace.note(8, 2, 1.2)
+    assert pace.costs(8) == pytest.approx({0: 2.0, 1: 2.2, 2: 2.4, 4: 2.8})
+
+
+def test_what_is_watched_is_not_tried_where_it_does_not_pay() -> None:
+    pace = Pace(4, watched=True)
+    world = World(pace, COSTS["dear"], rows=1)
+    for k in pace.ladder:
+        pace.note(1, k, COSTS["dear"](k))
+    for _ in range(20):
+        pace.see(4, 4, 1, 0)
+    world.run(400, 0.0)
+    assert set(world.chosen) == {0}
+    # What is seen brings it back, at once.
+    for _ in range(20):
+        pace.see(4, 4, 4, 4)
+    assert pace.choose() > 0

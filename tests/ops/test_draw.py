@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import backends
-from subquad.ops.draw import draw, gumbel
+from subquad.ops.draw import draw, gumbel, uniform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
@@ -62,3 +62,14 @@ def test_broken_rows_give_no_token(backend: str) -> None:
         got_bt = draw(logits_btv, greedy_b, seed_b, step_b)
     assert (got_bt < 0).tolist() == [[True, False], [False, True], [True, False], [False, False]]
     assert got_bt[3, 0] == 0
+
+
+@needs_triton
+@pytest.mark.parametrize("stream", [0, 1, 5])
+def test_coins_are_the_same_to_the_bit(stream: int) -> None:
+    _, _, seed_b, step_b = rows(4, 1, torch.float32)
+    with backends.use("torch"):
+        want_b = uniform(seed_b, step_b, stream)
+    with backends.use("triton"):
+        assert torch.equal(uniform(seed_b, step_b, stream), want_b)
+    assert ((want_b >= 0) & (want_b < 1)).all()

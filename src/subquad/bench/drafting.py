@@ -174,7 +174,7 @@ def run_drafter(
                 if temperature == 0:
                     _prove(bench, f"{name}.b{rows}", model, pairs)
                 _record(bench, f"{name}.{how}.b{rows}", pairs)
-            _record_costs(bench, f"{name}.b{rows}", ours.engine.pace, rows)
+                _record_costs(bench, f"{name}.{how}.b{rows}", ours.engine.pace, rows)
             if relaxed is not None:
                 ours = _Contender(model, rows, longest, new, drafter(model), draft_tokens, relaxed)
                 pairs = _race(ours, plain, chosen, HOW["greedy"], passes)

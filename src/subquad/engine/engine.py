@@ -210,13 +210,13 @@ class Engine:
 
     def _rehearse(self, n: int, k: int) -> float:
         """Seconds of a round when nothing in it is done for the first time."""
-        for _ in range(REHEARSALS):
+        taken: list[float] = []
+        for _ in range(2 * REHEARSALS):
+            began = time.perf_counter()
             self._run(n, k)
-        self._rounds.take(n)
-        began = time.perf_counter()
-        self._run(n, k)
-        self._rounds.take(n)
-        return (time.perf_counter() - began) / self.rounds
+            self._rounds.take(n)
+            taken.append((time.perf_counter() - began) / self.rounds)
+        return min(taken[REHEARSALS:])
 
     def cancel(self, id: int) -> bool:
         """Forget a request and free its slot; False if it is not there (any more)."""
@@ -248,7 +248,9 @@ class Engine:
     def step(self) -> list[Piece]:
         """Admit what fits, read a chunk of prompts, decode some rounds, and give what came, in order for each row."""
         self._admit()
-        self._fill()
+        if self._fill() and self.model.device.type == "cuda":
+            # Else the first rounds would be held to take as long as the prompts.
+            torch.cuda.synchronize(self.model.device)
         if not any(row is not None and row.filled for row in self._slots):
             return []
         self._close_up()
@@ -296,8 +298,8 @@ class Engine:
                 self._rounds.restore(slot, found.state)
                 row.read = found.tokens
 
-    def _fill(self) -> None:
-        """Read one chunk of the prompts that are not read yet."""
+    def _fill(self) -> bool:
+        """Read one chunk of the prompts that are not read yet; whether there was any."""
         device, slots, blocks = self.model.device, list[int](), list[list[int]]()
         width = 0
         for slot, row in enumerate(self._slots):
@@ -312,7 +314,7 @@ class Engine:
             slots.append(slot)
             blocks.append(row.tokens[row.read : stop])
         if not slots:
-            return
+            return False
         rows = [row for slot in slots if (row := self._slots[slot]) is not None]
         width = max(map(len, blocks))
         tokens_bt = torch.tensor([block + [0] * (width - len(block)) for block in blocks], device=device)
@@ -334,6 +336,7 @@ class Engine:
                 one = pool.select(torch.tensor([slot], device=device)).settled().cut(row.read)
                 self.prefixes.keep(row.tokens[: row.read], one.snapshot())
         self._start([slot for slot, row in zip(slots, rows, strict=True) if row.filled])
+        return True
 
     def _start(self, slots: Sequence[int]) -> None:
         """From now on `slots`, whose prompts are read, take part in the rounds."""

@@ -60,7 +60,7 @@ class Guessable:
             return self.model.head(hidden_bd)
         few_bm = F.linear(hidden_bd, self._head_md)
         none_bv = few_bm.new_full((len(few_bm), self.size), -torch.inf)
-        return none_bv.index_copy(1, self._ids_m, few_bm)
+        return none_bv.index_copy_(1, self._ids_m, few_bm)
 
     def own(self, guesses_bt: Tensor) -> Tensor:
         """Guesses as the model's tokens."""

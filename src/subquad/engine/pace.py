@@ -15,7 +15,7 @@ CHEAPER, DEARER = 0.5, 0.1
 # What a round with one guess more is thought to cost, until it is measured: little, so that it is tried.
 GUESS_COST = 0.05
 # Guessing must promise this much.
-MARGIN = 1.02
+MARGIN = 1.05
 # Looks between two that try what is not the best, while guesses pay; and while they do not, at first and at most,
 # with no more guesses than keep such a round within so many plain ones.
 TOUR = 24
@@ -41,8 +41,7 @@ class Pace:
     def __init__(self, most: int, *, fixed: bool = False, watched: bool = False) -> None:
         self.most, self.fixed, self.watched = most, fixed, watched
         self.ladder = [0, *(1 << i for i in range(most.bit_length()) if 1 << i < most), *([most] if most else [])]
-        self._seconds: dict[int, dict[int, float]] = {}
-        self.seconds: dict[int, float] = {}
+        self._costs: dict[int, _Costs] = {}
         self._accepted, self._covered = _Share(FIRST_ACCEPTED), _Share(FIRST_COVERED)
         self._since, self._patience, self._tours = 0, PATIENCE, 0
         self._last = 0
@@ -61,53 +60,56 @@ class Pace:
         """The k of the next rounds, which read so many slots."""
         if self.fixed or not self.most:
             return self.most
-        self.seconds = self.costs(slots)
-        if 0 not in self.seconds:
+        costs = self._of(slots)
+        if not costs.known(0):
             return 0
-        best = max(self.ladder, key=self._rate)
-        if best and self._rate(best) <= MARGIN * self._rate(0):
-            best = 0
+        best = self._best(costs)
         if (best > 0) != (self._last > 0):
             self._since = 0
         self._last = best
-        if not best and self.watched and all(k in self.seconds for k in self.ladder):
+        if not best and self.watched and all(map(costs.known, self.ladder)):
             return 0
         self._since += 1
         if self._since <= (TOUR if best else self._patience):
             return best
         self._since, self._tours = 0, self._tours + 1
-        return self._other(best)
+        return self._other(best, costs)
 
-    def _other(self, best: int) -> int:
+    def _best(self, costs: _Costs) -> int:
+        """What promises most, none unless it is ahead by the margin."""
+        rates = {k: self._tokens(k) / max(costs.of(k), 1e-9) for k in self.ladder}
+        best = max(self.ladder, key=rates.__getitem__)
+        return best if rates[best] > MARGIN * rates[0] else 0
+
+    def _other(self, best: int, costs: _Costs) -> int:
         """What to try in place of the best: none or one of its neighbours, or a number that is not too dear."""
         if best:
             at = self.ladder.index(best)
             near = [self.ladder[i] for i in (at - 1, at + 1) if 0 < i < len(self.ladder)]
             return [0, *near][self._tours % (1 + len(near))]
         self._patience = min(2 * self._patience, LONGEST)
-        cheap = [k for k in self.ladder[1:] if self._cost(k) <= DEAREST_TRY * self.seconds[0]] or [self.ladder[1]]
+        cheap = [k for k in self.ladder[1:] if costs.of(k) <= DEAREST_TRY * costs.of(0)] or [self.ladder[1]]
         return cheap[self._tours % len(cheap)]
 
     def note(self, slots: int, k: int, seconds: float) -> None:
-        """Take what a round was measured to cost."""
-        self.costs(slots)[k] = seconds
+        """Take what a round over empty rows costs, until looks tell; what they have told of this k is forgotten."""
+        costs = self._of(slots)
+        costs.noted[k] = seconds
+        costs.looked.pop(k, None)
 
     def learn(self, look: Look) -> None:
         """Take in what some rounds brought."""
         if self.fixed:
             return
-        self.seconds = self.costs(look.slots)
-        cost, before = look.seconds / look.rounds, self.seconds.get(look.k)
-        if look.steady and before is None:
-            self.seconds[look.k] = cost
-        elif look.steady and before is not None:
-            self.seconds[look.k] = before + (CHEAPER if cost < before else DEARER) * (cost - before)
+        costs = self._of(look.slots)
+        if look.steady:
+            costs.look(look.k, look.seconds / look.rounds)
         if not look.k:
             return
         asked = look.rows * look.rounds * look.k
         self._covered.add(min(look.guessed, asked), asked)
         self._accepted.add(look.kept, look.judged)
-        if 0 in self.seconds and max(map(self._rate, self.ladder[1:])) > MARGIN * self._rate(0):
+        if costs.known(0) and self._best(costs):
             self._patience = PATIENCE
 
     def see(self, asked: int, guessed: int, judged: int, kept: int) -> None:
@@ -118,16 +120,47 @@ class Pace:
 
     def costs(self, slots: int) -> dict[int, float]:
         """Seconds of a round by k, as far as they are known, for numbers of slots like this one."""
-        return self._seconds.setdefault((slots - 1).bit_length(), {})
+        costs = self._of(slots)
+        return {k: costs.of(k) for k in self.ladder if costs.known(k)}
 
-    def _cost(self, k: int) -> float:
-        return self.seconds.get(k, self.seconds[0] * (1 + GUESS_COST * k))
+    def _of(self, slots: int) -> _Costs:
+        return self._costs.setdefault((slots - 1).bit_length(), _Costs())
 
-    def _rate(self, k: int) -> float:
-        if 0 not in self.seconds:
-            return 0.0
-        tokens = 1 + self.covered * sum(self.accepted**i for i in range(1, k + 1))
-        return tokens / max(self._cost(k), 1e-9)
+    def _tokens(self, k: int) -> float:
+        """Expected of a round."""
+        return 1 + self.covered * sum(self.accepted**i for i in range(1, k + 1))
+
+
+class _Costs:
+    """Seconds of a round by k: as looks have found them, else as noted, to the scale that looks and notes have.
+
+    A round over empty rows has no context to read, so that notes are too low, but all of them alike.
+    """
+
+    def __init__(self) -> None:
+        self.looked: dict[int, float] = {}
+        self.noted: dict[int, float] = {}
+
+    def look(self, k: int, cost: float) -> None:
+        """Take in what a round cost."""
+        before = self.looked.get(k, cost)
+        self.looked[k] = before + (CHEAPER if cost < before else DEARER) * (cost - before)
+
+    def known(self, k: int) -> bool:
+        """Whether a round was measured."""
+        return k in self.looked or k in self.noted
+
+    def of(self, k: int) -> float:
+        """What a round costs, or is thought to cost; that with no guess must be known."""
+        if k in self.looked:
+            return self.looked[k]
+        if k in self.noted:
+            return self.noted[k] * self._scale()
+        return self.of(0) * (1 + GUESS_COST * k)
+
+    def _scale(self) -> float:
+        ratios = [cost / self.noted[k] for k, cost in self.looked.items() if k in self.noted]
+        return sum(ratios) / len(ratios) if ratios else 1.0
 
 
 class _Share:

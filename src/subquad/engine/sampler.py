@@ -409,6 +409,7 @@ class Sampler:
     def _choose(self) -> None:
         asked = self.configs
         self.draws = any(c.temperature > 0 for c in asked)
+        self.settles = any(c.temperature == 0 for c in asked)
         self.largest_k = _power_of_two(max((c.top_k for c in asked), default=0))
         self.largest_n = max((c.no_repeat_ngram_size for c in asked), default=0)
         self.reads_text = any(c.reads_text for c in asked)
@@ -431,7 +432,7 @@ class Sampler:
     def features(self) -> tuple[object, ...]:
         """All that decides which operations `sample` and `probabilities` run; the rest lies in buffers."""
         words = self._words_bwl.shape[1:] if self._asked["words"] else ()
-        return (self.draws, self.largest_k, self.largest_n, *words, *self._asked.values())
+        return (self.draws, self.settles, self.largest_k, self.largest_n, *words, *self._asked.values())
 
     @property
     def counts_tokens(self) -> bool:
@@ -484,6 +485,8 @@ class Sampler:
             history: of the same rows.
         """
         x = self._process_block(logits, history) if logits.dim() == 3 else self.process(logits, history)
+        if not self.settles:
+            return x.softmax(-1)
         certain = torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1)
         certain = certain.masked_fill(~x.amax(-1, keepdim=True).isfinite(), torch.nan)
         greedy_b = self.greedy_b[: len(x)]

@@ -23,7 +23,7 @@ from subquad.mixers.attention import Attention
 from subquad.models.checkpoint import read_config, recover, replace_folder, write_json, write_weights
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Block, Stack
-from subquad.ops import attention
+from subquad.ops import attention, norm, skinny
 from subquad.ops.ring import RingState
 from subquad.ops.window import WindowState
 
@@ -230,8 +230,9 @@ class Head(nn.Module):
     def _joined(self, stream_btd: Tensor, token_btd: Tensor) -> Tensor:
         # In training more precise than the model's, and so stays what the block adds to.
         own = self.norm_stream.weight.dtype
-        stream_btd, token_btd = stream_btd.to(own), token_btd.to(own)
-        return self.join(torch.cat((self.norm_stream(stream_btd), self.norm_token(token_btd)), dim=-1)).to(own)
+        both = (stream_btd, self.norm_stream), (token_btd, self.norm_token)
+        normed = [norm.add_rms(x_btd.to(own), None, scale)[1] for x_btd, scale in both]
+        return skinny.project(torch.cat(normed, dim=-1), self.join)[0].to(own)
 
     def _fed(self, model: Stack, x_btd: Tensor, y_bthk: Tensor) -> Tensor:
         """What the block makes of its input and of what its attention gave, behind the model's norm."""
@@ -321,6 +322,8 @@ class BlockHead(Head):
 
 def _normed(model: Stack, x_btd: Tensor) -> Tensor:
     """The model's final norm."""
+    if x_btd.dtype == model.norm.weight.dtype:
+        return norm.add_rms(x_btd, None, model.norm)[1]
     return F.rms_norm(x_btd, (x_btd.shape[-1],), model.norm.weight.to(x_btd.dtype), model.norm.eps)
 
 

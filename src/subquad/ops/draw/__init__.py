@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from subquad.ops.backends import Backends
-from subquad.ops.draw.noise import gumbel, uniform
+from subquad.ops.draw.noise import gumbel
 
 __all__ = ["draw", "gumbel", "uniform"]
 
@@ -28,3 +28,8 @@ def draw(
         stream: which of the rows' independent noises.
     """
     return _backends.choose(logits_btv).draw(logits_btv, greedy_b, seed_b, step_b, draws=draws, stream=stream)
+
+
+def uniform(seed_b: Tensor, step_b: Tensor, stream: int) -> Tensor:
+    """A number ``[b]`` in [0, 1) for each row, float32, a function of seed, step and stream as in `gumbel`."""
+    return _backends.choose(seed_b).uniform(seed_b, step_b, stream)

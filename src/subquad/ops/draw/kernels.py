@@ -17,12 +17,17 @@ def _mix(x):
 
 
 @triton.jit
-def _gumbel(seed, step, v, STREAM: tl.constexpr):
-    """`subquad.ops.draw.gumbel` of tokens `v`."""
+def _bits(seed, step, v, STREAM: tl.constexpr):
     key = _mix(_mix(seed.to(tl.uint64) + GOLDEN) + step.to(tl.uint64) * GOLDEN)
     if STREAM:
         key = _mix(key + STREAM)
-    bits = (_mix(key + (v + 1).to(tl.uint64) * GOLDEN) >> 11) | 1
+    return _mix(key + (v + 1).to(tl.uint64) * GOLDEN)
+
+
+@triton.jit
+def _gumbel(seed, step, v, STREAM: tl.constexpr):
+    """`subquad.ops.draw.gumbel` of tokens `v`."""
+    bits = (_bits(seed, step, v, STREAM) >> 11) | 1
     u = tl.minimum(bits.to(tl.int64).to(tl.float32) * 1.1102230246251565e-16, 0.99999994)
     # log(1 - u) with the digits that the difference has lost: the quotient makes up for them.
     w = 1.0 - u
@@ -66,3 +71,12 @@ def token_kernel(
     best, at = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
     token = tl.load(token_ptr + row * SHARES + at).to(tl.int64)
     tl.store(out_ptr + row, tl.where((best < float("inf")) & (best > -float("inf")), token, -1))
+
+
+@triton.jit
+def uniform_kernel(seed_ptr, step_ptr, out_ptr, STREAM: tl.constexpr, OVERLAP: tl.constexpr):
+    """`subquad.ops.draw.uniform`. Grid: rows."""
+    row, v = tl.program_id(0), tl.arange(0, 1)
+    begin(OVERLAP)
+    bits = _bits(tl.load(seed_ptr + row), tl.load(step_ptr + row), v, STREAM)
+    tl.store(out_ptr + row + v, (bits >> 40).to(tl.int64).to(tl.float32) * 5.9604644775390625e-08)

@@ -44,5 +44,5 @@ def gumbel(seed_b: Tensor, step_b: Tensor, vocab_size: int, stream: int = 0) -> 
 
 
 def uniform(seed_b: Tensor, step_b: Tensor, stream: int) -> Tensor:
-    """A number ``[b]`` in [0, 1) for each row, float32, a function of seed, step and stream as in `gumbel`."""
+    """`subquad.ops.draw.uniform`."""
     return (_bits(seed_b, step_b, 1, stream)[:, 0] >> 40 & 0xFFFFFF).to(torch.float32) * 2.0**-24

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from subquad.core.state import precise
-from subquad.ops.draw.noise import gumbel
+from subquad.ops.draw.noise import gumbel, uniform
+
+__all__ = ["draw", "refusal", "uniform"]
 
 
 def refusal(*tensors: Tensor) -> str | None:

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from subquad.ops import launch, overlap
-from subquad.ops.draw.kernels import best_kernel, token_kernel
+from subquad.ops.draw.kernels import best_kernel, token_kernel, uniform_kernel
 
 # Tokens of a program.
 SHARE = 2048
@@ -17,6 +17,8 @@ SHARE = 2048
 
 def refusal(*tensors: Tensor) -> str | None:
     """Why the kernels can't run."""
+    if not tensors[0].is_floating_point():
+        return launch.no_kernels(tensors[0].device)
     return launch.refusal(*tensors, widths=())
 
 
@@ -50,3 +52,23 @@ def _draw(logits: Tensor, greedy: Tensor, seed: Tensor, step: Tensor, draws: boo
 @_draw.register_fake
 def _(logits: Tensor, greedy: Tensor, seed: Tensor, step: Tensor, draws: bool, stream: int) -> Tensor:
     return logits.new_empty(logits.shape[:2], dtype=torch.int64)
+
+
+def uniform(seed_b: Tensor, step_b: Tensor, stream: int) -> Tensor:
+    """`subquad.ops.draw.uniform`."""
+    return _uniform(seed_b.contiguous(), step_b.contiguous(), stream)
+
+
+@torch.library.custom_op("subquad::uniform", mutates_args=())
+@launch.guarded
+def _uniform(seed: Tensor, step: Tensor, stream: int) -> Tensor:
+    out = torch.empty(seed.shape, dtype=torch.float32, device=seed.device)
+    if len(seed):
+        kernel: Any = uniform_kernel[(len(seed),)]
+        kernel(seed, step, out, STREAM=stream, num_warps=1, **overlap.options(seed.device))
+    return out
+
+
+@_uniform.register_fake
+def _(seed: Tensor, step: Tensor, stream: int) -> Tensor:
+    return seed.new_empty(seed.shape, dtype=torch.float32)

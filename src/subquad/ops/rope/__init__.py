@@ -17,6 +17,8 @@ from subquad.ops.rope import on_torch
 
 _backends = Backends(__name__)
 
+_known: dict[Hashable, tuple[Tensor, float]] = {}
+
 
 def frequencies(
     spec: RotarySpec, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None
@@ -107,7 +109,7 @@ def tables(spec: RotarySpec, layout: Layout, dtype: torch.dtype) -> tuple[Tensor
 
     def make() -> tuple[Tensor, Tensor]:
         cos, sin, factor = _turns(spec, _rows(layout), wide)
-        return cos * factor, sin * factor
+        return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
     return layout.once((*_name(spec), wide), make)
 
@@ -141,9 +143,24 @@ def _name(spec: RotarySpec) -> tuple[Hashable, ...]:
     return spec.theta, spec.dim, tuple(sorted(spec.scaling.items()))
 
 
+def _frequencies(spec: RotarySpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
+    """`frequencies`, computed once: in a round of decoding they are as many launches as a layer."""
+    if torch.compiler.is_compiling():
+        return frequencies(spec, dtype=dtype, device=device)
+    key = (*_name(spec), dtype, device)
+    if key in _known:
+        return _known[key]
+    made = frequencies(spec, dtype=dtype, device=device)
+    # What a captured graph computes lies in its own memory, and what is no plain tensor is nothing to keep.
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not captured and type(made[0]) is Tensor:
+        _known[key] = made
+    return made
+
+
 def _turns(spec: RotarySpec, positions_bt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """Cosine and sine ``[b, t, 1, dim / 2]`` of the angles, and the factor on both."""
-    freq_f, factor = frequencies(spec, dtype=dtype, device=positions_bt.device)
+    freq_f, factor = _frequencies(spec, dtype, positions_bt.device)
     angle_bt1f = (positions_bt[..., None].to(dtype) * freq_f)[:, :, None]
     return angle_bt1f.cos(), angle_bt1f.sin(), factor
 
