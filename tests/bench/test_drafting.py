@@ -141,7 +141,7 @@ def test_every_way_has_a_figure_beside_plain_decoding() -> None:
                 row = rows[f"spec.copyspec.{model}.{how}.b{b}"]
                 assert row.baseline == "plain" and row.unit == "tokens/s" and row.ratio and row.reps
                 # Two kinds that are asked: two prompts of each alone, or one batch of two.
-                assert row.shape == {"prompts": 4, "batch": b} and len(row.reps) == 4 // b
+                assert row.shape == {"prompts": 4, "rows": b} and len(row.reps) == 4 // b
                 assert {f"{row.id}.{kind}" for kind in KINDS} <= rows.keys()
 
 

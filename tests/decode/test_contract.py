@@ -92,10 +92,14 @@ def test_a_row_that_is_paused_goes_on_where_it_stood(drafter: Drafter, prompts: 
 
 
 def test_samples_are_distributed_as_without_guesses(drafter: Drafter) -> None:
-    """Three tokens of 20,000 rows against their exact probabilities: a chi-square test of all that is likely enough."""
+    """Three tokens of 8,000 rows against their exact probabilities: a chi-square test of all that is likely enough.
+
+    All but five tokens are forbidden, so that model and drafters mostly have the same ones: a ratio of p and q that is
+    a fifth too high makes 170 to 780 of chi-square with the drafting models above, where 57 is noticed.
+    """
     model, prompt, settings, expected = exact()
     # Side by side are as many rows as a core's cache likes; each draws with a seed of its own.
-    rows, together, limits = 20_000, 2_000, Limits(max_new_tokens=3, end_tokens=[])
+    rows, together, limits = 8_000, 2_000, Limits(max_new_tokens=3, end_tokens=[])
     model_of = getattr(drafter, "model", None)
     if model_of is not None:
         model_of.float()
@@ -144,16 +148,16 @@ def test_a_round_is_one_graph_without_a_break(
 @functools.cache
 def exact() -> tuple[Stack, list[int], SamplingConfig, dict[tuple[int, ...], float]]:
     """A model, a prompt, settings, and every sequence of three tokens with its probability."""
-    prompt, settings = [4, 9, 4, 9, 4], SamplingConfig(temperature=0.7, top_k=4, seed=11)
+    prompt, bias_v = [4, 9, 4, 9, 4], torch.full((V,), -torch.inf)
+    bias_v[[1, 4, 7, 9, 12]] = 0
+    settings = SamplingConfig(temperature=1.0, top_k=4, logit_bias=dict(enumerate(bias_v.tolist())), seed=11)
     with torch.random.fork_rng():
         model = build(MIXERS["attention-full"]).float()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(2.0)
     found: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
         longer: dict[tuple[int, ...], float] = {}
         for tokens, p in found.items():
-            logits_v = model(torch.tensor([prompt + list(tokens)]))[0, -1].double() / settings.temperature
+            logits_v = bias_v + model(torch.tensor([prompt + list(tokens)]))[0, -1].double()
             floor = logits_v.topk(settings.top_k).values[-1]
             for token, q in enumerate(logits_v.masked_fill(logits_v < floor, -torch.inf).softmax(-1).tolist()):
                 if q:

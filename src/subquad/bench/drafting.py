@@ -2,7 +2,8 @@
 
 Ids are ``spec.<drafter>.<model>.<how>.b<rows>``: the model is ``attention``, the real small teacher, or ``hybrid``, the
 conversion that ``--hybrid`` names; how is ``greedy``, or ``t1`` for temperature 1. The figure is tokens a second of the
-rounds, beside plain decoding by the same engine, over what people ask: chat and code together. ``.chat``, ``.code``
+rounds, beside plain decoding by the same engine, over what people ask: chat and code together. Several rows work off
+a queue, as a server's do: of a batch alone, all would wait for the row that guesses help least. ``.chat``, ``.code``
 and ``.copies`` behind an id are one kind alone, and ``.no_loops`` leaves out answers that have fallen into a loop,
 where any copy is right: a small model loops often, a good one seldom. With ``relaxed`` for how, answers are greedy ones
 of guesses that are merely good: ``.loose`` is the share of their tokens that are not the model's likeliest behind the
@@ -45,7 +46,9 @@ ALONE = {
     "attention": {"chat": 12, "code": 12, "copies": 8},
     "hybrid": {"chat": 6, "code": 6, "copies": 4},
 }
-# Times that a batch of so many rows is decoded, by model: alone, every prompt is a repetition of its own.
+# Most prompts of a kind for every row, where there are several.
+QUEUED = 4
+# Times that the prompts of so many rows are decoded, by model: alone, every prompt is a repetition of its own.
 PASSES = {"attention": {1: 1, 8: 2, 32: 2}, "hybrid": {1: 1, 8: 1, 32: 1}}
 ASKED = ("chat", "code")
 HOW = {"greedy": 0.0, "t1": 1.0}
@@ -77,6 +80,7 @@ class _Pair:
     """One batch with guesses and without; seconds are the median of its passes, the rest is of the last."""
 
     kind: str
+    rows: int
     prompts: list[list[int]]
     ours: _Run
     plain: _Run
@@ -119,7 +123,7 @@ class _Contender:
         self.decode(prompts, temperature)
 
     def decode(self, prompts: Sequence[list[int]], temperature: float) -> _Run:
-        """Answer all of `prompts` side by side; prompt i draws with seed i."""
+        """Answer all of `prompts`, as many side by side as there are rows; prompt i draws with seed i."""
         self.looks.clear()
         requests = [
             Request(prompt, self.limits, SamplingConfig(temperature=temperature, seed=i))
@@ -231,13 +235,13 @@ def _targets(bench: Bench) -> Iterator[tuple[str, Stack, Prompts]]:
 
 
 def _batches(bench: Bench, name: str, prompts: Prompts, rows: int) -> list[tuple[str, list[list[int]]]]:
-    """Batches with their kinds: one of each kind that has as many prompts as rows, and many of one row."""
+    """Prompts with their kinds: all at once of each kind that has as many as rows, and one by one for one row."""
     chosen: list[tuple[str, list[list[int]]]] = []
     for kind, some in prompts.items():
         if rows == 1:
             chosen += [(kind, [prompt]) for prompt in spread(some, bench.size(ALONE[name][kind], smoke=2))]
         elif len(some) >= rows:
-            chosen.append((kind, spread(some, rows)))
+            chosen.append((kind, spread(some, min(len(some), QUEUED * rows))))
     return chosen
 
 
@@ -264,7 +268,7 @@ def _race(
                 mine = ours.decode(batch, temperature)
             runs.append((mine, theirs))
         taken = [statistics.median(run[side].seconds for run in runs) for side in (0, 1)]
-        pairs.append(_Pair(kind, batch, *runs[-1], (taken[0], taken[1])))
+        pairs.append(_Pair(kind, plain.engine.rows, batch, *runs[-1], (taken[0], taken[1])))
     return pairs
 
 
@@ -282,7 +286,7 @@ def _record(bench: Bench, id: str, pairs: Sequence[_Pair]) -> None:
     asked = [pair for pair in pairs if pair.kind in ASKED]
     looping = sum(pair.loops for pair in asked) / len(asked)
     parts = {"": asked} | {f".{kind}": [pair for pair in pairs if pair.kind == kind] for kind in KINDS}
-    alone = len(pairs[0].prompts) == 1
+    alone = pairs[0].rows == 1
     if alone:
         parts[".no_loops"] = [pair for pair in asked if not pair.loops]
     for part, some in parts.items():
@@ -331,7 +335,7 @@ def _rate(bench: Bench, id: str, pairs: Sequence[_Pair]) -> None:
         "higher",
         baseline="plain",
         baseline_value=theirs,
-        shape={"prompts": sum(len(pair.prompts) for pair in pairs), "batch": len(pairs[0].prompts)},
+        shape={"prompts": sum(len(pair.prompts) for pair in pairs), "rows": pairs[0].rows},
         reps=[rates([pair]) for pair in pairs],
     )
     bench.say(f"{bench.name}.{id}: {mine:.4g} tokens/s, plain {theirs:.4g}, {mine / theirs:.2f} x")

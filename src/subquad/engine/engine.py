@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class _Row:
     request: Request
     tokens: list[int]
     text: Detokenizer | None
+    ends: set[int]
     drawn: int = 0
     read: int = 0
     saved: tuple[StackState, History] | None = None
@@ -185,7 +187,7 @@ class Engine:
         if request.tokenizer is not None:
             text = Detokenizer(request.tokenizer, request.prompt, request.limits.stop)
         self._submitted += 1
-        self._waiting.append(_Row(id, request, list(request.prompt), text))
+        self._waiting.append(_Row(id, request, list(request.prompt), text, request.ends(self.model)))
         return id
 
     @torch.no_grad()
@@ -379,7 +381,7 @@ class Engine:
         )
         self.looks.append(look)
         self.pace.learn(look)
-        if not k:
+        if not k and self.drafter is not None and not self.drafter.always:
             self._compare(given)
         if self.on_look is not None:
             self.on_look(look)
@@ -387,36 +389,39 @@ class Engine:
 
     def _compare(self, given: Sequence[Given]) -> None:
         """Let the pace know what guesses that nobody read would have brought."""
-        asked = min(self.pace.most, self.rounds)
+        asked = guessed = judged = kept = 0
         for new in given:
-            if new.tokens and self.drafter is not None and not self.drafter.always:
-                pairs = list(zip(new.foreseen, new.tokens, strict=False))
-                kept = next((i for i, (guess, token) in enumerate(pairs) if guess != token), len(pairs))
-                self.pace.see(asked, len(new.foreseen), min(kept + 1, len(pairs)), kept)
+            if new.tokens:
+                asked += min(self.pace.most, self.rounds)
+                guessed += len(new.foreseen)
+                most = min(len(new.foreseen), len(new.tokens))
+                stood = next((i for i in range(most) if new.foreseen[i] != new.tokens[i]), most)
+                judged, kept = judged + min(stood + 1, most), kept + stood
+        self.pace.see(asked, guessed, judged, kept)
 
     def _pieces(self, row: _Row, new: Given) -> list[Piece]:
         """The new tokens of a row as pieces, up to the one that ends it."""
-        limits, text, ends = row.request.limits, row.text, row.request.ends(self.model)
+        text, ends, left = row.text, row.ends, row.request.limits.max_new_tokens - row.drawn
         pieces: list[Piece] = []
         for i, token in enumerate(new.tokens):
-            row.drawn += 1
-            row.read += 1
-            row.tokens.append(token)
-            shown = text.push(token) if text is not None and token >= 0 and token not in ends else ""
-            finish = None
+            shown, finish = "", None
             if token < 0:
                 finish = "diverged"
             elif token in ends:
                 finish = "end"
-            elif text is not None and text.stopped:
-                finish = "stop"
-            elif row.drawn == limits.max_new_tokens:
+            elif text is not None:
+                shown = text.push(token)
+                finish = "stop" if text.stopped else None
+            if finish is None and i + 1 == left:
                 finish = "length"
             if finish is not None and text is not None:
                 shown += text.finish()
-            pieces.append(Piece(row.id, token, shown, new.scores[i] if self.logprobs else float("nan"), finish))
+            pieces.append(Piece(row.id, token, shown, new.scores[i] if self.logprobs else math.nan, finish))
             if finish is not None:
                 break
+        row.drawn += len(pieces)
+        row.read += len(pieces)
+        row.tokens += new.tokens[: len(pieces)]
         return pieces
 
     def _leave(self, slots: Sequence[int]) -> None:

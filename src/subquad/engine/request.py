@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 from subquad.core.errors import ConfigError, DataError, DivergenceError, UnsupportedError
 from subquad.core.registry import methods
@@ -61,8 +61,7 @@ class Request:
         return set(model.config.eos_tokens if asked is None else asked)
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A token of a row, as it comes.
 
     Attributes:

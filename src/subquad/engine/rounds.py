@@ -15,7 +15,7 @@ from subquad.engine.chains import select, verify_chains
 from subquad.engine.draft import Draft, Drafter
 from subquad.engine.relax import Relaxed, verify_relaxed
 from subquad.engine.request import Request
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.sampler import IDLE, History, Sampler
 from subquad.engine.verify import verify
 from subquad.models.stack import Stack, StackState
 from subquad.ops.slots import Slots, emit_, lead
@@ -79,7 +79,7 @@ class Rounds:
         self.capacity, self.relaxed = capacity, relaxed
         self._loose_b = torch.zeros(rows, dtype=torch.int64, device=device)
         self.pool = model.init_pool(rows, capacity, block)
-        self._sampler = Sampler([SamplingConfig()] * rows, device, model.config.vocab_size)
+        self._sampler = Sampler([IDLE] * rows, device, model.config.vocab_size)
         self._history = History.start([[0]] * rows, 0, device)
         width = rounds * block
         self._slots = Slots.empty(rows, width, device)
@@ -168,7 +168,7 @@ class Rounds:
         """From now on `slots` take part no more."""
         if slots:
             self._slots.alive_b[self._at(slots)] = 0
-            self._sampler.put(slots, [SamplingConfig()] * len(slots))
+            self._sampler.put(slots, [IDLE] * len(slots))
             self._hold(slots, [0] * len(slots))
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -181,7 +181,7 @@ class Rounds:
         self._slots.alive_b[at] = 0
         self._hold([*targets, *sources], [*(self._least[slot] for slot in sources), *[0] * len(sources)])
         configs = [self._sampler.configs[slot] for slot in sources]
-        self._sampler.put([*targets, *sources], [*configs, *[SamplingConfig()] * len(sources)])
+        self._sampler.put([*targets, *sources], [*configs, *[IDLE] * len(sources)])
         if self.drafter is not None:
             self.drafter.move(sources, targets)
 

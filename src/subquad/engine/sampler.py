@@ -191,6 +191,9 @@ class History(State):
         return self.length_b.clamp(max=self.text_bn.shape[1] - 1)[:, None]
 
 
+# Of a row that nobody asks: it decides nothing about which operations run.
+IDLE = SamplingConfig()
+
 # What the processors read of a row.
 COLUMNS: Mapping[str, Callable[[SamplingConfig], float]] = {
     "repetition": lambda c: float(c.repetition_penalty),
@@ -407,7 +410,7 @@ class Sampler:
             self._words_bwl[torch.tensor(rows, device=self.seed_b.device)] = mine_bwl.to(self.seed_b.device)
 
     def _choose(self) -> None:
-        asked = self.configs
+        asked = [c for c in self.configs if c is not IDLE]
         self.draws = any(c.temperature > 0 for c in asked)
         self.settles = any(c.temperature == 0 for c in asked)
         self.largest_k = _power_of_two(max((c.top_k for c in asked), default=0))
