@@ -23,7 +23,8 @@ CARD = Card(
     gives="long runs of tokens at once where text repeats what stands in the context: edits, code, quotations",
     status="incubating",
     claim="2.35 times faster on CNN/DM, 3.08 on selected second turns of MT-Redundant",
-    measured="not reproduced",
+    measured="2.06 times plain greedy decoding of SmolLM2-135M where it edits texts, 1.05 of chat and code, one H100",
+    result="spec.copyspec.h100.json",
     examples={"paper": {}, "prompt_lookup": {"gammas": "3+2+1"}},
 )
 

@@ -25,7 +25,8 @@ CARD = Card(
     gives="guesses at the price of one block each, out of the model's own stream, with no second model to find",
     status="incubating",
     claim="2.7 to 3.5 times lower latency for LLaMA2-Chat 70B at twice the throughput, same distribution",
-    measured="not reproduced",
+    measured="1.27 times plain greedy decoding of SmolLM2-135M at batch 1, 1.42 of its hybrid, one H100",
+    result="spec.draft_head.h100.json",
     constant_state=True,
     examples={"window": {"window": "6"}, "coupled": {"window": "3", "coupled": "true"}},
 )
