@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from subquad.core.errors import ConfigError
+from subquad.decode.copyspec import CopySpec
 from subquad.decode.gad import Gad
-from subquad.engine.draft import Draft, Drafter
+from subquad.decode.spectr import SpecTr
+from subquad.engine.draft import Draft, Drafter, InTurn
 from subquad.engine.engine import Engine
 from subquad.engine.generate import Generation, Limits, generate
-from subquad.engine.relax import Relaxed, verify_relaxed
+from subquad.engine.relax import Relaxed
 from subquad.engine.request import Request
 from subquad.engine.sampler import History, Sampler, SamplingConfig
 from subquad.engine.trace import Look
@@ -116,10 +118,11 @@ def test_only_greedy_requests_are_relaxed(model: Stack) -> None:
         Engine(model, rows=1, capacity=40, relaxed=Relaxed())
 
 
-def test_several_chains_are_refused() -> None:
-    draft = Draft(torch.zeros(2, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64), None, (2,))
-    with pytest.raises(ConfigError, match="expected one chain of guesses a row, got 2"):
-        verify_relaxed(Sampler([SamplingConfig()]), History.start([[0]], 0), torch.zeros(2, 2, V), draft, Relaxed())
+def test_several_chains_are_refused(model: Stack) -> None:
+    for drafter in (SpecTr(model, (2,)), InTurn([CopySpec(), SpecTr(model, (1, 2))])):
+        with pytest.raises(ConfigError, match="relaxed: expected a drafter of one chain of guesses a row, got several"):
+            Engine(model, rows=1, capacity=40, drafter=drafter, relaxed=Relaxed())
+    Engine(model, rows=1, capacity=40, drafter=SpecTr(model, (1,)), relaxed=Relaxed())
 
 
 class Fixed(Gad):

@@ -68,7 +68,7 @@ class SpecTr(ModelDrafter):
             raise ConfigError(
                 f"spectr: expected branches of 1 to {most}, as many as there are tokens, got {list(branch)}; try 4"
             )
-        self.branch = tuple(branch)
+        self.branch, self.forks = tuple(branch), max(branch) > 1
 
     @classmethod
     def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:

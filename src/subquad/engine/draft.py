@@ -85,10 +85,12 @@ class Drafter(ABC):
     Attributes:
         always: whether it guesses for every row, so that none can stand behind it.
         hears: whether it reads the model's stream, which nobody keeps for it otherwise.
+        forks: whether it may guess several chains a row.
     """
 
     always: bool = False
     hears: bool = False
+    forks: bool = False
 
     @classmethod
     @abstractmethod
@@ -171,7 +173,7 @@ class InTurn(Drafter):
         if any(drafter.always for drafter in drafters[:-1]):
             raise ConfigError("draft: expected no drafter behind one that always guesses, got one; name it last")
         self.drafters, self.always = list(drafters), drafters[-1].always
-        self.hears = any(drafter.hears for drafter in drafters)
+        self.hears, self.forks = any(d.hears for d in drafters), any(d.forks for d in drafters)
 
     @classmethod
     def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:

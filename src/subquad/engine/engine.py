@@ -115,6 +115,8 @@ class Engine:
             raise ConfigError(f"draft_tokens: expected at least 1 with a drafter, got {widest}; leave the drafter out")
         if relaxed is not None and drafter is None:
             raise ConfigError("relaxed: expected a drafter whose guesses it is about, got none; name one")
+        if relaxed is not None and drafter is not None and drafter.forks:
+            raise ConfigError("relaxed: expected a drafter of one chain of guesses a row, got several; use another")
         self.model, self.rows, self.capacity, self.chunk, self.rounds = model, rows, capacity, chunk, rounds
         self.relaxed = relaxed
         self.drafter, self.prefixes, self.logprobs, self.on_look = drafter, prefixes, logprobs, on_look
