@@ -94,8 +94,8 @@ def test_a_row_that_is_paused_goes_on_where_it_stood(drafter: Drafter, prompts: 
 def test_samples_are_distributed_as_without_guesses(drafter: Drafter) -> None:
     """Three tokens of 8,000 rows against their exact probabilities: a chi-square test of all that is likely enough.
 
-    All but five tokens are forbidden, so that model and drafters mostly have the same ones: a ratio of p and q that is
-    a fifth too high makes 170 to 780 of chi-square with the drafting models above, where 57 is noticed.
+    All but five tokens are forbidden, so that model and drafter mostly have the same ones: were p / q taken a fifth too
+    high, chi-square would be 170 to 780 more with the drafting models, of which 57 are noticed.
     """
     model, prompt, settings, expected = exact()
     # Side by side are as many rows as a core's cache likes; each draws with a seed of its own.

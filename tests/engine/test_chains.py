@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -36,8 +37,10 @@ def table(seed: int) -> Tensor:
 TARGET, DRAFTER = table(1), table(2)
 
 
-def rows_of(config: SamplingConfig, rows: int) -> Sampler:
-    sampler = Sampler([config] * rows)
+@functools.cache
+def rows_of(name: str, rows: int) -> Sampler:
+    """Rows alike but for their seeds."""
+    sampler = Sampler([CONFIGS[name]] * rows)
     sampler.seed_b = torch.arange(rows)
     return sampler
 
@@ -46,10 +49,10 @@ def fresh(rows: int) -> History:
     return History.start([[START]], V).select(torch.zeros(rows, dtype=torch.int64))
 
 
-def enumerate_texts(config: SamplingConfig) -> Tensor:
+def enumerate_texts(name: str) -> Tensor:
     """Probability of every text of T tokens, ``[V ** T]``."""
     texts_xt = torch.tensor(list(itertools.product(range(V), repeat=T)))
-    sampler, history, last_x = rows_of(config, V**T), fresh(V**T), torch.full((V**T,), START)
+    sampler, history, last_x = rows_of(name, V**T), fresh(V**T), torch.full((V**T,), START)
     p_x = torch.ones(V**T, dtype=torch.float64)
     for token_x in texts_xt.unbind(1):
         p_x *= sampler.probabilities(TARGET[last_x], history).gather(1, token_x[:, None])[:, 0]
@@ -85,7 +88,7 @@ def logits_of(draft: Draft, last_b: Tensor, dtype: torch.dtype = torch.float64) 
 
 def decode(kind: str, name: str, branches: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The first T tokens ``[b, t]`` of all rows, and how many the first round gave; rows go on at their own pace."""
-    sampler, history, rows_b = rows_of(CONFIGS[name], ROWS), fresh(ROWS), torch.arange(ROWS)
+    sampler, history, rows_b = rows_of(name, ROWS), fresh(ROWS), torch.arange(ROWS)
     noise = torch.Generator().manual_seed(5)
     out_bn, fill_b = torch.zeros(ROWS, T * (K + 1) + 1, dtype=torch.int64), torch.zeros(ROWS, dtype=torch.int64)
     last_b, first_b = torch.full((ROWS,), START), None
@@ -143,13 +146,13 @@ def test_texts_are_distributed_as_enumerated(
     kind: str, name: str, branches: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     tokens_bt, first_b = decode(kind, name, branches, dtype)
-    chi2, most = distance(tokens_bt, enumerate_texts(CONFIGS[name]))
+    chi2, most = distance(tokens_bt, enumerate_texts(name))
     assert chi2 < most
     assert len(first_b.unique()) == K + 1
 
 
 def test_the_bound_tells_guesses_that_are_not_independent() -> None:
-    chi2, most = distance(decode("copies", "plain", (3,), torch.float64)[0], enumerate_texts(CONFIGS["plain"]))
+    chi2, most = distance(decode("copies", "plain", (3,), torch.float64)[0], enumerate_texts("plain"))
     assert chi2 > 10 * most
 
 
@@ -186,7 +189,7 @@ def test_more_first_guesses_stand_than_of_one_chain(branches: tuple[int]) -> Non
     p_bv, q_bv = p_xv.repeat_interleave(each, 0), q_xv.repeat_interleave(each, 0)
     rows = len(p_bv)
     guess_bm = torch.multinomial(q_bv, k, replacement=True, generator=torch.Generator().manual_seed(8))
-    sampler, history = rows_of(CONFIGS["plain"], rows), History.start([[0]] * rows, 0)
+    sampler, history = rows_of("plain", rows), History.start([[0]] * rows, 0)
     one_b = torch.ones(rows, dtype=torch.int64)
     logits_btv = p_bv.log()[:, None].expand(-1, 2, -1)
     draft = Draft(guess_bm.reshape(-1, 1), one_b, q_bv.repeat_interleave(k, 0)[:, None], (k,))
@@ -225,7 +228,7 @@ def test_of_greedy_rows_the_chain_that_is_right_the_longest_stands() -> None:
 
 
 def test_without_q_all_tokens_are_those_of_plain_decoding() -> None:
-    rows, sampler, history = 5_000, rows_of(CONFIGS["penalties"], 5_000), fresh(5_000)
+    rows, sampler, history = 5_000, rows_of("penalties", 5_000), fresh(5_000)
     last_b = torch.full((rows,), START)
     draft = draw((2, 2), sampler, history, last_b, torch.float64, torch.Generator().manual_seed(1))
     draft = Draft(draft.tokens_bk, draft.length_b, None, draft.branches)
@@ -241,7 +244,7 @@ def test_without_q_all_tokens_are_those_of_plain_decoding() -> None:
 def test_what_is_not_finite_hurts_its_own_row_only(what: str) -> None:
     """Logits end the row; of a drafter of NaN the row's token is what it draws anyway."""
     rows, hurt = 256, 100
-    sampler, last_b = rows_of(CONFIGS["plain"], rows), torch.full((rows,), START)
+    sampler, last_b = rows_of("plain", rows), torch.full((rows,), START)
     draft = draw((3,), sampler, fresh(rows), last_b, torch.float64, torch.Generator().manual_seed(2))
     logits_btv = logits_of(draft, last_b)
     assert draft.q_bkv is not None

@@ -340,7 +340,7 @@ def _buffers(configs: Sequence[SamplingConfig], device: torch.device | str | Non
     return [
         torch.tensor([c.temperature == 0 for c in configs], device=device),
         torch.tensor([c.seed for c in configs], device=device),
-        *(torch.tensor([[make(c)] for c in configs], device=device) for make in COLUMNS.values()),
+        *(torch.tensor([make(c) for c in configs], device=device)[:, None] for make in COLUMNS.values()),
     ]
 
 

@@ -26,6 +26,8 @@ from subquad.models.load import load_model
 from subquad.models.stack import Stack
 
 PASSES = 3
+# Steps that compile and record, and are not timed.
+FAR_WARM = 4
 # The engine captures its rounds as they are; set this to fuse them with torch.compile, at a minute a model.
 COMPILE = False
 
@@ -252,7 +254,7 @@ class Reference:
         # Renamed in transformers 5.24.
         parameters = inspect.signature(self.llama.model.forward).parameters
         self.named = "cache" if "cache" in parameters else "past_key_values"
-        self.rows, self.device = rows, model.device
+        self.rows, self.capacity, self.device = rows, capacity, model.device
         forward: Callable[..., Any] = self.llama.forward
         self.step = torch.compile(forward, mode="reduce-overhead", fullgraph=True) if compiled else forward
 
@@ -306,6 +308,27 @@ class Reference:
 
     def _where(self, positions_t: Tensor) -> dict[str, Any]:
         return {self.named: self.cache, "cache_position": positions_t, "position_ids": positions_t[None]}
+
+    def far(self, steps: int) -> float:
+        """Seconds of each of the last steps, by hand, before the cache is full, whatever its tokens are.
+
+        Raises:
+            torch.OutOfMemoryError: no room for the cache.
+        """
+        token_b1 = torch.zeros(self.rows, 1, dtype=torch.int64, device=self.device)
+        self.read(token_b1)
+        at, began = torch.tensor([self.capacity - steps - FAR_WARM], device=self.device), 0.0
+        for i in range(-FAR_WARM, steps):
+            if i == 0:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                began = time.perf_counter()
+            logits_b1v = self.step(token_b1.clone(), **self._where(at)).logits
+            token_b1 = logits_b1v[:, -1].argmax(-1, keepdim=True)
+            at = at + 1
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / steps
 
     def loop(self, prompts_bt: Tensor, new: int) -> float:
         """Tokens a second of all rows behind the first token, in a loop by hand that never waits for the device."""

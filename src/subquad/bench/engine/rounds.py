@@ -2,7 +2,8 @@
 
 Ids are ``decode.8b_quarter.ctx32k.<rows>``, rows being ``b12``, which fits for both, and ``largest``, the most that the
 card holds of each: ``.vs_attention`` is tokens a second of all rows together, ``.ms`` a round, ``.state_bytes`` what
-the rows remember, ``.peak_bytes`` all memory with weights, and ``largest.rows`` how many rows that is. Tokens a second
+the rows remember, ``.peak_bytes`` all memory with weights, and ``largest.rows`` how many rows that is. ``b12.vs_hf``
+has transformers beside it, attention in every layer over a static cache, in a loop by hand. Tokens a second
 over shorter contexts are ``decode.8b_quarter.context.b<rows>.t<tokens>``.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from subquad.bench import shapes
+from subquad.bench.engine.generate import Reference
 from subquad.bench.harness import Bench
 from subquad.engine.prefill import prefill
 from subquad.engine.request import Limits, Request
@@ -68,14 +70,28 @@ def run(bench: Bench) -> None:
     few, longest = bench.size((12, 32768), smoke=(2, 192))
     contexts = bench.size((1024, 4096, 16384), smoke=(128,))
     courses: dict[str, _Course] = {}
+    theirs: list[float] = []
     with torch.no_grad():
         for name, every in MODELS.items():
             model = shapes.shape_8b(bench, every)
             _prove(bench, name, model)
             courses[name] = _course(bench, name, model, few, longest, contexts)
+            if name == "attention":
+                theirs = _transformers(bench, model, few, longest)
             del model
             _forget(bench)
     _record(bench, courses["quarter"], courses["attention"], few, longest)
+    mine = courses["quarter"].longest[f"b{few}"]
+    bench.value(
+        f"ctx{longest // 1024}k.b{few}.vs_hf",
+        statistics.median(mine.rates),
+        "tokens/s",
+        "higher",
+        baseline=f"transformers in a bare loop, {BASELINE}, static cache",
+        baseline_value=few / statistics.median(theirs),
+        shape={"rows": few, "context": longest},
+        reps=[[rate, few / seconds] for rate, seconds in zip(mine.rates, theirs, strict=False)],
+    )
 
 
 def _prove(bench: Bench, name: str, model: Stack) -> None:
@@ -109,6 +125,16 @@ def _course(bench: Bench, name: str, model: Stack, few: int, longest: int, conte
         for rows, one in (found or {}).items():
             course.over[int(rows), context] = one
     return course
+
+
+def _transformers(bench: Bench, model: Stack, rows: int, context: int) -> list[float]:
+    """Seconds of a step of transformers' own at the end of so long a context, of each look."""
+    _forget(bench)
+    looks, each = bench.size((LOOKS, ROUNDS), smoke=(1, 2))
+    reference = Reference(model, rows, context, compiled=bench.device.type == "cuda")
+    taken = [reference.far(each) for _ in range(looks)]
+    bench.say(f"{bench.name}: transformers, {rows} rows of {context} tokens, {rows / taken[0]:.4g} tokens/s")
+    return taken
 
 
 def _fitting(bench: Bench, model: Stack, context: int) -> int:
