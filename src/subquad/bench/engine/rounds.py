@@ -81,6 +81,8 @@ def run(bench: Bench) -> None:
             del model
             _forget(bench)
     _record(bench, courses["quarter"], courses["attention"], few, longest)
+    if not theirs:
+        return
     mine = courses["quarter"].longest[f"b{few}"]
     bench.value(
         f"ctx{longest // 1024}k.b{few}.vs_hf",
@@ -128,11 +130,15 @@ def _course(bench: Bench, name: str, model: Stack, few: int, longest: int, conte
 
 
 def _transformers(bench: Bench, model: Stack, rows: int, context: int) -> list[float]:
-    """Seconds of a step of transformers' own at the end of so long a context, of each look."""
+    """Seconds of a step of transformers at the end of so long a context, of each look; none where it has no room."""
     _forget(bench)
     looks, each = bench.size((LOOKS, ROUNDS), smoke=(1, 2))
-    reference = Reference(model, rows, context, compiled=bench.device.type == "cuda")
-    taken = [reference.far(each) for _ in range(looks)]
+    try:
+        reference = Reference(model, rows, context, compiled=bench.device.type == "cuda")
+        taken = [reference.far(each) for _ in range(looks)]
+    except torch.OutOfMemoryError as error:
+        bench.say(f"{bench.name}: transformers has no room for {rows} rows of {context} tokens: {error}")
+        return []
     bench.say(f"{bench.name}: transformers, {rows} rows of {context} tokens, {rows / taken[0]:.4g} tokens/s")
     return taken
 
