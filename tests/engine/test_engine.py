@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
+from subquad.decode.copyspec import CopySpec
 from subquad.engine.engine import Engine
 from subquad.engine.generate import generate
 from subquad.engine.request import Limits, Request
-from subquad.engine.sampler import SamplingConfig
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.models.stack import Stack
 
 from .conftest import MIXERS, PROMPTS, Letters, Oracle, V, build, drain, plain, tokens
@@ -253,6 +255,12 @@ def test_warming_changes_no_token_and_tells_what_rounds_take(mixer: str) -> None
     expected = plain(model, PROMPTS, n)
     texts = [prompt + more for prompt, more in zip(PROMPTS, expected, strict=True)]
     engine = Engine(model, rows=4, capacity=32, drafter=Oracle(texts, lambda *_: 2), most_drafted=4, rounds=2)
+    # As where a round has one shape, on a GPU: else there is nothing to do beforehand.
+    engine.warm(Request(PROMPTS[0], Limits(n)))
+    assert engine.pace.costs(1) == {}
+    engine._rounds.static = True  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(ConfigError, match="warm: expected at most 32 tokens as a row has room for, got 3 and 99"):
+        engine.warm(Request(PROMPTS[0], Limits(99)))
     # Two ends make room that the first request does not need.
     engine.warm(Request(PROMPTS[0], Limits(n, end_tokens=[V - 1, V - 2])))
     assert all(sorted(engine.pace.costs(slots)) == [0, 1, 2, 4] for slots in (1, 2, 4))
@@ -289,3 +297,30 @@ def test_a_drafter_is_told_what_plain_rounds_gave(rounds: int) -> None:
     assert [token for token, _ in heard] == expected
     hidden_td = model.hidden(torch.tensor([PROMPTS[0] + expected]))[0, len(PROMPTS[0]) - 1 : -1]
     torch.testing.assert_close(torch.stack([stream_d for _, stream_d in heard]), hidden_td)
+
+
+def test_rounds_are_told_apart_by_all_that_decides_what_they_run() -> None:
+    """Bad words of one token leave the room of longer ones, which a verifier must go through one by one."""
+    forbids = [SamplingConfig(bad_words_ids=words) for words in ([[1, 2]], [[3]])]
+    sampler = Sampler([forbids[0]], vocab_size=V)
+    both = [sampler.features]
+    sampler.put([0], [forbids[1]])
+    both.append(sampler.features)
+    assert not sampler.penalises
+    assert both[0] != both[1]
+
+
+def test_many_compiled_rounds_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One function for each number of rows and guesses is more than a compiler expects of one piece of code."""
+    compiled: Callable[..., Any] = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: compiled(fn, backend="eager", **options))
+    torch.compiler.reset()
+    model, n = build(MIXERS["attention"]), 12
+    expected = plain(model, PROMPTS, n)
+    texts = [prompt + more for prompt, more in zip(PROMPTS, expected, strict=True)]
+    engine = Engine(model, rows=4, capacity=32, drafter=CopySpec(), most_drafted=2, compile=True)
+    engine.warm(Request(PROMPTS[0], Limits(n, end_tokens=[])))
+    for i, prompt in enumerate(PROMPTS):
+        engine.submit(Request(prompt, Limits(n, end_tokens=[], min_new_tokens=i)))
+    got = drain(engine)
+    assert [PROMPTS[row] + tokens(got[row]) for row in range(4)] == texts

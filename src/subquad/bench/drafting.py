@@ -15,7 +15,6 @@ A drafter that is trained is the one of ``--drafter``; without it its room says 
 from __future__ import annotations
 
 import gc
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -71,20 +70,19 @@ class _Run:
 
     @property
     def seconds(self) -> float:
-        """Of all rounds, and of the drafter's way to them; the model has read the prompts before."""
+        """Of all rounds, and what a drafter has to catch up with before them; prompts have been read by then."""
         return sum(look.seconds for look in self.looks)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """One batch with guesses and without; seconds are the median of its passes, the rest is of the last."""
+    """One batch with guesses and without, each in its middle pass."""
 
     kind: str
     rows: int
     prompts: list[list[int]]
     ours: _Run
     plain: _Run
-    seconds: tuple[float, float]
 
     @property
     def loops(self) -> bool:
@@ -267,8 +265,9 @@ def _race(
                 theirs = plain.decode(batch, temperature)
                 mine = ours.decode(batch, temperature)
             runs.append((mine, theirs))
-        taken = [statistics.median(run[side].seconds for run in runs) for side in (0, 1)]
-        pairs.append(_Pair(kind, plain.engine.rows, batch, *runs[-1], (taken[0], taken[1])))
+        mine, theirs = (sorted(side, key=lambda run: run.tokens / run.seconds) for side in zip(*runs, strict=True))
+        middle = (len(runs) - 1) // 2
+        pairs.append(_Pair(kind, plain.engine.rows, batch, mine[middle], theirs[middle]))
     return pairs
 
 
@@ -325,7 +324,7 @@ def _rate(bench: Bench, id: str, pairs: Sequence[_Pair]) -> None:
 
     def rates(some: Sequence[_Pair]) -> list[float]:
         runs = [[pair.ours for pair in some], [pair.plain for pair in some]]
-        return [sum(r.tokens for r in runs[i]) / sum(pair.seconds[i] for pair in some) for i in (0, 1)]
+        return [sum(run.tokens for run in side) / sum(run.seconds for run in side) for side in runs]
 
     mine, theirs = rates(pairs)
     bench.value(

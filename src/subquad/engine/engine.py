@@ -173,18 +173,7 @@ class Engine:
             DataError, ConfigError: what can't be generated, or does not fit a row; nothing else is touched.
         """
         id = self._submitted
-        check_request(self.model, request, f"request {id}")
-        if self.relaxed is not None and request.sampling.temperature > 0:
-            raise ConfigError(
-                f"relaxed: expected greedy requests, got temperature {request.sampling.temperature}; sampled ones are "
-                "verified exactly or not at all"
-            )
-        if request.tokens > self.capacity:
-            raise ConfigError(
-                f"request {id}: expected at most {self.capacity} tokens as a row has room for, got "
-                f"{len(request.prompt)} and {request.limits.max_new_tokens} new ones; make an engine of more capacity, "
-                "or ask for less"
-            )
+        self._check(request, f"request {id}")
         text = None
         if request.tokenizer is not None:
             text = Detokenizer(request.tokenizer, request.prompt, request.limits.stop)
@@ -192,25 +181,45 @@ class Engine:
         self._waiting.append(_Row(id, request, list(request.prompt), text, request.ends(self.model)))
         return id
 
+    def _check(self, request: Request, name: str) -> None:
+        """Refuse what this engine can't answer."""
+        check_request(self.model, request, name)
+        if not self.exact and request.sampling.temperature > 0:
+            raise ConfigError(
+                f"relaxed: expected greedy requests, got temperature {request.sampling.temperature}; sampled ones are "
+                "verified exactly or not at all"
+            )
+        if request.tokens > self.capacity:
+            raise ConfigError(
+                f"{name}: expected at most {self.capacity} tokens as a row has room for, got "
+                f"{len(request.prompt)} and {request.limits.max_new_tokens} new ones; make an engine of more capacity, "
+                "or ask for less"
+            )
+
     @torch.no_grad()
     def warm(self, request: Request) -> None:
         """Do all rounds that requests with such sampling and ends may need, so that none is new later.
 
         On a GPU that is when a round is compiled and captured, which takes longer than hundreds of rounds. Each number
-        of rows and guesses is run over empty rows, and what it takes is where the choice of guesses begins.
+        of rows and guesses is run over empty rows, and what it takes is where the choice of guesses begins. Where
+        rounds are launched piece by piece there is nothing to prepare.
 
         Raises:
-            ConfigError: something is waiting or under way.
+            DataError, ConfigError: as in `submit`, or something is waiting or under way.
         """
         if self.busy:
             there = len(self._waiting) + self.live
             raise ConfigError(f"warm: expected nothing under way, got {there} requests; call it before the first")
+        self._check(request, "warm")
+        if not self._rounds.static:
+            return
         self._rounds.admit([0], [request], [0])
-        sizes = {min(1 << i, self.rows) for i in range(self.rows.bit_length() + 1)}
-        for n in sorted(sizes):
-            for k in [self.pace.most] if self.pace.fixed else self.pace.ladder:
-                self.pace.note(n, k, self._rehearse(n, k))
-        self._leave([0])
+        try:
+            for n in sorted({min(1 << i, self.rows) for i in range(self.rows.bit_length() + 1)}):
+                for k in [self.pace.most] if self.pace.fixed else self.pace.ladder:
+                    self.pace.note(n, k, self._rehearse(n, k))
+        finally:
+            self._leave([0])
 
     def _rehearse(self, n: int, k: int) -> float:
         """Seconds of a round when nothing in it is done for the first time."""

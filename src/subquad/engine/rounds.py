@@ -22,6 +22,8 @@ from subquad.ops.slots import Slots, emit_, lead
 
 # Captures that may fail before rounds are no longer captured.
 MOST_FAILURES = 3
+# Rounds that may be compiled for one model.
+MOST_COMPILED = 1024
 # Most tokens of a slot that a drafter is told at once.
 MOST_TOLD = 16
 
@@ -85,6 +87,7 @@ class Rounds:
         self._slots = Slots.empty(rows, width, device)
         # Tokens of a row before which it can't end; here as well, so that nobody asks the device whether there are any.
         self._least_b, self._least = torch.zeros(rows, dtype=torch.int64, device=device), [0] * rows
+        self._barring = False
         self._score_bn = torch.zeros(rows, width + 1 if logprobs else 0, device=device)
         # The stream of a look's tokens, which plain rounds leave to a drafter that reads it.
         self._hidden_bnd = None
@@ -99,8 +102,8 @@ class Rounds:
         self._failures = 0
         self.captures = device.type == "cuda"
         # Of a fixed shape; else a round reads no more guesses than some row has, which asks the device.
-        self._static = self.captures or compile
-        self._compiled = torch.compile(self._round, fullgraph=True, dynamic=False) if compile else self._round
+        self.static = self.captures or compile
+        self._compiled = torch.compile(self._round, fullgraph=True, dynamic=False) if compile else None
         if drafter is not None:
             drafter.open(model, rows, capacity)
 
@@ -128,7 +131,7 @@ class Rounds:
         width = self._slots.ends_be.shape[1]
         if (more := max(map(len, ends)) - width) > 0:
             self._slots = self._slots._replace(ends_be=F.pad(self._slots.ends_be, (0, more), value=-2))
-            self._graphs.clear()
+            self._forget_rounds()
         padded = [row + [-2] * (self._slots.ends_be.shape[1] - len(row)) for row in ends]
         self._slots.ends_be[at] = torch.tensor(padded, dtype=torch.int64, device=device)
         left = [request.limits.max_new_tokens - n for request, n in zip(requests, drawn, strict=True)]
@@ -141,6 +144,7 @@ class Rounds:
         for slot, n in zip(slots, least, strict=True):
             self._least[slot] = n
         self._least_b[self._at(slots)] = self._at(least)
+        self._barring = any(self._least)
 
     def _widen_history(self) -> None:
         """Make room for what processors ask of the past; rows under way ask for nothing that there is no room for."""
@@ -152,7 +156,7 @@ class Rounds:
         wide = History.start([[0]] * self.rows, vocab_size, self.model.device, room)
         wide.recall_(torch.arange(self.rows, device=self.model.device), self._history)
         self._history = wide
-        self._graphs.clear()
+        self._forget_rounds()
 
     def start(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
         """From now on `slots`, which have read all of `tokens` but the last, take part in rounds."""
@@ -228,8 +232,8 @@ class Rounds:
         Returns:
             Whether all of it had been done before, so that its time says what such a round takes.
         """
-        key = (n, k, self._sampler.features, any(self._least))
-        return self._launch(key, lambda: self._compiled(n, k))
+        key = (n, k, self._sampler.features, self._barring)
+        return self._launch(key, lambda: self._do(n, k))
 
     def _launch(self, key: Any, work: Callable[[], None]) -> bool:
         """Do `work`, which `key` tells from all other: see `run`."""
@@ -260,13 +264,26 @@ class Rounds:
                 graph.replay()
         return steady
 
+    def _do(self, n: int, k: int) -> None:
+        if self._compiled is None:
+            return self._round(n, k)
+        # One function for each number of rows and guesses, and for what is asked of rows: many, and each on purpose.
+        config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
+        with config.patch(recompile_limit=MOST_COMPILED, accumulated_recompile_limit=MOST_COMPILED):
+            return self._compiled(n, k)
+
+    def _forget_rounds(self) -> None:
+        """Buffers have been replaced: what was captured reads the old ones, and their size may be a kernel's own."""
+        self._graphs.clear()
+        self._seen.clear()
+
     def _round(self, n: int, k: int) -> None:
         pool, history, slots = self.pool.first(n), self._history.first(n), self._slots.first(n)
         draft, tokens_bt, lengths_b = self._lead(n, k)
         state = pool if draft.chains == 1 else pool.fork(draft.chains)
         hidden_btd, update = self.model.read(tokens_bt, state, lengths_b)
         logits_btv = self.model.head(hidden_btd)
-        allowed_btv = self._without_ends(logits_btv, n, draft) if any(self._least) else logits_btv
+        allowed_btv = self._without_ends(logits_btv, n, draft) if self._barring else logits_btv
         rows, loose_bt = None, None
         if self.relaxed is not None:
             tokens_bt, n_b, loose_bt = verify_relaxed(self._sampler, history, allowed_btv, draft, self.relaxed)
@@ -300,13 +317,13 @@ class Rounds:
         if not k or self.drafter is None:
             return Draft.none(n, self.model.device), slots.last_b[:, None], None
         draft = self.drafter.propose(n, k, self._sampler, self._history.first(n))
-        if draft.chains == 1 and self._static:
+        if draft.chains == 1 and self.static:
             tokens_bt, lengths_b = lead(slots, draft.tokens_bk, draft.length_b)
             return replace(draft, length_b=lengths_b - 1), tokens_bt, lengths_b
         # No more than the row may still give, one of them not guessed; none where nothing is under way.
         length_b = torch.minimum(draft.length_b, (slots.left_b - 1).clamp(min=0)) * slots.alive_b
         draft = replace(draft, length_b=length_b)
-        if not self._static:
+        if not self.static:
             draft = draft.cut(int(draft.length_b.max()))
         tokens_bt = torch.cat((draft.fork(slots.last_b)[:, None], draft.tokens_bk), dim=1)
         return draft, tokens_bt, draft.fork(1 + draft.length_b) if tokens_bt.shape[1] > 1 else None

@@ -433,9 +433,10 @@ class Sampler:
 
     @property
     def features(self) -> tuple[object, ...]:
-        """All that decides which operations `sample` and `probabilities` run; the rest lies in buffers."""
+        """All that decides which operations this class and `verify` run; the rest lies in buffers."""
         words = self._words_bwl.shape[1:] if self._asked["words"] else ()
-        return (self.draws, self.settles, self.largest_k, self.largest_n, *words, *self._asked.values())
+        flags = self.draws, self.settles, self.penalises, *self._asked.values()
+        return (*flags, self.largest_k, self.largest_n, *words)
 
     @property
     def counts_tokens(self) -> bool:
