@@ -85,14 +85,20 @@ def test_rows_alike_share_one_row_and_packed_documents_have_their_own() -> None:
     torch.testing.assert_close(packed[:1, 2:], alone, rtol=0, atol=0)
 
 
-def test_tables_are_made_once_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, real = [], rope.frequencies
-    monkeypatch.setattr(rope, "frequencies", lambda *a, **k: made.append(a) or real(*a, **k))
-    layout = Layout.dense(1, 5)
-    for spec in (RotarySpec(10000.0, 4), RotarySpec(10000.0, 4), RotarySpec(500.0, 4), RotarySpec(10000.0, 4)):
-        rope.tables(spec, layout, torch.bfloat16)
-    rope.tables(RotarySpec(10000.0, 4, SCALINGS["linear"]), layout, torch.float32)
-    assert [spec.theta for spec, *_ in made] == [10000.0, 500.0, 10000.0]
+def test_tables_are_made_once_a_layout_and_frequencies_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, list[float]] = {"_turns": [], "frequencies": []}
+    monkeypatch.setattr(rope, "_known", {})
+    for name, thetas in made.items():
+        real = getattr(rope, name)
+        monkeypatch.setattr(
+            rope, name, lambda spec, *a, real=real, thetas=thetas, **k: thetas.append(spec.theta) or real(spec, *a, **k)
+        )
+    for layout in (Layout.dense(1, 5), Layout.dense(1, 3)):
+        for spec in (RotarySpec(10000.0, 4), RotarySpec(10000.0, 4), RotarySpec(500.0, 4), RotarySpec(10000.0, 4)):
+            rope.tables(spec, layout, torch.bfloat16)
+        rope.tables(RotarySpec(10000.0, 4, SCALINGS["linear"]), layout, torch.float32)
+    assert made["_turns"] == [10000.0, 500.0, 10000.0] * 2
+    assert made["frequencies"] == [10000.0, 500.0, 10000.0]
 
 
 def test_bfloat16_is_rounded_once() -> None:
