@@ -1,0 +1,148 @@
+"""Rounds that are recorded once and replayed: what a GPU's graphs do, on the CPU, against rounds launched anew."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from subquad.decode.copyspec import CopySpec
+from subquad.decode.draft_head import DraftHead
+from subquad.decode.draft_model import DraftModel
+from subquad.engine.draft import Drafter
+from subquad.engine.engine import Engine
+from subquad.engine.request import Limits, Request
+from subquad.engine.sampler import SamplingConfig
+from subquad.models.stack import Stack
+
+from .conftest import MIXERS, PROMPTS, build, drain, plain
+
+
+class Recorded:
+    """Operations with the tensors that they read and wrote; a replay runs them on the same memory, and no Python."""
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, Sequence[Any], Mapping[str, Any], Any]] = []
+        self.ran = False
+
+    def pool(self) -> None:
+        """As of a graph: whose memory another one may use."""
+
+    def replay(self) -> None:
+        """A capture runs nothing, a recording does: so its first replay is done already."""
+        if not self.ran:
+            self.ran = True
+            return
+        for operation, args, kwargs, before in self.operations:
+            after = operation(*args, **kwargs)
+            for old, new in zip(tree_leaves(before), tree_leaves(after), strict=True):
+                # A view, or what was written in place, is there already.
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes all operations, and refuses those that no capture allows: an answer from the device, or a host's tensor."""
+
+    def __init__(self, graph: Recorded) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "asks the device inside a capture"
+        assert "lift_fresh" not in str(func), "brings a tensor from the host inside a capture"
+        out = func(*args, **(kwargs or {}))
+        self.graph.operations.append((func, args, kwargs or {}, out))
+        return out
+
+
+@contextmanager
+def record(graph: Recorded, pool: Any = None) -> Generator[None]:
+    with Recorder(graph):
+        yield
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+
+
+def engine_for(model: Stack, drafter: Drafter | None, *, captures: bool) -> Engine:
+    engine = Engine(model, rows=4, capacity=48, drafter=drafter, most_drafted=2, rounds=3, logprobs=True)
+    engine._rounds.captures, engine._rounds.static = captures, True
+    return engine
+
+
+def answers(engine: Engine, requests: Sequence[Request]) -> list[list[tuple[int, str | None, float]]]:
+    """Of requests that come one after the other, while others are under way."""
+    waiting, got = list(requests), dict[int, list[Any]]()
+    # Of fixed numbers of guesses, so that both engines draw the same whatever rounds cost.
+    turns = iter(range(10_000))
+    if engine.drafter is not None:
+        engine.pace.choose = lambda slots=1: (0, 2, 1)[next(turns) // 4 % 3]
+    while waiting or engine.busy:
+        if waiting:
+            engine.submit(waiting.pop(0))
+        for piece in engine.step():
+            got.setdefault(piece.row, []).append((piece.token, piece.finish, round(piece.logprob, 9)))
+    return [got[i] for i in range(len(requests))]
+
+
+SETTINGS = [
+    SamplingConfig(),
+    SamplingConfig(temperature=1.0, seed=3),
+    SamplingConfig(temperature=0.8, top_k=5, seed=4),
+    SamplingConfig(repetition_penalty=1.3),
+    SamplingConfig(temperature=1.0, bad_words_ids=[[4, 5], [7]], seed=5),
+    SamplingConfig(no_repeat_ngram_size=2),
+    SamplingConfig(logit_bias={3: 2.0}),
+    SamplingConfig(bad_words_ids=[[9]]),
+]
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("drafter", ["none", "copyspec", "draft_head", "draft_model"])
+def test_replayed_rounds_give_what_rounds_launched_anew_give(drafter: str) -> None:
+    """Settings that come and go, ends of unlike numbers, and least lengths: each combination is a graph of its own."""
+    model = build(MIXERS["attention"])
+    small = build(MIXERS["mamba2"])
+    make = {
+        "none": lambda: None,
+        "copyspec": CopySpec,
+        "draft_head": lambda: DraftHead(4),
+        "draft_model": lambda: DraftModel(small),
+    }[drafter]
+    requests = [
+        Request(
+            PROMPTS[i % 4],
+            Limits(6 + i % 5, end_tokens=list(range(i % 3)), min_new_tokens=i % 4 and 2),
+            SETTINGS[i % 8],
+        )
+        for i in range(24)
+    ]
+    replayed, anew = (engine_for(model, make(), captures=captures) for captures in (True, False))
+    assert answers(replayed, requests) == answers(anew, requests)
+    assert replayed.captured
+    assert not anew.captured
+
+
+@pytest.mark.usefixtures("recorded")
+def test_bad_words_of_one_token_and_of_two_are_other_rounds() -> None:
+    """The second request is verified at once, in the room that the first has made; the third must go token by token."""
+    model, prompt = build(MIXERS["attention"]), [1, 2, 3] * 4
+    (free,) = plain(model, [prompt], 30)
+    engine = Engine(model, rows=1, capacity=60, drafter=CopySpec((1,)), draft_tokens=3, rounds=1)
+    engine._rounds.captures = engine._rounds.static = True
+    got: list[int] = []
+    for words, n in (([[21, 22]], 1), ([[28]], 40), ([free[-3:-1]], 40)):
+        engine.submit(Request(prompt, Limits(n, end_tokens=[]), SamplingConfig(bad_words_ids=words)))
+        got = [piece.token for pieces in drain(engine).values() for piece in pieces]
+    assert free[-3:-1] in [free[i : i + 2] for i in range(len(free))]
+    assert free[-3:-1] not in [got[i : i + 2] for i in range(len(got))]
