@@ -14,8 +14,9 @@ from subquad.decode.aggressive import Aggressive
 from subquad.engine.draft import Draft, Drafter, InTurn, parse_drafter
 from subquad.engine.engine import Engine
 from subquad.engine.generate import Limits, generate
+from subquad.engine.history import History
 from subquad.engine.request import Request
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
 

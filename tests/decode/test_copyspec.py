@@ -11,7 +11,8 @@ from subquad.core.errors import ConfigError
 from subquad.decode.copyspec import CopySpec
 from subquad.engine.draft import Draft, InTurn, parse_drafter
 from subquad.engine.generate import Limits, generate
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.engine.trace import Look
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack

@@ -16,7 +16,8 @@ from subquad.core.layout import Layout
 from subquad.decode.draft_head import DraftHead
 from subquad.engine.draft import parse_drafter
 from subquad.engine.generate import Limits, generate
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.models.config import ModelConfig
 from subquad.models.draft_head import Head, HeadConfig, load_head, save_head, untrained
 from subquad.models.load import load_model

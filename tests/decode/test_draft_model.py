@@ -20,7 +20,8 @@ from subquad.decode.draft_model import DraftModel
 from subquad.decode.spectr import SpecTr
 from subquad.engine.draft import Draft, InTurn, parse_drafter
 from subquad.engine.generate import Generation, Limits, generate
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.engine.trace import Look
 from subquad.engine.translate import Foreign, Translation
 from subquad.models.checkpoint import save_pretrained

@@ -16,7 +16,8 @@ from subquad.decode.draft_model import DraftModel
 from subquad.decode.self_draft import SelfDraft, first_layers
 from subquad.engine.draft import parse_drafter
 from subquad.engine.generate import Limits, generate
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.models.config import ModelConfig
 from subquad.models.load import load_model
 from subquad.models.stack import Stack

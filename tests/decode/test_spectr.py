@@ -17,8 +17,9 @@ from subquad.decode.spectr import SpecTr
 from subquad.engine.draft import Draft, Drafter, InTurn, parse_drafter
 from subquad.engine.engine import Engine
 from subquad.engine.generate import Generation, Limits, generate
+from subquad.engine.history import History
 from subquad.engine.request import Request
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.engine.trace import Look
 from subquad.models.stack import Stack
 

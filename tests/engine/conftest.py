@@ -13,8 +13,9 @@ from subquad.core.registry import methods
 from subquad.engine.draft import Draft, Drafter
 from subquad.engine.engine import Engine
 from subquad.engine.generate import generate
+from subquad.engine.history import History
 from subquad.engine.request import Limits, Piece
-from subquad.engine.sampler import History, Sampler
+from subquad.engine.sampler import Sampler
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
 

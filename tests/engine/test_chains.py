@@ -14,7 +14,8 @@ from torch import Tensor
 from subquad.core.registry import methods
 from subquad.engine.chains import least_rho, select, verify_chains
 from subquad.engine.draft import Draft
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.engine.verify import verify
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack

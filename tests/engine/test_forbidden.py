@@ -12,9 +12,10 @@ from subquad.decode.copyspec import CopySpec
 from subquad.engine.draft import Drafter
 from subquad.engine.engine import Engine
 from subquad.engine.generate import generate
+from subquad.engine.history import History
 from subquad.engine.prefix import PrefixCache
 from subquad.engine.request import Limits, Request
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.models.stack import Stack
 
 from .conftest import MIXERS, PROMPTS, Oracle, V, build, drain, tokens

@@ -14,9 +14,10 @@ from subquad.decode.spectr import SpecTr
 from subquad.engine.draft import Draft, Drafter, InTurn
 from subquad.engine.engine import Engine
 from subquad.engine.generate import Generation, Limits, generate
+from subquad.engine.history import History
 from subquad.engine.relax import Relaxed
 from subquad.engine.request import Request
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.engine.trace import Look
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack

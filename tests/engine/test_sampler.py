@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.ops.draw import gumbel
 
 V = 61

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from subquad.engine.draft import Draft
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.engine.verify import DRAFT_STREAM, verify
 from subquad.ops.draw import gumbel
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from subquad.core.card import Card
 from subquad.core.errors import ConfigError
 from subquad.engine.draft import Draft, Drafter, Transcript, take_lengths, take_options
-from subquad.engine.sampler import History, Sampler
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler
 from subquad.models.stack import Stack
 from subquad.ops import copies
 

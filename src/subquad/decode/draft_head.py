@@ -12,8 +12,9 @@ from subquad.core.card import Card
 from subquad.core.layout import Layout
 from subquad.engine.draft import Draft
 from subquad.engine.head_draft import HeadDrafter, take_head
+from subquad.engine.history import History
 from subquad.engine.model_draft import draw
-from subquad.engine.sampler import History, Sampler
+from subquad.engine.sampler import Sampler
 from subquad.models.draft_head import Head
 from subquad.models.stack import Stack
 

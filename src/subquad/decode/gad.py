@@ -13,8 +13,9 @@ from subquad.core.card import Card
 from subquad.core.errors import ConfigError
 from subquad.engine.draft import Draft
 from subquad.engine.head_draft import HeadDrafter, take_head
+from subquad.engine.history import History
 from subquad.engine.model_draft import draw
-from subquad.engine.sampler import History, Sampler
+from subquad.engine.sampler import Sampler
 from subquad.models.draft_head import BlockHead, Head
 from subquad.models.stack import Stack
 

@@ -13,8 +13,9 @@ from subquad.core.card import Card
 from subquad.core.errors import ConfigError
 from subquad.engine.chains import draft_stream
 from subquad.engine.draft import Draft, read_vocab, take_lengths, take_options
+from subquad.engine.history import History
 from subquad.engine.model_draft import ModelDrafter
-from subquad.engine.sampler import History, Sampler
+from subquad.engine.sampler import Sampler
 from subquad.models.stack import Stack
 from subquad.ops.draw import gumbel
 

@@ -13,7 +13,8 @@ from subquad.core.layout import Layout
 from subquad.core.mixer import Update
 from subquad.core.state import State
 from subquad.engine.draft import Draft
-from subquad.engine.sampler import History, Sampler
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler
 from subquad.engine.verify import COIN_STREAM, DRAFT_STREAM, draw_rest
 from subquad.ops.draw import uniform
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError, nearest
 from subquad.core.registry import load
-from subquad.engine.sampler import History, Sampler
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler
 from subquad.models.stack import Stack
 
 

@@ -13,12 +13,12 @@ import torch
 from subquad.core.errors import ConfigError
 from subquad.engine.detokenize import Detokenizer
 from subquad.engine.draft import Drafter
+from subquad.engine.history import History
 from subquad.engine.pace import Pace
 from subquad.engine.prefix import PrefixCache
 from subquad.engine.relax import Relaxed
 from subquad.engine.request import Piece, Request, check_model, check_request
 from subquad.engine.rounds import Given, Rounds
-from subquad.engine.sampler import History
 from subquad.engine.trace import Look
 from subquad.models.stack import Stack, StackState
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.engine.draft import Draft, Drafter, Transcript
+from subquad.engine.history import History
 from subquad.engine.request import check_model
-from subquad.engine.sampler import History, Sampler
+from subquad.engine.sampler import Sampler
 from subquad.engine.translate import Foreign, TranslatedTranscript, Translation
 from subquad.engine.verify import DRAFT_STREAM
 from subquad.models.stack import Stack, StackState

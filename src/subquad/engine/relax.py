@@ -10,12 +10,13 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.engine.draft import Draft
-from subquad.engine.sampler import History, Sampler
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler
 
 
 @dataclass(frozen=True)
 class Relaxed:
-    """What a guess may be beside the likeliest token (arXiv 2203.16487, section 3.2, top-beta and tau).
+    """What a guess may be beside the likeliest token (arXiv 2203.16487, top-beta and tau).
 
     **It changes what comes**: a text is then as the drafter would have it wherever the model has little against it. Of
     everything else in this library the tokens are those of plain decoding, or equal in distribution.

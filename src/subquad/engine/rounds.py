@@ -13,9 +13,10 @@ from torch import Tensor
 
 from subquad.engine.chains import select, verify_chains
 from subquad.engine.draft import Draft, Drafter
+from subquad.engine.history import History
 from subquad.engine.relax import Relaxed, verify_relaxed
 from subquad.engine.request import Request
-from subquad.engine.sampler import IDLE, History, Sampler
+from subquad.engine.sampler import IDLE, Sampler
 from subquad.engine.verify import verify
 from subquad.models.stack import Stack, StackState
 from subquad.ops.slots import Slots, emit_, lead

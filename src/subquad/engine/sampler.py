@@ -15,7 +15,21 @@ import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
-from subquad.core.state import State, axes, precise
+from subquad.core.state import precise
+from subquad.engine.history import History
+from subquad.engine.processors import (
+    find_ngrams,
+    find_words,
+    forbid,
+    keep_epsilon,
+    keep_eta,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical_p,
+    penalise_counts,
+    penalise_repetition,
+)
 from subquad.ops.draw import draw
 
 
@@ -106,91 +120,6 @@ class SamplingConfig:
         return self.no_repeat_ngram_size > 0 or any(len(word) > 1 for word in self.bad_words_ids)
 
 
-@dataclass(frozen=True)
-class History(State):
-    """What the processors and the noise know of each row's past.
-
-    v is 0 where no row has a penalty, n where no row forbids tokens for those that came just before. What lies beyond
-    a row's length in `text_bn` says nothing, and its last column takes what goes beyond all bounds.
-    """
-
-    step_b: Tensor = axes("b", precision="index")
-    prompt_bv: Tensor = axes("b v", precision="index")
-    count_bv: Tensor = axes("b v", precision="index")
-    text_bn: Tensor = axes("b n", precision="index")
-    length_b: Tensor = axes("b", precision="index")
-
-    @staticmethod
-    def start(
-        prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str | None = None, tokens: int = 0
-    ) -> History:
-        """Of rows that have produced nothing yet.
-
-        Args:
-            prompts: one a row.
-            vocab_size: v; 0 where nothing is penalised.
-            device: of the tensors.
-            tokens: most of a row behind which another is drawn; 0 where nobody reads them.
-        """
-        rows = len(prompts)
-        prompt_bv = torch.zeros(rows, vocab_size, dtype=torch.bool)
-        text_bn = torch.zeros(rows, tokens + 1 if tokens else 0, dtype=torch.int64)
-        for row, prompt in enumerate(prompts if vocab_size or tokens else ()):
-            ids = torch.tensor(prompt)
-            if vocab_size:
-                prompt_bv[row, ids] = True
-            if tokens:
-                text_bn[row, : len(ids)] = ids
-        return History(
-            torch.zeros(rows, dtype=torch.int64, device=device),
-            prompt_bv.to(device),
-            torch.zeros(rows, vocab_size, dtype=torch.int32, device=device),
-            text_bn.to(device),
-            torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int64, device=device),
-        )
-
-    @property
-    def room(self) -> tuple[int, int]:
-        """The ``vocab_size`` and ``tokens`` of `start`."""
-        return self.count_bv.shape[1], max(self.text_bn.shape[1] - 1, 0)
-
-    def recall_(self, rows: Tensor, other: History) -> None:
-        """Overwrite `rows` in place with `other`'s, as far as both have the same room."""
-        for (_, mine), (_, theirs) in zip(self.tensors(), other.tensors(), strict=True):
-            if mine.shape[1:] == theirs.shape[1:]:
-                mine.index_copy_(0, rows, theirs)
-
-    def observe_(self, tokens_b: Tensor, n_b: Tensor) -> None:
-        """Count `tokens_b` in place where `n_b` is 1, and not where it is 0."""
-        self.step_b.add_(n_b)
-        if self.count_bv.shape[1]:
-            self.count_bv.scatter_add_(1, tokens_b[:, None], n_b[:, None].to(self.count_bv.dtype))
-        if self.text_bn.shape[1]:
-            self.text_bn.scatter_(1, self._end(), tokens_b[:, None])
-            self.length_b.add_(n_b)
-
-    def observe_block_(self, tokens_bt: Tensor, n_b: Tensor) -> None:
-        """Count the first `n_b` of each row's tokens in place."""
-        if self.room == (0, 0):
-            self.step_b.add_(n_b)
-            return
-        for i in range(tokens_bt.shape[1]):
-            self.observe_(tokens_bt[:, i], (n_b > i).to(torch.int64))
-
-    def after(self, tokens_b: Tensor) -> History:
-        """The history if every row went on with `tokens_b`; this one stays as it is."""
-        count_bv, text_bn, length_b = self.count_bv, self.text_bn, self.length_b
-        if count_bv.shape[1]:
-            count_bv = count_bv.scatter_add(1, tokens_b[:, None], torch.ones_like(count_bv[:, :1]))
-        if text_bn.shape[1]:
-            text_bn, length_b = text_bn.scatter(1, self._end(), tokens_b[:, None]), length_b + 1
-        return History(self.step_b + 1, self.prompt_bv, count_bv, text_bn, length_b)
-
-    def _end(self) -> Tensor:
-        """The column of each row's next token ``[b, 1]``."""
-        return self.length_b.clamp(max=self.text_bn.shape[1] - 1)[:, None]
-
-
 # Of a row that nobody asks: it decides nothing about which operations run.
 IDLE = SamplingConfig()
 
@@ -208,126 +137,6 @@ COLUMNS: Mapping[str, Callable[[SamplingConfig], float]] = {
     "eta": lambda c: float(c.eta_cutoff),
     "ngram": lambda c: int(c.no_repeat_ngram_size),
 }
-
-
-def penalise_repetition(logits_bv: Tensor, seen_bv: Tensor, penalty: Tensor | float) -> Tensor:
-    """``logit / penalty`` where positive and ``logit * penalty`` where negative, of the tokens seen."""
-    penalised_bv = torch.where(logits_bv < 0, logits_bv * penalty, logits_bv / penalty)
-    return torch.where(seen_bv, penalised_bv, logits_bv)
-
-
-def penalise_counts(logits_bv: Tensor, count_bv: Tensor, presence: Tensor | float, frequency: Tensor | float) -> Tensor:
-    """``logit - presence * [count > 0] - frequency * count``."""
-    return logits_bv - presence * (count_bv > 0) - frequency * count_bv
-
-
-def _back(history: History, d: int) -> Tensor:
-    """The d-th last token of each row ``[b, 1]``; anything where it has fewer."""
-    return history.text_bn.gather(1, (history.length_b - d).clamp(0, history.text_bn.shape[1] - 1)[:, None])
-
-
-def find_ngrams(history: History, size_b1: Tensor, largest: int) -> Tensor:
-    """Where in a row's text an n-gram ends that begins as the text's end does: there is a token that would repeat it.
-
-    Args:
-        history: of the rows.
-        size_b1: n of each row; 0 finds nothing.
-        largest: the maximum of `size_b1`, known here so that the device is not asked.
-
-    Returns:
-        bool ``[b, n]``, beside `History.text_bn`.
-    """
-    columns_n = torch.arange(history.text_bn.shape[1], device=size_b1.device)
-    found_bn = (size_b1 > 0) & (columns_n >= size_b1 - 1) & (columns_n < history.length_b[:, None])
-    for d in range(1, min(largest, len(columns_n))):
-        # What rolls in from the end is where no n-gram of more than d tokens ends.
-        found_bn = found_bn & ((history.text_bn.roll(d, 1) == _back(history, d)) | (size_b1 <= d))
-    return found_bn
-
-
-def find_words(history: History, words_bwl: Tensor) -> Tensor:
-    """Which sequences, all tokens of which but the last are the end of a row's text, its next token would complete.
-
-    Args:
-        history: of the rows.
-        words_bwl: token ids, -1 before a shorter sequence's first and where there is none.
-
-    Returns:
-        bool ``[b, w]``.
-    """
-    found_bw = words_bwl[..., -1] >= 0
-    for d in range(1, words_bwl.shape[2]):
-        token_bw = words_bwl[..., -1 - d]
-        same_bw = (token_bw == _back(history, d)) & (history.length_b >= d)[:, None]
-        found_bw = found_bw & (same_bw | (token_bw < 0))
-    return found_bw
-
-
-def forbid(logits_bv: Tensor, tokens_bm: Tensor, there_bm: Tensor) -> Tensor:
-    """Minus infinity for `tokens_bm` where `there_bm`, m of a row; logits that are not finite are no less noticed."""
-    times_bv = torch.zeros_like(logits_bv, dtype=torch.int32).scatter_add_(1, tokens_bm, there_bm.to(torch.int32))
-    return torch.where(times_bv > 0, logits_bv - torch.inf, logits_bv)
-
-
-def keep_top_k(logits_bv: Tensor, k_b1: Tensor, largest: int) -> Tensor:
-    """Drop every token below the k-th most likely of its row; rows with k = 0 keep all.
-
-    Args:
-        logits_bv: logits.
-        k_b1: int64.
-        largest: the maximum of `k_b1`, known here so that the device is not asked.
-    """
-    top_bk = logits_bv.topk(min(largest, logits_bv.shape[1]), dim=-1).values
-    floor_b1 = top_bk.gather(1, (k_b1 - 1).clamp(0, top_bk.shape[1] - 1)).masked_fill(k_b1 == 0, -torch.inf)
-    return logits_bv.masked_fill(logits_bv < floor_b1, -torch.inf)
-
-
-def keep_top_p(logits_bv: Tensor, tail: Tensor | float) -> Tensor:
-    """Drop the least likely tokens whose probabilities sum to at most ``tail = 1 - p``; one is always kept."""
-    sorted_bv, order_bv = logits_bv.sort(dim=-1)
-    drop_bv = sorted_bv.softmax(-1).cumsum(-1) <= tail
-    drop_bv[:, -1] = False
-    return logits_bv.masked_fill(drop_bv.scatter(1, order_bv, drop_bv), -torch.inf)
-
-
-def keep_min_p(logits_bv: Tensor, p: Tensor | float) -> Tensor:
-    """Drop tokens whose probability is below ``p`` times that of the most likely."""
-    prob_bv = logits_bv.softmax(-1)
-    return logits_bv.masked_fill(prob_bv < p * prob_bv.amax(-1, keepdim=True), -torch.inf)
-
-
-def _entropy(prob_bv: Tensor, log_bv: Tensor) -> Tensor:
-    """Of each row's distribution ``[b, 1]``, in nats."""
-    return -torch.where(prob_bv > 0, prob_bv * log_bv, 0).sum(-1, keepdim=True)
-
-
-def keep_typical_p(logits_bv: Tensor, p_b1: Tensor) -> Tensor:
-    """Keep the tokens whose ``-log`` probability is nearest to the entropy, up to the one that brings them to ``p``.
-
-    Rows with p = 1 keep all.
-    """
-    log_bv = logits_bv.log_softmax(-1)
-    prob_bv = log_bv.exp()
-    entropy_b1 = _entropy(prob_bv, log_bv)
-    sorted_bv, order_bv = (-log_bv - entropy_b1).abs().sort(dim=-1)
-    # A token that ties with the last one that is needed is kept as well.
-    last_b1 = (prob_bv.gather(1, order_bv).cumsum(-1) < p_b1).sum(-1, keepdim=True).clamp(max=logits_bv.shape[1] - 1)
-    drop_bv = sorted_bv > sorted_bv.gather(1, last_b1)
-    drop_bv = drop_bv.scatter(1, order_bv, drop_bv) & (p_b1 < 1)
-    return logits_bv.masked_fill(drop_bv, -torch.inf)
-
-
-def keep_epsilon(logits_bv: Tensor, epsilon: Tensor | float) -> Tensor:
-    """Drop tokens whose probability is below `epsilon`, but for the most likely."""
-    drop_bv = (logits_bv.softmax(-1) < epsilon) & (logits_bv < logits_bv.amax(-1, keepdim=True))
-    return logits_bv.masked_fill(drop_bv, -torch.inf)
-
-
-def keep_eta(logits_bv: Tensor, eta_b1: Tensor) -> Tensor:
-    """`keep_epsilon` with ``min(eta, sqrt(eta) * exp(-entropy))``: where much is possible, less likely tokens stay."""
-    log_bv = logits_bv.log_softmax(-1)
-    floor_b1 = eta_b1.sqrt() * (-_entropy(log_bv.exp(), log_bv)).exp()
-    return keep_epsilon(logits_bv, torch.minimum(eta_b1, floor_b1))
 
 
 def _power_of_two(n: int) -> int:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.engine.draft import Draft
-from subquad.engine.sampler import History, Sampler
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler
 from subquad.ops.draw import draw, uniform
 
 # The rows' independent noises beside that of the model's own tokens: what drafters draw with, and an accept's coin.

@@ -244,7 +244,7 @@ class BlockHead(Head):
 
     What a `Head` gives behind the last pair is the stream of the first guess, at no read of its own. Behind it come
     ``guesses - 1`` pairs of this stream and a mask each, a learned vector in place of the token's embedding, and one
-    read of them all gives the streams of the other guesses (arXiv 2203.16487, section 3.1, where every place of a
+    read of them all gives the streams of the other guesses (arXiv 2203.16487, where every place of a
     block has a query of its own too). So each guess knows the prefix and its place, and none what the others are.
 
     The attention over masks is causal. So a guess is the same however many are asked for, and the head that was

@@ -11,7 +11,8 @@ from subquad.bench.drafting import run_drafter
 from subquad.bench.harness import Bench
 from subquad.decode.aggressive import Aggressive
 from subquad.engine.draft import Draft
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.history import History
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
 

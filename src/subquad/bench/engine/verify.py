@@ -25,9 +25,10 @@ from subquad.core.errors import SubquadError
 from subquad.core.layout import Layout
 from subquad.core.state import State
 from subquad.engine.draft import Draft, Drafter
+from subquad.engine.history import History
 from subquad.engine.request import Limits, Request
 from subquad.engine.rounds import Rounds
-from subquad.engine.sampler import History, Sampler, SamplingConfig
+from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.mixers.gated_deltanet import L2_EPS, GatedDeltaNet
 from subquad.models.stack import Stack
 from subquad.ops import decode, skinny
