@@ -17,6 +17,7 @@ from subquad.core.layout import Layout
 from subquad.core.mixer import Mixer
 from subquad.core.registry import load, methods
 from subquad.core.state import State
+from subquad.engine.chains import select
 
 CASES = [(slug, name) for slug, card in methods("mixers").items() for name in card.examples]
 # Sums of a few hundred float64 products, reordered: 1e-10 relative to outputs of order one is far above rounding
@@ -104,6 +105,52 @@ def test_commit_in_place_equals_pure(mixer: Mixer) -> None:
         probe, at = block(mixer, 3, 7, seed=99), Layout.dense(3, 7, start_b=start_b + n_b)
         in_place_btd, _ = mixer.read(probe, pool.select(rows), at)
         torch.testing.assert_close(in_place_btd, mixer.read(probe, pure, at)[0], **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_pool_that_decodes_equals_states(mixer: Mixer, counts: bool) -> None:
+    """Blocks of rows that keep some or none of them, read behind the norm of their stream."""
+    norm = torch.nn.RMSNorm(mixer.config.d_model, eps=1e-5).double()
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    everything, n_b = mixer.init_pool(4, CAPACITY, 5), torch.tensor([9, 4, 0])
+    _, update = mixer.read(block(mixer, 3, 9), mixer.init_state(3, CAPACITY), Layout.ragged(n_b, 9))
+    state, start_b = update.commit(n_b), n_b
+    update.commit_(everything, torch.arange(3), n_b)
+    pool = everything.first(3)
+    for step, (size, kept) in enumerate(
+        [(4, [4, 1, 0]), (1, [1, 0, 1]), (5, [0, 5, 2]), (1, [0, 1, 1]), (20, [20, 3, 0])]
+    ):
+        x_btd, at = block(mixer, 3, size, seed=step), Layout.dense(3, size, start_b=start_b)
+        want_btd, plain = mixer.read(norm(x_btd), state, at)
+        y_btd, update = mixer.read_stream(x_btd, norm, pool, at) or mixer.read(norm(x_btd), pool, at)
+        torch.testing.assert_close(y_btd, want_btd, **EXACT)
+        n_b = torch.tensor(kept)
+        state, value, start_b = plain.commit(n_b), update.commit(n_b), start_b + n_b
+        counter = update.counter(pool, None) if counts else None
+        if counter is None:
+            update.commit_(pool, None, n_b)
+        else:
+            counter.add_(n_b)
+        probe, at = block(mixer, 3, 7, seed=99), Layout.dense(3, 7, start_b=start_b)
+        want_btd = mixer.read(probe, state, at)[0]
+        torch.testing.assert_close(mixer.read(probe, value, at)[0], want_btd, **EXACT)
+        torch.testing.assert_close(mixer.read(probe, pool.settled(), at)[0], want_btd, **EXACT)
+
+
+@torch.no_grad()
+def test_what_was_read_of_a_fork_is_committed_into_the_pool(mixer: Mixer) -> None:
+    pool, start_b = mixer.init_pool(2, CAPACITY, 4), torch.tensor([9, 5])
+    prompt = block(mixer, 2, 9)
+    mixer.read(prompt, mixer.init_state(2, CAPACITY), Layout.ragged(start_b, 9))[1].commit_(pool, None, start_b)
+    x_btd, n_b, at = block(mixer, 4, 3, seed=2), torch.tensor([2, 3]), torch.tensor([1, 2])
+    _, update = mixer.read(x_btd, pool.fork(2), Layout.dense(4, 3, start_b=start_b.repeat_interleave(2)))
+    select(update, at).commit_(pool, torch.arange(2), n_b)
+    probe = block(mixer, 2, 5, seed=3)
+    y_btd, _ = mixer.read(probe, pool.settled(), Layout.dense(2, 5, start_b=start_b + n_b))
+    for row, (chain, kept) in enumerate(zip(at.tolist(), n_b.tolist(), strict=True)):
+        true = torch.cat((prompt[row, : int(start_b[row])], x_btd[chain, :kept], probe[row]))[None]
+        torch.testing.assert_close(y_btd[row], mixer(true)[0, -5:], **EXACT)
 
 
 def test_first_block_needs_no_buffers(mixer: Mixer) -> None:

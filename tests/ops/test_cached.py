@@ -117,6 +117,31 @@ def test_a_write_changes_the_kept_tokens_slots_and_nothing_else(rows: bool, firs
     assert torch.equal(seen_b, want_seen)
 
 
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shares", [1, 3])
+def test_what_attends_and_writes_is_what_attends_and_a_write(
+    shares: int, turned: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "triton":
+        from subquad.ops.cached import on_triton
+
+        monkeypatch.setattr(on_triton, "shares", lambda *_: shares)
+    q, k, v, *cache, seen_b = draw((3, 4, 4, 2, 16, 8, 30), torch.float32, 0.0)
+    # The last row has room for two tokens of four.
+    seen_b[2] = 28
+    tables = rope.tables(RotarySpec(theta=1e4, dim=16), Layout.dense(3, 4, start_b=seen_b, device=DEVICE), q.dtype)
+    where = tables if turned else None
+    wanted, counted_b = [x.clone() for x in cache], seen_b.clone()
+    with torch.no_grad(), backends.use(backend):
+        want, keys = cached.attend(q, k, v, *cache, seen_b, 0.3, where)
+        got = cached.attend_(q, k, v, *cache, seen_b, 0.3, where)
+        cached.append_(*wanted, counted_b, keys, v, (30 - seen_b).clamp(max=4))
+    assert torch.equal(got, want)
+    assert all(torch.equal(mine, other) for mine, other in zip(cache, wanted, strict=True))
+    assert seen_b[2] == 28
+
+
 def test_heads_that_do_not_fit_are_refused() -> None:
     q, k, v, cache_k, cache_v, seen_b = draw(SHAPES["one token"], torch.float32, 0.0)
     with pytest.raises(ConfigError, match="same heads"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -157,3 +158,17 @@ def test_queries_and_keys_in_one_launch_are_each_turned(dim: int, k: int, dtype:
         bound = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
         for y, x in zip(got, (q_bthk, k_btgk), strict=True):
             torch.testing.assert_close(y, rope.rotate(x, tables), rtol=bound, atol=bound)
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
+def test_the_kernels_tables_are_pytorchs() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layout = Layout.ragged(torch.tensor([3, 1], device=device), 3, start_b=torch.tensor([7, 30_000], device=device))
+    with torch.no_grad():
+        made: list[tuple[torch.Tensor, ...]] = []
+        for backend in ("torch", "triton"):
+            with backends.use(backend):
+                made.append(rope.tables(RotarySpec(500000.0, 24), dataclasses.replace(layout), torch.bfloat16))
+    assert made[0][0].shape == made[1][0].shape == (2, 3, 1, 12)
+    # The last bits of an angle of 30,000 radians are worth 2e-3.
+    torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-5)

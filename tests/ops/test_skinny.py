@@ -51,6 +51,23 @@ def test_layers_side_by_side_give_what_each_gives_alone(
             assert apart(y_btn, want) < ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 40), (3, 2, 1100), (2, 9, 33)])
+def test_layers_behind_a_norm_give_what_they_give_of_it(
+    b: int, t: int, d: int, dtype: torch.dtype, backend: str
+) -> None:
+    x_btd = 3 * torch.randn(b, t, d, device=DEVICE, dtype=dtype)
+    norm = nn.RMSNorm(d, eps=1e-5).to(DEVICE, dtype)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    layers = [linear(d, 24, True, dtype), linear(d, 17, False, dtype)]
+    with torch.no_grad(), backends.use(backend):
+        got = skinny.project(x_btd, *layers, norm=norm)
+        n_btd = norm.double()(x_btd.double())
+        for y_btn, layer in zip(got, layers, strict=True):
+            assert apart(y_btn, layer.double()(n_btd)) < 1.5 * ROUNDING[dtype]
+
+
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 40), (3, 2, 1100), (4, 4, 64)])
@@ -98,6 +115,12 @@ def test_what_is_trained_hooked_adapted_or_long_is_called_as_it_is() -> None:
             layer.register_forward_pre_hook(lambda *_: called.append(2))
             skinny.project(x_btd, layer)
             assert called == [1, 2]
+            norm = nn.RMSNorm(8).to(DEVICE)
+            norm.register_forward_pre_hook(lambda *_: called.append(3))
+            skinny.project(x_btd, linear(8, 4, True, torch.float32), norm=norm)
+            gate, up, down = (linear(8, 8, True, torch.float32) for _ in range(3))
+            skinny.swiglu(x_btd, x_btd, norm, gate, up, down)
+            assert called == [1, 2, 3, 3]
             torch.testing.assert_close(skinny.project(many_btd, layer)[0], layer(many_btd))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from subquad.ops import backends
-from subquad.ops.slots import Slots, emit_, lead
+from subquad.ops.slots import Slots, agree, emit_, lead
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
@@ -30,9 +30,19 @@ def test_a_block_is_the_last_token_and_what_may_be_guessed(backend: str) -> None
     some.left_b.copy_(ints(5, 3, 0, 5))
     some.alive_b[3] = 0
     with backends.use(backend):
-        tokens_bt, count_b = lead(some, torch.arange(12, device=DEVICE).view(4, 3), ints(2, 3, 3, 3))
+        tokens_bt, count_b, length_b = lead(some, torch.arange(12, device=DEVICE).view(4, 3), ints(2, 3, 3, 3))
     assert tokens_bt.tolist() == [[3, 0, 1, 2], [3, 3, 4, 5], [3, 6, 7, 8], [3, 9, 10, 11]]
-    assert count_b.tolist() == [3, 3, 1, 1]
+    assert (count_b.tolist(), length_b.tolist()) == ([3, 3, 1, 1], [2, 2, 0, 0])
+
+
+@both
+def test_guesses_stand_up_to_the_first_that_is_another(backend: str) -> None:
+    tokens_bt = torch.tensor([[1, 2, 3, 9], [1, 5, 3, 9], [0, 2, 3, 9], [1, 2, 3, 9], [1, 2, 3, 9]], device=DEVICE)
+    guesses_bk = ints(1, 2, 3).expand(5, 3)
+    with backends.use(backend):
+        n_b = agree(tokens_bt, guesses_bk, ints(3, 3, 3, 2, 0))
+        assert agree(tokens_bt[:, :1], guesses_bk[:, :1], ints(1, 1, 1, 0, 1)).tolist() == [2, 2, 1, 1, 2]
+    assert n_b.tolist() == [4, 2, 1, 3, 1]
 
 
 @both
@@ -64,8 +74,8 @@ def test_kernels_keep_the_books_as_pytorch_does() -> None:
         n_b = torch.randint(1, 6, (9,), generator=generator).to(DEVICE)
         for name, some in zip(("torch", "triton"), books, strict=True):
             with backends.use(name):
-                block_bt, count_b = lead(some, tokens_bt[:, 1:], n_b)
-                emit_(some, block_bt, n_b, count_b - 1)
+                block_bt, _, length_b = lead(some, tokens_bt[:, 1:], n_b)
+                emit_(some, block_bt, n_b, length_b)
     for mine, theirs in zip(*books, strict=True):
         # What is not kept goes to the last column, or nowhere.
         assert torch.equal(mine[..., :30], theirs[..., :30])

@@ -68,19 +68,26 @@ class Layout:
     @staticmethod
     def dense(batch: int, time: int, *, start_b: Tensor | int = 0, device: torch.device | str | None = None) -> Layout:
         """Every column a token; row ``i`` starts at position ``start_b[i]``."""
+        lengths_b = torch.full((batch,), time, device=start_b.device if isinstance(start_b, Tensor) else device)
+        return Layout(lengths_b, Layout._positions(batch, time, start_b, device), padded=False)
+
+    @staticmethod
+    def _positions(batch: int, time: int, start_b: Tensor | int, device: torch.device | str | None) -> Tensor:
         device = start_b.device if isinstance(start_b, Tensor) else device
-        columns_t = torch.arange(time, device=device)
-        # Rows alike are one row in memory, and what is computed from them is computed once.
-        positions_bt = start_b[:, None] + columns_t if isinstance(start_b, Tensor) else columns_t + start_b
-        positions_bt = positions_bt.expand(batch, time)
-        lengths_b = torch.full((batch,), time, device=device)
-        return Layout(lengths_b, positions_bt, padded=False)
+        if isinstance(start_b, Tensor) and time == 1:
+            # A copy, since the counter that it is of goes on.
+            positions_bt = start_b[:, None].clone()
+        else:
+            # Rows alike are one row in memory, and what is computed from them is computed once.
+            columns_t = torch.arange(time, device=device)
+            positions_bt = start_b[:, None] + columns_t if isinstance(start_b, Tensor) else columns_t + start_b
+        return positions_bt.expand(batch, time)
 
     @staticmethod
     def ragged(lengths_b: Tensor, time: int, *, start_b: Tensor | int = 0) -> Layout:
         """Right-padded rows of `lengths_b` tokens in `time` columns, starting at `start_b`."""
-        dense = Layout.dense(len(lengths_b), time, start_b=start_b, device=lengths_b.device)
-        return Layout(lengths_b.to(torch.int64), dense.positions_bt)
+        positions_bt = Layout._positions(len(lengths_b), time, start_b, lengths_b.device)
+        return Layout(lengths_b.to(torch.int64), positions_bt)
 
     @staticmethod
     def packed(document_lengths: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> Layout:

@@ -36,6 +36,13 @@ class Update(ABC):
         """
         pool.write_(rows, self.commit(n_b))
 
+    def counter(self, pool: State, rows: Tensor | None) -> Tensor | None:
+        """What `commit_` would only add `n_b` to, doing nothing else, so that many layers' are counted at once.
+
+        None where it does more.
+        """
+        return None
+
     def tentative(self) -> State:
         """The state as if the whole block were kept, to draft on; commit of a shorter n stays possible."""
         return self.commit(None)
@@ -89,6 +96,18 @@ class Mixer(nn.Module, ABC):
             layout: where its tokens stand; None is a dense block that starts at position 0.
             shared: earlier layers' and encoders' outputs by name, read-only.
         """
+
+    def read_stream(
+        self, x_btd: Tensor, norm: nn.RMSNorm, state: State, layout: Layout
+    ) -> tuple[Tensor, Update] | None:
+        """`read` of ``norm(x)`` where the norm costs no launch of its own, or None: then nothing has been done.
+
+        Args:
+            x_btd: ``[b, t, d]``, the stream.
+            norm: in front of this mixer.
+            state, layout: as in `read`.
+        """
+        return None
 
     def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:
         """The training form: read from an empty state and let the update go."""

@@ -75,12 +75,12 @@ class History(State):
             self.length_b.add_(n_b)
 
     def observe_block_(self, tokens_bt: Tensor, n_b: Tensor) -> None:
-        """Count the first `n_b` of each row's tokens in place."""
+        """Count the first `n_b` of each row's tokens in place; one below 0 is of a row that has ended."""
         if self.room == (0, 0):
             self.step_b.add_(n_b)
             return
         for i in range(tokens_bt.shape[1]):
-            self.observe_(tokens_bt[:, i], (n_b > i).to(torch.int64))
+            self.observe_(tokens_bt[:, i].clamp(min=0), (n_b > i).to(torch.int64))
 
     def after(self, tokens_b: Tensor) -> History:
         """The history if every row went on with `tokens_b`; this one stays as it is."""

@@ -84,6 +84,7 @@ class Rounds:
         self.pool = model.init_pool(rows, capacity, block)
         self._sampler = Sampler([IDLE] * rows, device, model.config.vocab_size)
         self._history = History.start([[0]] * rows, 0, device)
+        self._nothing = Draft.none(rows, device)
         width = rounds * block
         self._slots = Slots.empty(rows, width, device)
         # Tokens of a row before which it can't end; here as well, so that nobody asks the device whether there are any.
@@ -298,7 +299,7 @@ class Rounds:
         fill_b = slots.fill_b.clone() if self.logprobs or self._hidden_bnd is not None else slots.fill_b
         # Guesses of several chains at one position count as one.
         kept_b = emit_(slots, tokens_bt, n_b, draft.length_b)
-        history.observe_block_(tokens_bt.clamp(min=0), kept_b)
+        history.observe_block_(tokens_bt, kept_b)
         if loose_bt is not None:
             columns_t = torch.arange(loose_bt.shape[1], device=loose_bt.device)
             self._loose_b[:n] += (loose_bt & (columns_t < kept_b[:, None])).sum(1)
@@ -316,11 +317,12 @@ class Rounds:
         """Guesses, the block that they make with each row's last token, and how many of it count, None for all."""
         slots = self._slots.first(n)
         if not k or self.drafter is None:
-            return Draft.none(n, self.model.device), slots.last_b[:, None], None
+            nothing = self._nothing
+            return Draft(nothing.tokens_bk[:n], nothing.length_b[:n]), slots.last_b[:, None], None
         draft = self.drafter.propose(n, k, self._sampler, self._history.first(n))
         if draft.chains == 1 and self.static:
-            tokens_bt, lengths_b = lead(slots, draft.tokens_bk, draft.length_b)
-            return replace(draft, length_b=lengths_b - 1), tokens_bt, lengths_b
+            tokens_bt, lengths_b, length_b = lead(slots, draft.tokens_bk, draft.length_b)
+            return replace(draft, length_b=length_b), tokens_bt, lengths_b
         # No more than the row may still give, one of them not guessed; none where nothing is under way.
         length_b = torch.minimum(draft.length_b, (slots.left_b - 1).clamp(min=0)) * slots.alive_b
         draft = replace(draft, length_b=length_b)

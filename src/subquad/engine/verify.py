@@ -12,6 +12,7 @@ from subquad.engine.draft import Draft
 from subquad.engine.history import History
 from subquad.engine.sampler import Sampler
 from subquad.ops.draw import draw, uniform
+from subquad.ops.slots import agree
 
 # The rows' independent noises beside that of the model's own tokens: what drafters draw with, and an accept's coin.
 DRAFT_STREAM, COIN_STREAM = 1, 2
@@ -56,8 +57,9 @@ def _judge(sampler: Sampler, history: History, logits_btv: Tensor, draft: Draft)
     if draft.q_bkv is not None and draft.tokens_bk.shape[1]:
         return _exchange(sampler, history, logits_btv, draft, draft.q_bkv)
     tokens_bt = sampler.sample_block(logits_btv, history)
-    same_bk = tokens_bt[:, : draft.tokens_bk.shape[1]] == draft.tokens_bk
-    return tokens_bt, 1 + _run(same_bk & _there(draft))
+    if not draft.tokens_bk.shape[1]:
+        return tokens_bt, torch.ones_like(draft.length_b)
+    return tokens_bt, agree(tokens_bt, draft.tokens_bk, draft.length_b)
 
 
 def _exchange(

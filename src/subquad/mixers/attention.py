@@ -109,6 +109,51 @@ class CacheUpdate(Update):
 
 
 @dataclass(frozen=True)
+class CachePool(CacheState):
+    """A cache for decoding: a read of few tokens writes them behind those seen, so that a commit only counts.
+
+    So only the last read's update can be committed.
+    """
+
+    def settled(self) -> CacheState:
+        """The same buffers as a cache that reads leave alone."""
+        return CacheState(self.k_bgnk, self.v_bgnk, self.seen_b)
+
+
+@dataclass(frozen=True)
+class CachePoolUpdate(Update):
+    """A block that stands in its state's cache, behind the tokens seen."""
+
+    state: CachePool
+    layout: Layout
+
+    def commit(self, n_b: Tensor | None = None) -> State:
+        """A cache that holds the kept tokens; see `CacheUpdate.commit`."""
+        return self._block().commit(n_b)
+
+    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+        """Count the kept tokens. Without `rows`, a pool of this form is what was read."""
+        counter = self.counter(pool, rows)
+        if counter is None:
+            self._block().commit_(pool, rows, n_b)
+        else:
+            counter.add_(self.layout.lengths_b if n_b is None else n_b)
+
+    def counter(self, pool: State, rows: Tensor | None) -> Tensor | None:
+        """The count of the pool that was read; see `Update.counter`."""
+        return pool.seen_b[: self.layout.shape[0]] if rows is None and isinstance(pool, CachePool) else None
+
+    def _block(self) -> CacheUpdate:
+        """The block taken out again. What found no room is wrong, and `CacheUpdate.commit` refuses to keep it."""
+        state, last = self.state, self.state.k_bgnk.shape[2] - 1
+        columns_t = torch.arange(self.layout.shape[1], device=state.seen_b.device)
+        slot_b1t1 = (state.seen_b[:, None] + columns_t).clamp(max=last)[:, None, :, None]
+        buffers = state.k_bgnk, state.v_bgnk
+        k_bgtk, v_bgtk = (x.gather(2, slot_b1t1.expand(-1, x.shape[1], -1, x.shape[3])) for x in buffers)
+        return CacheUpdate(state.settled(), k_bgtk, v_bgtk, self.layout)
+
+
+@dataclass(frozen=True)
 class WindowUpdate(Update):
     """Keys and values of one block, to be shifted into the window."""
 
@@ -205,10 +250,11 @@ class Attention(Mixer):
         return CacheState(k_bgnk, k_bgnk.clone(), torch.zeros(batch, dtype=torch.int64, device=like["device"]))
 
     def init_pool(self, rows: int, capacity: int, block: int, **factory: Any) -> State:
-        """A window as a ring where its kernels run."""
+        """A cache that reads write ahead in, or a window as a ring where its kernels run."""
         config, like = self.config, self.factory(**factory)
         if config.window is None or not ring.runs(like["device"], like["dtype"], config.head_dim):
-            return self.init_state(rows, capacity, **factory)
+            state = self.init_state(rows, capacity, **factory)
+            return CachePool(state.k_bgnk, state.v_bgnk, state.seen_b) if isinstance(state, CacheState) else state
         return RingState.empty(rows, config.n_kv_heads, config.window, config.sinks, config.head_dim, block, **like)
 
     def read(
@@ -216,12 +262,9 @@ class Attention(Mixer):
     ) -> tuple[Tensor, Update]:
         """Attend to the state and, causally, to the block; see `Mixer.read`."""
         layout = self.dense_layout(x_btd, layout)
-        few = x_btd.shape[1] <= FEW_QUERIES and layout.documents_bt is None and not torch.is_grad_enabled()
-        if few and isinstance(state, CacheState) and state.k_bgnk.shape[2]:
+        if self._few(x_btd, state, layout):
             return self._step(x_btd, state, layout)
         if isinstance(state, RingState):
-            if few and x_btd.shape[1] <= state.block:
-                return self._turn(x_btd, state, layout)
             state = state.settled()
         q_bthk, k_btgk, v_btgk = self.qkv(x_btd, layout)
         k_bgtk, v_bgtk = k_btgk.transpose(1, 2), v_btgk.transpose(1, 2)
@@ -236,6 +279,12 @@ class Attention(Mixer):
                 y_bthk = self._read_cache(q_bthk, k_bgtk, v_bgtk, state, layout)
             update = CacheUpdate(state, k_bgtk, v_bgtk, layout)
         return skinny.project(y_bthk.flatten(2), self.o_proj)[0], update
+
+    def read_stream(
+        self, x_btd: Tensor, norm: nn.RMSNorm, state: State, layout: Layout
+    ) -> tuple[Tensor, Update] | None:
+        """Few tokens, as in decoding; see `Mixer.read_stream`."""
+        return self._step(x_btd, state, layout, norm) if self._few(x_btd, state, layout) else None
 
     def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:
         """The training form; a window starts with nothing before the block."""
@@ -266,20 +315,35 @@ class Attention(Mixer):
         size, sinks = self.config.window, self.config.sinks
         return windowed.attend(q_bthk, k_btgk, v_btgk, None, past, layout, window=size, sinks=sinks, scale=self.scale)
 
-    def _step(self, x_btd: Tensor, state: CacheState, layout: Layout) -> tuple[Tensor, CacheUpdate]:
-        """Few tokens, as in decoding."""
-        q_bthk, k_btgk, v_btgk = self.qkv.project(x_btd)
-        k_bgtk, v_bgtk = k_btgk.transpose(1, 2), v_btgk.transpose(1, 2)
-        cache, tables = (state.k_bgnk, state.v_bgnk, state.seen_b), self.qkv.tables(layout, q_bthk.dtype)
-        y_bthk, k_bgtk = cached.attend(q_bthk, k_bgtk, v_bgtk, *cache, self.scale, tables)
-        return skinny.project(y_bthk.flatten(2), self.o_proj)[0], CacheUpdate(state, k_bgtk, v_bgtk, layout)
+    def _few(self, x_btd: Tensor, state: State, layout: Layout) -> bool:
+        """Whether `_step` takes the block."""
+        t = x_btd.shape[1]
+        room = (
+            t <= state.block
+            if isinstance(state, RingState)
+            else isinstance(state, CacheState) and state.k_bgnk.shape[2]
+        )
+        return bool(room) and t <= FEW_QUERIES and layout.documents_bt is None and not torch.is_grad_enabled()
 
-    def _turn(self, x_btd: Tensor, state: RingState, layout: Layout) -> tuple[Tensor, WindowRingUpdate]:
-        """Few tokens before a ring."""
-        q_bthk, k_btgk, v_btgk = self.qkv.project(x_btd)
+    def _step(
+        self, x_btd: Tensor, state: State, layout: Layout, norm: nn.RMSNorm | None = None
+    ) -> tuple[Tensor, Update]:
+        """Few tokens, as in decoding, behind `norm` where one is given."""
+        q_bthk, k_btgk, v_btgk = self.qkv.project(x_btd, norm)
         tables = self.qkv.tables(layout, q_bthk.dtype)
-        y_bthk = ring.read(q_bthk, k_btgk, v_btgk, tables, None, state, self.scale)
-        return skinny.project(y_bthk.flatten(2), self.o_proj)[0], WindowRingUpdate(state, layout)
+        if isinstance(state, RingState):
+            y_bthk = ring.read(q_bthk, k_btgk, v_btgk, tables, None, state, self.scale)
+            update: Update = WindowRingUpdate(state, layout)
+        else:
+            assert isinstance(state, CacheState)
+            k_bgtk, v_bgtk = k_btgk.transpose(1, 2), v_btgk.transpose(1, 2)
+            block = q_bthk, k_bgtk, v_bgtk, state.k_bgnk, state.v_bgnk, state.seen_b, self.scale, tables
+            if isinstance(state, CachePool):
+                y_bthk, update = cached.attend_(*block), CachePoolUpdate(state, layout)
+            else:
+                y_bthk, k_bgtk = cached.attend(*block)
+                update = CacheUpdate(state, k_bgtk, v_bgtk, layout)
+        return skinny.project(y_bthk.flatten(2), self.o_proj)[0], update
 
     def _read_cache(self, q_bthk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, state: CacheState, layout: Layout) -> Tensor:
         t = q_bthk.shape[1]

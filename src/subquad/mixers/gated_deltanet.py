@@ -161,6 +161,14 @@ class GatedDeltaNet(Mixer):
         y_bthv, update = self._scan(x_btd, None, state, layout)
         return self._leave(y_bthv, self.z_proj(x_btd)), update
 
+    def read_stream(
+        self, x_btd: Tensor, norm: nn.RMSNorm, state: State, layout: Layout
+    ) -> tuple[Tensor, Update] | None:
+        """A block of a pool; see `Mixer.read_stream`."""
+        if isinstance(state, ReplayState) and x_btd.shape[1] <= state.held.block:
+            return self._step(x_btd, state, layout, norm)
+        return None
+
     def _leave(self, y_bthv: Tensor, z_btd: Tensor) -> Tensor:
         """Norm, gate and output projection."""
         eps, heads = self.config.norm_eps, self.config.n_heads
@@ -172,11 +180,13 @@ class GatedDeltaNet(Mixer):
         state = self.qkv.init_state(len(x_btd), v_bthv.shape[-1], device=x_btd.device, dtype=x_btd.dtype)
         return self._scan(x_btd, v_bthv, state, self.dense_layout(x_btd, layout))[0]
 
-    def _step(self, x_btd: Tensor, state: ReplayState, layout: Layout) -> tuple[Tensor, ReplayUpdate]:
-        """A block of a pool."""
+    def _step(
+        self, x_btd: Tensor, state: ReplayState, layout: Layout, norm: nn.RMSNorm | None = None
+    ) -> tuple[Tensor, ReplayUpdate]:
+        """A block of a pool, behind `norm` where one is given."""
         qkv, config = self.qkv, self.config
         layers = qkv.v_proj, qkv.k_proj, qkv.q_proj, self.z_proj, self.dt_proj, self.beta_proj
-        v, k, q, z, dt, beta = skinny.project(x_btd, *layers)
+        v, k, q, z, dt, beta = skinny.project(x_btd, *layers, norm=norm)
         g_bth, _ = self.decay(dt)
         rule = Rule(delta=True, activation=config.activation, l2_eps=L2_EPS, scale=config.key_dim**-0.5)
         y_bthv, update = replay.advance(qkv, rule, (v, k, q), g_bth[..., None], beta.sigmoid(), state, layout)

@@ -195,6 +195,14 @@ class Mamba2(Mixer):
         y_bthv, update = self._scan(x_btd, None, state, layout)
         return self._leave(y_bthv, self.z_proj(x_btd)), update
 
+    def read_stream(
+        self, x_btd: Tensor, norm: nn.RMSNorm, state: State, layout: Layout
+    ) -> tuple[Tensor, Update] | None:
+        """A block of a pool; see `Mixer.read_stream`."""
+        if isinstance(state, ReplayState) and x_btd.shape[1] <= state.held.block:
+            return self._step(x_btd, state, layout, norm)
+        return None
+
     def _leave(self, y_bthv: Tensor, z_btd: Tensor) -> Tensor:
         """Gate, norm and output projection."""
         config, y_btd = self.config, y_bthv.flatten(2)
@@ -207,11 +215,13 @@ class Mamba2(Mixer):
             )
         return skinny.project(y_btd.to(z_btd.dtype), self.out_proj)[0]
 
-    def _step(self, x_btd: Tensor, state: ReplayState, layout: Layout) -> tuple[Tensor, ReplayUpdate]:
-        """A block of a pool."""
+    def _step(
+        self, x_btd: Tensor, state: ReplayState, layout: Layout, norm: nn.RMSNorm | None = None
+    ) -> tuple[Tensor, ReplayUpdate]:
+        """A block of a pool, behind `norm` where one is given."""
         qkv, config = self.qkv, self.config
         layers = qkv.v_proj, qkv.k_proj, qkv.q_proj, self.z_proj, self.dt_proj
-        v, k, q, z, dt = skinny.project(x_btd, *layers)
+        v, k, q, z, dt = skinny.project(x_btd, *layers, norm=norm)
         g_bth, dt_bth = self.decay(dt)
         beta_bth = dt_bth if config.write == "dt" else None
         rule = Rule(delta=False, activation=config.activation)

@@ -261,10 +261,20 @@ class WindowedLinear(Mixer):
         k_bgtk, v_bgtk, f_bgtf = (x.transpose(1, 2) for x in (k_btgk, v_btgk, f_btgf))
         return y_btd, WindowedLinearUpdate(state, window_f_bgnf, k_bgtk, v_bgtk, f_bgtf, layout)
 
-    def _turn(self, x_btd: Tensor, state: LinearRingState, layout: Layout) -> tuple[Tensor, LinearRingUpdate]:
-        """Few tokens before a ring."""
+    def read_stream(
+        self, x_btd: Tensor, norm: nn.RMSNorm, state: State, layout: Layout
+    ) -> tuple[Tensor, Update] | None:
+        """Few tokens before a ring; see `Mixer.read_stream`."""
+        if isinstance(state, LinearRingState) and x_btd.shape[1] <= state.ring.block and not torch.is_grad_enabled():
+            return self._turn(x_btd, state, layout, norm)
+        return None
+
+    def _turn(
+        self, x_btd: Tensor, state: LinearRingState, layout: Layout, norm: nn.RMSNorm | None = None
+    ) -> tuple[Tensor, LinearRingUpdate]:
+        """Few tokens before a ring, behind `norm` where one is given."""
         assert layout.documents_bt is None
-        q_bthk, k_btgk, v_btgk = self.qkv.project(x_btd)
+        q_bthk, k_btgk, v_btgk = self.qkv.project(x_btd, norm)
         tables, back = self.qkv.tables(layout, q_bthk.dtype), self.tables_back(layout)
         block = q_bthk, k_btgk, v_btgk, tables, back
         y_bthk = ring.read(*block, state.ring, self.scale, state.linear_bgfv, self.maps)

@@ -58,7 +58,8 @@ class Block(nn.Module):
 
     def read(self, x_btd: Tensor, state: State, layout: Layout) -> tuple[Tensor, Update]:
         """Read a block against the mixer's state."""
-        y_btd, update = self.mixer.read(norm.add_rms(x_btd, None, self.norm1)[1], state, layout)
+        fused = self.mixer.read_stream(x_btd, self.norm1, state, layout)
+        y_btd, update = fused or self.mixer.read(norm.add_rms(x_btd, None, self.norm1)[1], state, layout)
         return self.feed(x_btd, y_btd), update
 
     def feed(self, x_btd: Tensor, y_btd: Tensor) -> Tensor:
@@ -94,13 +95,22 @@ class StackUpdate(Update):
     def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
         """The same into fixed buffers, layer by layer."""
         assert isinstance(pool, StackState)
+        # What was read counts by itself.
+        own = rows is None and pool is self.state and self.layout.documents_bt is None
+        counters = [pool.seen_b] if own else []
         for state, update in zip(pool.layers, self.layers, strict=True):
-            update.commit_(state, rows, n_b)
-        seen_b = self._seen_b(self.state.seen_b, n_b)
-        if rows is None:
-            pool.seen_b.copy_(seen_b)
-        else:
-            pool.seen_b.index_copy_(0, rows, seen_b)
+            counter = update.counter(state, rows)
+            if counter is None:
+                update.commit_(state, rows, n_b)
+            else:
+                counters.append(counter)
+        if rows is not None:
+            pool.seen_b.index_copy_(0, rows, self._seen_b(self.state.seen_b, n_b))
+        elif not own:
+            pool.seen_b.copy_(self._seen_b(self.state.seen_b, n_b))
+        if counters:
+            kept_b = self.layout.lengths_b if n_b is None else n_b
+            torch._foreach_add_(counters, [kept_b] * len(counters))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     def _seen_b(self, seen_b: Tensor, n_b: Tensor | None) -> Tensor:
         if self.layout.documents_bt is None:

@@ -51,9 +51,9 @@ class QKV(nn.Module):
         q_bthk, k_btgk, v_btgk = self.project(x_btd)
         return *self.rotate(q_bthk, k_btgk, layout), v_btgk
 
-    def project(self, x_btd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys, values without position."""
-        projected = skinny.project(x_btd, self.q_proj, self.k_proj, self.v_proj)
+    def project(self, x_btd: Tensor, norm: nn.RMSNorm | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values without position, of the input or of its `norm`."""
+        projected = skinny.project(x_btd, self.q_proj, self.k_proj, self.v_proj, norm=norm)
         q_bthk, k_btgk, v_btgk = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_bthk, k_btgk = self.q_norm(q_bthk), self.k_norm(k_btgk)

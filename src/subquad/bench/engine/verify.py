@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from subquad.bench import shapes
 from subquad.bench.decoding import DRAFTED, run_verification
@@ -193,10 +193,12 @@ class CopyingDeltaNet(GatedDeltaNet):
         self._kept_nhkv = pool.held.recurrent_bhkv.repeat(block, 1, 1, 1)
         return pool
 
-    def _step(self, x_btd: Tensor, state: ReplayState, layout: Layout) -> tuple[Tensor, ReplayUpdate]:
+    def _step(
+        self, x_btd: Tensor, state: ReplayState, layout: Layout, norm: nn.RMSNorm | None = None
+    ) -> tuple[Tensor, ReplayUpdate]:
         qkv, config, b = self.qkv, self.config, len(x_btd)
         layers = qkv.v_proj, qkv.k_proj, qkv.q_proj, self.z_proj, self.dt_proj, self.beta_proj
-        v, k, q, z, dt, beta = skinny.project(x_btd, *layers)
+        v, k, q, z, dt, beta = skinny.project(x_btd, *layers, norm=norm)
         g_bth, _ = self.decay(dt)
         rule = Rule(delta=True, activation=config.activation, l2_eps=L2_EPS, scale=config.key_dim**-0.5)
         v, k, q = (

@@ -11,7 +11,7 @@ from subquad.ops.backends import Backends
 from subquad.ops.cached import on_torch
 from subquad.ops.cached.equation import equation, visible
 
-__all__ = ["append_", "attend", "equation", "visible"]
+__all__ = ["append_", "attend", "attend_", "equation", "visible"]
 
 _backends = Backends(__name__)
 
@@ -46,6 +46,32 @@ def attend(
     Raises:
         ConfigError: shapes do not fit each other.
     """
+    _check(q_bthk, k_bgtk, v_bgtv, k_bgnk, v_bgnv, seen_b)
+    chosen = _backends.choose(q_bthk, k_bgtk, v_bgtv, k_bgnk, v_bgnv)
+    return chosen.attend(q_bthk, k_bgtk, v_bgtv, k_bgnk, v_bgnv, seen_b, scale, tables)
+
+
+def attend_(
+    q_bthk: Tensor,
+    k_bgtk: Tensor,
+    v_bgtv: Tensor,
+    k_bgnk: Tensor,
+    v_bgnv: Tensor,
+    seen_b: Tensor,
+    scale: float,
+    tables: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`attend`, which also writes the block into the cache behind the tokens seen, in place, as far as there is room.
+
+    So tokens are committed by counting them in `seen_b`, which is left as it is.
+    """
+    _check(q_bthk, k_bgtk, v_bgtv, k_bgnk, v_bgnv, seen_b)
+    chosen = _backends.choose(q_bthk, k_bgtk, v_bgtv, k_bgnk, v_bgnv)
+    return chosen.attend_(q_bthk, k_bgtk, v_bgtv, k_bgnk, v_bgnv, seen_b, scale, tables)
+
+
+def _check(q_bthk: Tensor, k_bgtk: Tensor, v_bgtv: Tensor, k_bgnk: Tensor, v_bgnv: Tensor, seen_b: Tensor) -> None:
+    """Refuse shapes that do not fit each other."""
     sizes = launch.axes(k_bgtk=k_bgtk, v_bgtv=v_bgtv, seen_b=seen_b)
     sizes |= launch.axes(k_bgnk=k_bgnk, v_bgnv=v_bgnv, seen_b=seen_b)
     b, t, h, k = q_bthk.shape
@@ -55,8 +81,6 @@ def attend(
             f"the same heads, got {tuple(q_bthk.shape)}, {tuple(k_bgtk.shape)} and {tuple(k_bgnk.shape)}; reshape them"
         )
     launch.heads(h, k_btgk=k_bgtk.transpose(1, 2))
-    chosen = _backends.choose(q_bthk, k_bgtk, v_bgtv, k_bgnk, v_bgnv)
-    return chosen.attend(q_bthk, k_bgtk, v_bgtv, k_bgnk, v_bgnv, seen_b, scale, tables)
 
 
 def append_(

@@ -23,19 +23,21 @@ def _fold(q, k, v, allowed, factor, best, total, sums, PRECISION: tl.constexpr):
 @triton.jit
 def attend_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, cache_k_ptr, cache_v_ptr, seen_ptr, y_ptr, turned_ptr, part_ptr, log_ptr,
-    factor, table_stride_b,
+    factor, table_stride_b, capacity,
     q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_g, k_stride_t, v_stride_b, v_stride_g, v_stride_t,
     cache_k_stride_b, cache_k_stride_g, cache_k_stride_n, cache_v_stride_b, cache_v_stride_g, cache_v_stride_n,
     T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    STAGES: tl.constexpr, TURN: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr, TURN: tl.constexpr, HALF: tl.constexpr, WRITE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """See `subquad.ops.cached.attend`. Grid: shares of a row's tokens, fastest, then key heads, then rows.
+    """See `subquad.ops.cached.attend`, and with WRITE `attend_`.
+
+    Grid: shares of a row's tokens, fastest, then key heads, then rows.
 
     All queries of a group and block are one tile, queries of one head side by side. `factor` is the scale times the
     logarithm of e to base 2. With one share the output is written, else each share's own and its logarithm of the sum.
     With TURN, queries and the block's keys come without position: both are turned here by tables ``[b or 1, t, HALF]``,
-    and the keys written out, ``[b, g, t, K]``.
+    and the keys written out, ``[b, g, t, K]``, unless they go into the cache.
     """
     pid = tl.program_id(0)
     split, head, b = pid % SPLITS, (pid // SPLITS) % G, (pid // (SPLITS * G)).to(tl.int64)
@@ -73,10 +75,17 @@ def attend_kernel(
         if TURN:
             k_table = b * table_stride_b + j * HALF
             k = turned(k_ptrs, kc, inside, cos_ptr + k_table, sin_ptr + k_table, HALF)
-            tl.store(turned_ptr + ((b * G + head) * T + j)[:, None] * K + kc[None, :], k, mask=inside)
+            if not WRITE:
+                tl.store(turned_ptr + ((b * G + head) * T + j)[:, None] * K + kc[None, :], k, mask=inside)
         else:
             k = tl.load(k_ptrs[:, None] + kc[None, :], mask=inside, other=0.0)
         v = tl.load(v_ptrs, mask=mine & (vc < V)[None, :], other=0.0)
+        if WRITE:
+            # No program reads behind the tokens seen.
+            slot = (seen + j)[:, None].to(tl.int64)
+            room = mine & (slot < capacity)
+            tl.store(cache_k_ptr + slot * cache_k_stride_n + kc[None, :], k, mask=room & (kc < K)[None, :])
+            tl.store(cache_v_ptr + slot * cache_v_stride_n + vc[None, :], v, mask=room & (vc < V)[None, :])
         allowed = (j[None, :] <= t[:, None]) & (j < T)[None, :]
         best, total, sums = _fold(q, k, v, allowed, factor, best, total, sums, PRECISION)
     sums = sums / tl.where(total > 0.0, total, 1.0)[:, None]

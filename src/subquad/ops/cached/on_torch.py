@@ -27,6 +27,17 @@ def attend(
     return attention.pieces(q_bthk, parts, scale)[0], k_bgtk
 
 
+def attend_(
+    q_bthk: Tensor, k_bgtk: Tensor, v_bgtv: Tensor, k_bgnk: Tensor, v_bgnv: Tensor, seen_b: Tensor, scale: float,
+    tables: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """`subquad.ops.cached.attend_`."""
+    y_bthv, k_bgtk = attend(q_bthk, k_bgtk, v_bgtv, k_bgnk, v_bgnv, seen_b, scale, tables)
+    n_b = (k_bgnk.shape[2] - seen_b).clamp(max=k_bgtk.shape[2])
+    append_(k_bgnk, v_bgnv, seen_b.clone(), k_bgtk, v_bgtv, n_b, None, None, None)
+    return y_bthv
+
+
 def append_(
     k_bgnk: Tensor, v_bgnv: Tensor, seen_b: Tensor, k_bgtk: Tensor, v_bgtv: Tensor, n_b: Tensor,
     rows_b: Tensor | None, first_b: Tensor | None, start_b: Tensor | None,

@@ -43,9 +43,21 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`subquad.ops.cached.attend`; shapes are checked there."""
     tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_bthk, k_bgtk, v_bgtv, k_bgnk, v_bgnv))
-    if tables is None:
-        return _attend(*tensors, seen_b.contiguous(), scale, None, None)[0], k_bgtk
-    return _attend(*tensors, seen_b.contiguous(), scale, tables[0].contiguous(), tables[1].contiguous())
+    y_bthv, turned_bgtk = _attend(*tensors, seen_b.contiguous(), scale, *_pair(tables))
+    return y_bthv, k_bgtk if tables is None else turned_bgtk
+
+
+def attend_(
+    q_bthk: Tensor, k_bgtk: Tensor, v_bgtv: Tensor, k_bgnk: Tensor, v_bgnv: Tensor, seen_b: Tensor, scale: float,
+    tables: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """`subquad.ops.cached.attend_`."""
+    block = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_bthk, k_bgtk, v_bgtv))
+    return _attend_writing(*block, k_bgnk, v_bgnv, seen_b.contiguous(), scale, *_pair(tables))
+
+
+def _pair(tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if tables is None else (tables[0].contiguous(), tables[1].contiguous())
 
 
 @torch.library.custom_op("subquad::cached_attend", mutates_args=())
@@ -54,33 +66,10 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, seen: Tensor, scale: float, cos: Tensor | None,
     sin: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (b, t, h, k_dim), (g, capacity, v_dim) = q.shape, cache_v.shape[1:]
-    y = launch.scratch(b, t, h, v_dim, like=q, dtype=q.dtype)
-    turned = launch.scratch(b, g, t if cos is not None else 0, k_dim, like=k, dtype=k.dtype)
-    if y.numel() == 0:
-        return y, turned
-    splits = shares(b * g, capacity)
-    part = launch.scratch(b, t, h, splits, v_dim, like=q, dtype=torch.float32) if splits > 1 else q
-    log = launch.scratch(b, t, h, splits, like=q, dtype=torch.float32) if splits > 1 else q
-    tokens, stages = tiling(k_dim, capacity, q.element_size())
-    kernel: Any = attend_kernel[(b * g * splits,)]
-    kernel(
-        q, k, v, q if cos is None else cos, q if sin is None else sin, cache_k, cache_v, seen, y, turned, part, log,
-        scale * math.log2(math.e), 0 if cos is None or len(cos) == 1 else t * cos.shape[-1],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_k.stride()[:3], *cache_v.stride()[:3],
-        T=t, H=h, G=g, K=k_dim, V=v_dim, SPLITS=splits, PRECISION=launch.precision(q.dtype),
-        BM=max(16, triton.next_power_of_2(h // g * t)), BN=tokens, BT=max(16, triton.next_power_of_2(t)),
-        BK=_tile(k_dim), BV=_tile(v_dim), STAGES=stages, TURN=cos is not None,
-        HALF=1 if cos is None else cos.shape[-1],
-        num_warps=4, **overlap.options(q.device),
-    )  # fmt: skip
-    if splits > 1:
-        kernel = join_kernel[(b * t * h,)]
-        kernel(
-            part, log, y, V=v_dim, SPLITS=splits, BS=triton.next_power_of_2(splits), BV=_tile(v_dim), num_warps=2,
-            **overlap.options(q.device),
-        )  # fmt: skip
-    return y, turned
+    turned = launch.scratch(
+        k.shape[0], k.shape[1], k.shape[2] if cos is not None else 0, k.shape[3], like=k, dtype=k.dtype
+    )
+    return _launch(q, k, v, cache_k, cache_v, seen, scale, cos, sin, turned), turned
 
 
 @_attend.register_fake
@@ -91,6 +80,57 @@ def _(
     b, t, _, k_dim = q.shape
     turned = k.new_empty(b, k.shape[1], t if cos is not None else 0, k_dim)
     return q.new_empty(*q.shape[:3], cache_v.shape[3]), turned
+
+
+@torch.library.custom_op("subquad::cached_attend_", mutates_args=("cache_k", "cache_v"))
+@launch.guarded
+def _attend_writing(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, seen: Tensor, scale: float, cos: Tensor | None,
+    sin: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return _launch(q, k, v, cache_k, cache_v, seen, scale, cos, sin, None)
+
+
+@_attend_writing.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, seen: Tensor, scale: float, cos: Tensor | None,
+    sin: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(*q.shape[:3], cache_v.shape[3])
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, seen: Tensor, scale: float, cos: Tensor | None,
+    sin: Tensor | None, turned: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The outputs; without `turned` the block goes into the cache."""
+    (b, t, h, k_dim), (g, capacity, v_dim) = q.shape, cache_v.shape[1:]
+    y = launch.scratch(b, t, h, v_dim, like=q, dtype=q.dtype)
+    if y.numel() == 0:
+        return y
+    splits = shares(b * g, capacity)
+    part = launch.scratch(b, t, h, splits, v_dim, like=q, dtype=torch.float32) if splits > 1 else q
+    log = launch.scratch(b, t, h, splits, like=q, dtype=torch.float32) if splits > 1 else q
+    tokens, stages = tiling(k_dim, capacity, q.element_size())
+    kernel: Any = attend_kernel[(b * g * splits,)]
+    kernel(
+        q, k, v, q if cos is None else cos, q if sin is None else sin, cache_k, cache_v, seen, y,
+        q if turned is None else turned, part, log, scale * math.log2(math.e),
+        0 if cos is None or len(cos) == 1 else t * cos.shape[-1], capacity,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_k.stride()[:3], *cache_v.stride()[:3],
+        T=t, H=h, G=g, K=k_dim, V=v_dim, SPLITS=splits, PRECISION=launch.precision(q.dtype),
+        BM=max(16, triton.next_power_of_2(h // g * t)), BN=tokens, BT=max(16, triton.next_power_of_2(t)),
+        BK=_tile(k_dim), BV=_tile(v_dim), STAGES=stages, TURN=cos is not None,
+        HALF=1 if cos is None else cos.shape[-1], WRITE=turned is None,
+        num_warps=4, **overlap.options(q.device),
+    )  # fmt: skip
+    if splits > 1:
+        kernel = join_kernel[(b * t * h,)]
+        kernel(
+            part, log, y, V=v_dim, SPLITS=splits, BS=triton.next_power_of_2(splits), BV=_tile(v_dim), num_warps=2,
+            **overlap.options(q.device),
+        )  # fmt: skip
+    return y
 
 
 def append_(

@@ -161,8 +161,9 @@ def _frequencies(spec: RotarySpec, dtype: torch.dtype, device: torch.device) -> 
 def _turns(spec: RotarySpec, positions_bt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """Cosine and sine ``[b, t, 1, dim / 2]`` of the angles, and the factor on both."""
     freq_f, factor = _frequencies(spec, dtype, positions_bt.device)
-    angle_bt1f = (positions_bt[..., None].to(dtype) * freq_f)[:, :, None]
-    return angle_bt1f.cos(), angle_bt1f.sin(), factor
+    plain = torch.is_grad_enabled() or dtype != torch.float32
+    cos, sin = (on_torch if plain else _backends.choose(freq_f, positions_bt)).turns(positions_bt, freq_f)
+    return cos, sin, factor
 
 
 def rotate(x_bthk: Tensor, tables_: tuple[Tensor, Tensor]) -> Tensor:

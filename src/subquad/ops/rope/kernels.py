@@ -7,6 +7,17 @@ from subquad.ops.overlap.kernels import begin
 
 
 @triton.jit
+def turns_kernel(position_ptr, freq_ptr, cos_ptr, sin_ptr, F, BF: tl.constexpr, OVERLAP: tl.constexpr):
+    """See `subquad.ops.rope.on_torch.turns`. Grid: tokens."""
+    token, f = tl.program_id(0).to(tl.int64), tl.arange(0, BF)
+    freq = tl.load(freq_ptr + f, mask=f < F, other=0.0)
+    begin(OVERLAP)
+    angle = tl.load(position_ptr + token).to(tl.float32) * freq
+    tl.store(cos_ptr + token * F + f, tl.cos(angle), mask=f < F)
+    tl.store(sin_ptr + token * F + f, tl.sin(angle), mask=f < F)
+
+
+@triton.jit
 def turned(row_ptrs, c, inside, cos_ptrs, sin_ptrs, HALF: tl.constexpr):
     """Channels c of rows of a tile, turned by the angles of the rows' tables.
 

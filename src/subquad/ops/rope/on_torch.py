@@ -11,6 +11,12 @@ def refusal(*tensors: Tensor) -> str | None:
     return None
 
 
+def turns(positions_bt: Tensor, freq_f: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[b, t, 1, f]`` of positions times frequencies."""
+    angle_bt1f = (positions_bt[..., None].to(freq_f.dtype) * freq_f)[:, :, None]
+    return angle_bt1f.cos(), angle_bt1f.sin()
+
+
 def rotate(x_bthk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`subquad.ops.rope.rotate`."""
     half = cos.shape[-1]

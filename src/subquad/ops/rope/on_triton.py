@@ -9,12 +9,37 @@ import triton
 from torch import Tensor
 
 from subquad.ops import launch, overlap
-from subquad.ops.rope.kernels import rotate_both_kernel
+from subquad.ops.rope.kernels import rotate_both_kernel, turns_kernel
 
 
 def refusal(*tensors: Tensor) -> str | None:
-    """Why the kernel can't run."""
-    return launch.refusal(*tensors, widths=())
+    """Why the kernels can't run; positions are integers."""
+    return launch.refusal(*(x for x in tensors if x.is_floating_point()), widths=())
+
+
+def turns(positions_bt: Tensor, freq_f: Tensor) -> tuple[Tensor, Tensor]:
+    """`subquad.ops.rope.on_torch.turns`."""
+    return _turns(positions_bt.contiguous(), freq_f.contiguous())
+
+
+@torch.library.custom_op("subquad::rope_turns", mutates_args=())
+@launch.guarded
+def _turns(positions: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, 1, len(freq))
+    cos, sin = (launch.scratch(*shape, like=freq, dtype=freq.dtype) for _ in range(2))
+    if cos.numel():
+        kernel: Any = turns_kernel[(positions.numel(),)]
+        kernel(
+            positions, freq, cos, sin, len(freq), BF=triton.next_power_of_2(len(freq)), num_warps=1,
+            **overlap.options(freq.device),
+        )  # fmt: skip
+    return cos, sin
+
+
+@_turns.register_fake
+def _(positions: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, 1, len(freq))
+    return freq.new_empty(shape), freq.new_empty(shape)
 
 
 def rotate_both(q_bthk: Tensor, k_btgk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

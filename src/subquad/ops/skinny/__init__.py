@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from subquad.ops import launch
 from subquad.ops.backends import Backends
+from subquad.ops.norm import add_rms
 
 __all__ = ["project", "swiglu"]
 
@@ -18,17 +19,19 @@ MOST_OF_NARROW, NARROW = 320, 1024
 MOST_LAYERS = 6
 
 
-def project(x_btd: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+def project(x_btd: Tensor, *layers: nn.Module, norm: nn.RMSNorm | None = None) -> tuple[Tensor, ...]:
     """What each of `layers` makes of the same input, side by side in one tensor ``[b, t, n]`` where it is one launch.
 
     Args:
         x_btd: the input.
         layers: linear layers; what is hooked, adapted or trained is called as it is.
+        norm: what the layers read is this of the input, for a few tokens in the same launch.
     """
     if len(layers) > MOST_LAYERS or not _few(x_btd, *layers):
+        x_btd = x_btd if norm is None else add_rms(x_btd, None, norm)[1]
         return tuple(layer(x_btd) for layer in layers)
     weights, biases = zip(*map(_parts, layers), strict=True)
-    return _backends.choose(x_btd, *weights).project(x_btd, weights, biases)
+    return _backends.choose(x_btd, *weights).project(x_btd, weights, biases, norm)
 
 
 def swiglu(
@@ -36,7 +39,7 @@ def swiglu(
 ) -> Tensor | None:
     """``h + down(silu(gate(norm(h))) * up(norm(h)))`` with ``h = x + y``, or None where no kernel is faster at it.
 
-    A block's second half (arXiv 2002.05202, equation 6) in three launches.
+    A block's second half (arXiv 2002.05202, equation 6) in three launches, for a few tokens in two.
     """
     if not _few(x_btd, gate, up, down) or y_btd.dtype != x_btd.dtype:
         return None

@@ -61,6 +61,19 @@ def _tokens(x_ptr, m, k, rows, K):
 
 
 @triton.jit
+def _normed(x, scale, K, eps):
+    """Whole rows of a tile behind an RMS norm, rounded as by a launch of its own."""
+    wide = x.to(tl.float32)
+    return (wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 1) / K + eps))[:, None] * scale[None, :]).to(x.dtype)
+
+
+@triton.jit
+def _sum(a, b):
+    """Rounded as by a launch of its own."""
+    return (a.to(tl.float32) + b.to(tl.float32)).to(a.dtype)
+
+
+@triton.jit
 def _layer(
     pid, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
     COUNT: tl.constexpr, BIASES: tl.constexpr, BN: tl.constexpr,
@@ -92,16 +105,17 @@ def _layer(
 
 @triton.jit
 def project_kernel(
-    x_ptr, add_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
-    rows, K, y_stride,
-    COUNT: tl.constexpr, BIASES: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, norm_ptr, add_ptr, more_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
+    rows, K, y_stride, eps,
+    COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``y = [x w0^T + b0, x w1^T + b1, ...] + add``; bit i of BIASES says whether layer i has a bias.
+    """``y = [x w0^T + b0, x w1^T + b1, ...] + add + more``; bit i of BIASES says whether layer i has a bias.
 
-    Grid: blocks of columns, layer after layer, and of tokens. `x` and `add` are contiguous. BM is 1 for one token,
-    which needs no matrix unit.
+    Grid: blocks of columns, layer after layer, and of tokens. `x`, `add` and `more` are contiguous; ADD says how many
+    of the latter two there are. BM is 1 for one token, which needs no matrix unit. With ONCE a program has all of a
+    token's inputs, and with NORM takes their RMS norm.
     """
     pid, weight_ptr, bias_ptr, n, column, biased = _layer(
         tl.program_id(0), w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5, COUNT, BIASES, BN
@@ -122,8 +136,11 @@ def project_kernel(
         if ONCE:
             k = tl.arange(0, BK)
             w = _weights(weight_ptr, j, k, n, K)
+            scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32) if NORM else 0.0
             begin(OVERLAP)
             x = _tokens(x_ptr, m, k, rows, K)
+            if NORM:
+                x = _normed(x, scale, K, eps)
             sums = _multiply(x, w, sums, PRECISION)
         else:
             _ahead(weight_ptr, j, n, K, BK, OVERLAP)
@@ -140,25 +157,34 @@ def project_kernel(
     if ADD:
         # Rounded before the sum, as two operations would.
         sums = sums.to(y_ptr.dtype.element_ty).to(tl.float32)
-        sums += tl.load(add_ptr + ptrs, mask=inside, other=0.0).to(tl.float32)
+        add = tl.load(add_ptr + ptrs, mask=inside, other=0.0)
+        if ADD == 2:
+            add = _sum(add, tl.load(more_ptr + ptrs, mask=inside, other=0.0))
+        sums += add.to(tl.float32)
     tl.store(y_ptr + ptrs, sums.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def gate_kernel(
-    x_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, y_ptr, norm_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n, eps,
+    BIAS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``silu(gate(x)) * up(x)``. Grid: blocks of columns, and of tokens."""
+    """``silu(gate(x)) * up(x)``; with NORM, for which ONCE must be, of ``norm(x + y)``.
+
+    Grid: blocks of columns, and of tokens.
+    """
     m, j = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     gates, ups = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     if ONCE:
         k = tl.arange(0, BK)
         g, u = _weights(gate_ptr, j, k, n, K), _weights(up_ptr, j, k, n, K)
+        scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32) if NORM else 0.0
         begin(OVERLAP)
         x = _tokens(x_ptr, m, k, rows, K)
+        if NORM:
+            x = _normed(_sum(x, _tokens(y_ptr, m, k, rows, K)), scale, K, eps)
         gates, ups = _multiply(x, g, gates, PRECISION), _multiply(x, u, ups, PRECISION)
     else:
         _ahead(gate_ptr, j, n, K, BK, OVERLAP)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.ops import norm
+
 Layer = tuple[Tensor, Tensor | None]
 
 
@@ -15,8 +17,11 @@ def refusal(*tensors: Tensor) -> str | None:
     return None
 
 
-def project(x_btd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def project(
+    x_btd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], normed: nn.RMSNorm | None
+) -> tuple[Tensor, ...]:
     """`subquad.ops.skinny.project`."""
+    x_btd = x_btd if normed is None else norm.add_rms(x_btd, None, normed)[1]
     return tuple(F.linear(x_btd, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
 

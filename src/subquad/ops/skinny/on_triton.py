@@ -24,6 +24,8 @@ class Tiling(NamedTuple):
     tokens: int = 64
 
 
+# Tokens of a matrix unit's smallest tile: more of them are normed once, by a launch of their own.
+FEWEST = 16
 # One token before a long row of a weight: no matrix unit reads as fast.
 LONG, SINGLE = 2048, Tiling(4, 1024, 3, 4)
 
@@ -34,7 +36,7 @@ def tiling(tokens: int, width: int, size: int) -> Tiling:
         return Tiling(16, 128, 3, 4)
     if tokens > 64:
         return Tiling(32, 128, 3, 4)
-    if tokens > 16:
+    if tokens > FEWEST:
         return Tiling(16, 64, 5, 4) if width <= 1024 else Tiling(16, 128, 4, 4)
     if width <= LONG:
         return Tiling(16, max(16, triton.next_power_of_2(width)), 1, 4)
@@ -46,39 +48,62 @@ def refusal(*tensors: Tensor) -> str | None:
     return launch.refusal(*tensors, widths=())
 
 
-def project(x_btd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def takes(normed: nn.RMSNorm, x_btd: Tensor) -> bool:
+    """Whether each program has all inputs of all tokens, so that it can norm them itself."""
+    rows, width = x_btd.shape[0] * x_btd.shape[1], x_btd.shape[2]
+    plain = launch.untouched(normed, nn.RMSNorm) and normed.eps is not None and normed.weight.dtype == x_btd.dtype
+    return plain and rows <= FEWEST and width <= tiling(rows, width, x_btd.element_size()).inputs
+
+
+def project(
+    x_btd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], normed: nn.RMSNorm | None
+) -> tuple[Tensor, ...]:
     """`subquad.ops.skinny.project`."""
-    y_btn = _project(x_btd.contiguous(), list(weights), list(biases), None)
+    scale, eps = None, 0.0
+    if normed is not None and takes(normed, x_btd):
+        scale, eps = normed.weight, normed.eps or 0.0
+    elif normed is not None:
+        x_btd = norm.add_rms(x_btd, None, normed)[1]
+    y_btn = _project(x_btd.contiguous(), list(weights), list(biases), scale, eps, [])
     return y_btn.split([len(weight) for weight in weights], dim=-1)
 
 
 def swiglu(x_btd: Tensor, y_btd: Tensor, normed: nn.RMSNorm, gate: Layer, up: Layer, down: Layer) -> Tensor:
     """`subquad.ops.skinny.swiglu`."""
+    layers = gate[0], up[0], gate[1], up[1]
+    if takes(normed, x_btd):
+        x_btd, y_btd = x_btd.contiguous(), y_btd.contiguous()
+        inner_btn = _gate(x_btd, y_btd, normed.weight, normed.eps or 0.0, *layers)
+        return _project(inner_btn, [down[0]], [down[1]], None, 0.0, [x_btd, y_btd])
     h_btd, n_btd = norm.add_rms(x_btd, y_btd, normed)
-    return _project(_gate(n_btd, gate[0], up[0], gate[1], up[1]), [down[0]], [down[1]], h_btd)
+    return _project(_gate(n_btd, None, None, 0.0, *layers), [down[0]], [down[1]], None, 0.0, [h_btd])
 
 
 @torch.library.custom_op(
     "subquad::skinny_project",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? add) -> Tensor",
+    schema="(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? scale, float eps, Tensor[] add) -> Tensor",
 )
 @launch.guarded
-def _project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], add: Tensor | None) -> Tensor:
+def _project(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], scale: Tensor | None, eps: float,
+    add: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
     (b, t, k), sizes = x.shape, [len(weight) for weight in weights]
     y = launch.scratch(b, t, sum(sizes), like=x, dtype=x.dtype)
     rows = b * t
     single = rows == 1 and k > LONG and x.element_size() == 2
     tile = SINGLE if single else tiling(rows, k, x.element_size())
-    # An absent layer's or bias's place is taken by one that no branch reads.
+    # What is absent has its place taken by something that no branch reads.
     more = [weights[0]] * (6 - len(weights))
     absent = [weights[0] if bias is None else bias for bias in biases]
     bm = 1 if single else _tokens(rows, tile)
     kernel: Any = project_kernel[(sum(triton.cdiv(n, tile.columns) for n in sizes), triton.cdiv(rows, bm))]
     kernel(
-        x, x if add is None else add, y, *weights, *more, *absent, *more, *sizes, *[0] * len(more), rows, k, sum(sizes),
+        x, x if scale is None else scale, *[*add, x, x][:2], y, *weights, *more, *absent, *more, *sizes,
+        *[0] * len(more), rows, k, sum(sizes), eps,
         COUNT=len(weights), BIASES=sum(1 << i for i, bias in enumerate(biases) if bias is not None),
-        ADD=add is not None, PRECISION=launch.precision(x.dtype),
+        NORM=scale is not None, ADD=len(add), PRECISION=launch.precision(x.dtype),
         BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
         ONCE=k <= tile.inputs, num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip
@@ -86,21 +111,28 @@ def _project(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
 
 
 @_project.register_fake
-def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], add: Tensor | None) -> Tensor:
+def _(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], scale: Tensor | None, eps: float,
+    add: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], x.shape[1], sum(len(weight) for weight in weights))
 
 
 @torch.library.custom_op("subquad::skinny_gate", mutates_args=())
 @launch.guarded
-def _gate(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+def _gate(
+    x: Tensor, y: Tensor | None, scale: Tensor | None, eps: float, gate: Tensor, up: Tensor, gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     (b, t, k), n, rows = x.shape, len(gate), x.shape[0] * x.shape[1]
     out = launch.scratch(b, t, n, like=x, dtype=x.dtype)
     tile = tiling(rows, k, x.element_size())
     bm = _tokens(rows, tile)
     kernel: Any = gate_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(rows, bm))]
     kernel(
-        x, gate, up, gate if gate_bias is None else gate_bias, up if up_bias is None else up_bias, out, rows, k, n,
-        BIAS=gate_bias is not None, PRECISION=launch.precision(x.dtype),
+        x, x if y is None else y, x if scale is None else scale, gate, up, gate if gate_bias is None else gate_bias,
+        up if up_bias is None else up_bias, out, rows, k, n, eps,
+        BIAS=gate_bias is not None, NORM=scale is not None, PRECISION=launch.precision(x.dtype),
         BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages, ONCE=k <= tile.inputs,
         num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip
@@ -108,10 +140,13 @@ def _gate(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias
 
 
 @_gate.register_fake
-def _(x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+def _(
+    x: Tensor, y: Tensor | None, scale: Tensor | None, eps: float, gate: Tensor, up: Tensor, gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], x.shape[1], len(gate))
 
 
 def _tokens(rows: int, tile: Tiling) -> int:
     """Tokens of a program, no fewer than a matrix unit takes."""
-    return min(tile.tokens, max(16, triton.next_power_of_2(rows)))
+    return min(tile.tokens, max(FEWEST, triton.next_power_of_2(rows)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.ops.backends import Backends
 
-__all__ = ["Slots", "emit_", "lead"]
+__all__ = ["Slots", "agree", "emit_", "lead"]
 
 _backends = Backends(__name__)
 
@@ -53,11 +53,11 @@ class Slots(NamedTuple):
         return Slots(*(buffer[:n] for buffer in self))
 
 
-def lead(slots: Slots, tokens_bk: Tensor, length_b: Tensor) -> tuple[Tensor, Tensor]:
-    """The block that a round reads: each row's last token and its guesses, int64 ``[b, 1 + k]``, and their number.
+def lead(slots: Slots, tokens_bk: Tensor, length_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The block that a round reads: each row's last token and its guesses, int64 ``[b, 1 + k]``.
 
-    No more guesses count than the row may still be given, one token of them not guessed; none of a row that is not
-    under way.
+    With it come how many of its tokens count, and how many of them are guesses. No more guesses count than the row may
+    still be given, one token of them not guessed; none of a row that is not under way.
 
     Args:
         slots: the rows.
@@ -65,6 +65,20 @@ def lead(slots: Slots, tokens_bk: Tensor, length_b: Tensor) -> tuple[Tensor, Ten
         length_b: how many of them there are.
     """
     return _backends.choose(tokens_bk, *slots).lead(slots, tokens_bk, length_b)
+
+
+def agree(tokens_bt: Tensor, guesses_bk: Tensor, length_b: Tensor) -> Tensor:
+    """How many tokens count where guesses stand that equal them: one more than those before the first that does not.
+
+    Args:
+        tokens_bt: int64, of the model, t at least k.
+        guesses_bk: int64 guesses, at least one column.
+        length_b: int64, how many of them there are.
+
+    Returns:
+        int64 ``[b]``, from 1 to ``1 + length``.
+    """
+    return _backends.choose(tokens_bt, guesses_bk).agree(tokens_bt, guesses_bk, length_b)
 
 
 def emit_(slots: Slots, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from subquad.ops.overlap.kernels import begin
 
 @triton.jit
 def lead_kernel(
-    last_ptr, alive_ptr, left_ptr, tokens_ptr, length_ptr, block_ptr, count_ptr, stride,
+    last_ptr, alive_ptr, left_ptr, tokens_ptr, length_ptr, block_ptr, count_ptr, kept_ptr, stride,
     K: tl.constexpr, BT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """See `subquad.ops.slots.lead`. Grid: rows."""
@@ -18,6 +18,21 @@ def lead_kernel(
     guess = tl.load(tokens_ptr + b * stride + c - 1, mask=(c > 0) & (c <= K), other=0)
     tl.store(block_ptr + b * (K + 1) + c, tl.where(c == 0, tl.load(last_ptr + b), guess), mask=c <= K)
     tl.store(count_ptr + b, 1 + length)
+    tl.store(kept_ptr + b, length)
+
+
+@triton.jit
+def agree_kernel(
+    tokens_ptr, guesses_ptr, length_ptr, n_ptr, stride_tokens, stride_guesses,
+    K: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """See `subquad.ops.slots.agree`. Grid: rows."""
+    b, c = tl.program_id(0), tl.arange(0, BK)
+    begin(OVERLAP)
+    tokens = tl.load(tokens_ptr + b * stride_tokens + c, mask=c < K, other=0)
+    guesses = tl.load(guesses_ptr + b * stride_guesses + c, mask=c < K, other=0)
+    stands = (tokens == guesses) & (c < tl.load(length_ptr + b)) & (c < K)
+    tl.store(n_ptr + b, 1 + tl.min(tl.where(stands, K, c), 0).to(tl.int64))
 
 
 @triton.jit

@@ -16,10 +16,17 @@ def refusal(*tensors: Tensor) -> str | None:
     return None
 
 
-def lead(slots: Slots, tokens_bk: Tensor, length_b: Tensor) -> tuple[Tensor, Tensor]:
+def lead(slots: Slots, tokens_bk: Tensor, length_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`subquad.ops.slots.lead`."""
     length_b = torch.minimum(length_b, (slots.left_b - 1).clamp(min=0)) * slots.alive_b
-    return torch.cat((slots.last_b[:, None], tokens_bk), dim=1), 1 + length_b
+    return torch.cat((slots.last_b[:, None], tokens_bk), dim=1), 1 + length_b, length_b
+
+
+def agree(tokens_bt: Tensor, guesses_bk: Tensor, length_b: Tensor) -> Tensor:
+    """`subquad.ops.slots.agree`."""
+    k = guesses_bk.shape[1]
+    there_bk = torch.arange(k, device=tokens_bt.device) < length_b[:, None]
+    return 1 + ((tokens_bt[:, :k] == guesses_bk) & there_bk).to(torch.int64).cumprod(1).sum(1)
 
 
 def emit_(slots: Slots, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from subquad.ops import launch, overlap
-from subquad.ops.slots.kernels import emit_kernel, lead_kernel
+from subquad.ops.slots.kernels import agree_kernel, emit_kernel, lead_kernel
 
 if TYPE_CHECKING:
     from subquad.ops.slots import Slots
@@ -20,7 +20,7 @@ def refusal(*tensors: Tensor) -> str | None:
     return launch.no_kernels(tensors[0].device)
 
 
-def lead(slots: Slots, tokens_bk: Tensor, length_b: Tensor) -> tuple[Tensor, Tensor]:
+def lead(slots: Slots, tokens_bk: Tensor, length_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`subquad.ops.slots.lead`."""
     tokens_bk = tokens_bk if tokens_bk.stride(-1) == 1 else tokens_bk.contiguous()
     return _lead(slots.last_b, slots.alive_b, slots.left_b, tokens_bk, length_b.contiguous())
@@ -28,20 +28,44 @@ def lead(slots: Slots, tokens_bk: Tensor, length_b: Tensor) -> tuple[Tensor, Ten
 
 @torch.library.custom_op("subquad::slots_lead", mutates_args=())
 @launch.guarded
-def _lead(last: Tensor, alive: Tensor, left: Tensor, tokens: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+def _lead(last: Tensor, alive: Tensor, left: Tensor, tokens: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     b, k = tokens.shape
-    block, count = tokens.new_empty(b, k + 1), torch.empty_like(length)
+    block, count, kept = tokens.new_empty(b, k + 1), torch.empty_like(length), torch.empty_like(length)
     kernel: Any = lead_kernel[(b,)]
     kernel(
-        last, alive, left, tokens, length, block, count, tokens.stride(0),
+        last, alive, left, tokens, length, block, count, kept, tokens.stride(0),
         K=k, BT=triton.next_power_of_2(k + 1), num_warps=1, **overlap.options(tokens.device),
     )  # fmt: skip
-    return block, count
+    return block, count, kept
 
 
 @_lead.register_fake
-def _(last: Tensor, alive: Tensor, left: Tensor, tokens: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    return tokens.new_empty(tokens.shape[0], tokens.shape[1] + 1), torch.empty_like(length)
+def _(last: Tensor, alive: Tensor, left: Tensor, tokens: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    block = tokens.new_empty(tokens.shape[0], tokens.shape[1] + 1)
+    return block, torch.empty_like(length), torch.empty_like(length)
+
+
+def agree(tokens_bt: Tensor, guesses_bk: Tensor, length_b: Tensor) -> Tensor:
+    """`subquad.ops.slots.agree`."""
+    tokens_bt, guesses_bk = (x if x.stride(-1) == 1 else x.contiguous() for x in (tokens_bt, guesses_bk))
+    return _agree(tokens_bt, guesses_bk, length_b.contiguous())
+
+
+@torch.library.custom_op("subquad::slots_agree", mutates_args=())
+@launch.guarded
+def _agree(tokens: Tensor, guesses: Tensor, length: Tensor) -> Tensor:
+    (b, k), n = guesses.shape, torch.empty_like(length)
+    kernel: Any = agree_kernel[(b,)]
+    kernel(
+        tokens, guesses, length, n, tokens.stride(0), guesses.stride(0), K=k, BK=triton.next_power_of_2(k),
+        num_warps=1, **overlap.options(tokens.device),
+    )  # fmt: skip
+    return n
+
+
+@_agree.register_fake
+def _(tokens: Tensor, guesses: Tensor, length: Tensor) -> Tensor:
+    return torch.empty_like(length)
 
 
 def emit_(slots: Slots, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> Tensor:
