@@ -44,7 +44,11 @@ def attend_kernel(
     GROUP: tl.constexpr = H // G
     m, j, kc, vc = tl.arange(0, BM), tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
     t, h, real = m % T, head * GROUP + m // T, m < GROUP * T
+    cache_k_ptr += b * cache_k_stride_b + head * cache_k_stride_g
+    cache_v_ptr += b * cache_v_stride_b + head * cache_v_stride_g
     begin(OVERLAP)
+    # First of all, since what is read next waits for it.
+    seen = tl.load(seen_ptr + b).to(tl.int32)
     q_ptrs = q_ptr + b * q_stride_b + t * q_stride_t + h * q_stride_h
     if TURN:
         q_table = b * table_stride_b + t * HALF
@@ -53,12 +57,9 @@ def attend_kernel(
         q = tl.load(q_ptrs[:, None] + kc[None, :], mask=real[:, None] & (kc < K)[None, :], other=0.0)
     best = tl.full((BM,), -float("inf"), tl.float32)
     total, sums = tl.zeros((BM,), tl.float32), tl.zeros((BM, BV), tl.float32)
-    seen = tl.load(seen_ptr + b).to(tl.int32)
     share = tl.cdiv(tl.cdiv(seen, SPLITS), BN) * BN
     first = split * share
     last = tl.minimum(first + share, seen)
-    cache_k_ptr += b * cache_k_stride_b + head * cache_k_stride_g
-    cache_v_ptr += b * cache_v_stride_b + head * cache_v_stride_g
     for start in tl.range(first, last, BN, num_stages=STAGES):
         n = start + tl.arange(0, BN)
         at = n[:, None].to(tl.int64)

@@ -14,7 +14,8 @@ from subquad.ops.cached.kernels import append_kernel, attend_kernel, join_kernel
 
 # Programs that keep a GPU's memory busy, in multiples of its multiprocessors, and the least that one reads of a cache.
 WAVES, LEAST = 2, 512
-SHORT = 1024
+# Of a cache of at most so many tokens one reads less: what it waits for is not the memory's width but its answer.
+SHORT, LEAST_OF_SHORT = 1024, 64
 MULTIPROCESSORS = 132
 
 
@@ -25,16 +26,21 @@ def refusal(*tensors: Tensor) -> str | None:
 
 def shares(rows: int, capacity: int) -> int:
     """How many programs share the tokens of each of `rows` (a row of the batch and a key head)."""
-    wanted = min(triton.cdiv(WAVES * MULTIPROCESSORS, max(rows, 1)), triton.cdiv(capacity, LEAST))
+    if capacity <= SHORT:
+        wanted = min(WAVES * MULTIPROCESSORS // max(rows, 1), triton.cdiv(capacity, LEAST_OF_SHORT))
+    else:
+        wanted = min(triton.cdiv(WAVES * MULTIPROCESSORS, max(rows, 1)), triton.cdiv(capacity, LEAST))
     return max(1, wanted)
 
 
-def tiling(width: int, capacity: int, size: int) -> tuple[int, int]:
+def tiling(width: int, share: int, size: int) -> tuple[int, int]:
     """The table, for bytes of a number: keys at once, and how many such tiles are under way."""
     if size > 2:
         return 32, 2
+    if share <= 2 * LEAST_OF_SHORT:
+        return LEAST_OF_SHORT, 2
     # A short row in few large tiles: what it waits for is the first.
-    return (256, 1) if width <= 64 and capacity <= SHORT else (64, 3)
+    return (256, 1) if width <= 64 and share <= SHORT else (64, 3)
 
 
 def attend(
@@ -111,7 +117,7 @@ def _launch(
     splits = shares(b * g, capacity)
     part = launch.scratch(b, t, h, splits, v_dim, like=q, dtype=torch.float32) if splits > 1 else q
     log = launch.scratch(b, t, h, splits, like=q, dtype=torch.float32) if splits > 1 else q
-    tokens, stages = tiling(k_dim, capacity, q.element_size())
+    tokens, stages = tiling(k_dim, triton.cdiv(capacity, splits), q.element_size())
     kernel: Any = attend_kernel[(b * g * splits,)]
     kernel(
         q, k, v, q if cos is None else cos, q if sin is None else sin, cache_k, cache_v, seen, y,

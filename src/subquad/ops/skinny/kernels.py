@@ -61,10 +61,17 @@ def _tokens(x_ptr, m, k, rows, K):
 
 
 @triton.jit
+def _rows_of(weight_ptr, j, k, n, K):
+    """A tile ``[BN, BK]`` of a weight ``[n, K]``."""
+    ptrs = weight_ptr + j[:, None].to(tl.int64) * K + k[None, :]
+    return tl.load(ptrs, mask=(j < n)[:, None] & (k < K)[None, :], other=0.0)
+
+
+@triton.jit
 def _normed(x, scale, K, eps):
-    """Whole rows of a tile behind an RMS norm, rounded as by a launch of its own."""
+    """The RMS norm of whole tokens ``[M, K]``, rounded as by a launch of its own."""
     wide = x.to(tl.float32)
-    return (wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 1) / K + eps))[:, None] * scale[None, :]).to(x.dtype)
+    return (wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 1) / K + eps))[:, None] * scale).to(x.dtype)
 
 
 @triton.jit
@@ -105,17 +112,16 @@ def _layer(
 
 @triton.jit
 def project_kernel(
-    x_ptr, norm_ptr, add_ptr, more_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
-    rows, K, y_stride, eps,
-    COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, add_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
+    rows, K, y_stride,
+    COUNT: tl.constexpr, BIASES: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``y = [x w0^T + b0, x w1^T + b1, ...] + add + more``; bit i of BIASES says whether layer i has a bias.
+    """``y = [x w0^T + b0, x w1^T + b1, ...] + add``; bit i of BIASES says whether layer i has a bias.
 
-    Grid: blocks of columns, layer after layer, and of tokens. `x`, `add` and `more` are contiguous; ADD says how many
-    of the latter two there are. BM is 1 for one token, which needs no matrix unit. With ONCE a program has all of a
-    token's inputs, and with NORM takes their RMS norm.
+    Grid: blocks of columns, layer after layer, and of tokens. `x` and `add` are contiguous. BM is 1 for one token,
+    which needs no matrix unit.
     """
     pid, weight_ptr, bias_ptr, n, column, biased = _layer(
         tl.program_id(0), w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5, COUNT, BIASES, BN
@@ -136,11 +142,8 @@ def project_kernel(
         if ONCE:
             k = tl.arange(0, BK)
             w = _weights(weight_ptr, j, k, n, K)
-            scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32) if NORM else 0.0
             begin(OVERLAP)
             x = _tokens(x_ptr, m, k, rows, K)
-            if NORM:
-                x = _normed(x, scale, K, eps)
             sums = _multiply(x, w, sums, PRECISION)
         else:
             _ahead(weight_ptr, j, n, K, BK, OVERLAP)
@@ -157,34 +160,25 @@ def project_kernel(
     if ADD:
         # Rounded before the sum, as two operations would.
         sums = sums.to(y_ptr.dtype.element_ty).to(tl.float32)
-        add = tl.load(add_ptr + ptrs, mask=inside, other=0.0)
-        if ADD == 2:
-            add = _sum(add, tl.load(more_ptr + ptrs, mask=inside, other=0.0))
-        sums += add.to(tl.float32)
+        sums += tl.load(add_ptr + ptrs, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + ptrs, sums.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def gate_kernel(
-    x_ptr, y_ptr, norm_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n, eps,
-    BIAS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``silu(gate(x)) * up(x)``; with NORM, for which ONCE must be, of ``norm(x + y)``.
-
-    Grid: blocks of columns, and of tokens.
-    """
+    """``silu(gate(x)) * up(x)``. Grid: blocks of columns, and of tokens."""
     m, j = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     gates, ups = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     if ONCE:
         k = tl.arange(0, BK)
         g, u = _weights(gate_ptr, j, k, n, K), _weights(up_ptr, j, k, n, K)
-        scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32) if NORM else 0.0
         begin(OVERLAP)
         x = _tokens(x_ptr, m, k, rows, K)
-        if NORM:
-            x = _normed(_sum(x, _tokens(y_ptr, m, k, rows, K)), scale, K, eps)
         gates, ups = _multiply(x, g, gates, PRECISION), _multiply(x, u, ups, PRECISION)
     else:
         _ahead(gate_ptr, j, n, K, BK, OVERLAP)
@@ -198,6 +192,66 @@ def gate_kernel(
     if BIAS:
         gates += tl.load(gate_bias + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
         ups += tl.load(up_bias + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
+    out = gates / (1.0 + tl.exp(-gates)) * ups
+    inside = (m < rows)[:, None] & (j < n)[None, :]
+    tl.store(out_ptr + m[:, None] * n + j[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def project_few_kernel(
+    x_ptr, norm_ptr, add_ptr, more_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
+    rows, K, y_stride, eps,
+    BM: tl.constexpr, COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """`project_kernel` of BM tokens at most without the matrix unit: a program holds whole rows of a weight.
+
+    With NORM it takes the RMS norm of each token before. ADD says how many of `add` and `more` there are, whose sum is
+    rounded first. Grid: blocks of columns, layer after layer.
+    """
+    pid, weight_ptr, bias_ptr, n, column, biased = _layer(
+        tl.program_id(0), w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5, COUNT, BIASES, BN
+    )
+    j, k = pid * BN + tl.arange(0, BN), tl.arange(0, BK)
+    w = _rows_of(weight_ptr, j, k, n, K)
+    scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :] if NORM else 0.0
+    bias = tl.load(bias_ptr + j, mask=j < biased, other=0.0).to(tl.float32) if BIASES else 0.0
+    begin(OVERLAP)
+    m = tl.arange(0, BM)
+    x = _tokens(x_ptr, m, k, rows, K)
+    ptrs, inside = m[:, None] * y_stride + column + j[None, :], (m < rows)[:, None] & (j < n)[None, :]
+    add = tl.load(add_ptr + ptrs, mask=inside, other=0.0) if ADD else 0.0
+    if ADD == 2:
+        add = _sum(add, tl.load(more_ptr + ptrs, mask=inside, other=0.0))
+    if NORM:
+        x = _normed(x, scale, K, eps)
+    sums = tl.sum(w.to(tl.float32)[None, :, :] * x.to(tl.float32)[:, None, :], 2)
+    if BIASES:
+        sums += bias[None, :]
+    if ADD:
+        sums = sums.to(y_ptr.dtype.element_ty).to(tl.float32) + add.to(tl.float32)
+    tl.store(y_ptr + ptrs, sums.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_few_kernel(
+    x_ptr, y_ptr, norm_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n, eps,
+    BM: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """``silu(gate(z)) * up(z)`` with ``z = norm(x + y)``, of BM tokens at most. Grid: blocks of columns."""
+    m = tl.arange(0, BM)
+    j, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    g, u = _rows_of(gate_ptr, j, k, n, K), _rows_of(up_ptr, j, k, n, K)
+    scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    of_gate = tl.load(gate_bias + j, mask=j < n, other=0.0).to(tl.float32) if BIAS else 0.0
+    of_up = tl.load(up_bias + j, mask=j < n, other=0.0).to(tl.float32) if BIAS else 0.0
+    begin(OVERLAP)
+    x = _sum(_tokens(x_ptr, m, k, rows, K), _tokens(y_ptr, m, k, rows, K))
+    z = _normed(x, scale, K, eps).to(tl.float32)[:, None, :]
+    gates = tl.sum(g.to(tl.float32)[None, :, :] * z, 2)
+    ups = tl.sum(u.to(tl.float32)[None, :, :] * z, 2)
+    if BIAS:
+        gates, ups = gates + of_gate[None, :], ups + of_up[None, :]
     out = gates / (1.0 + tl.exp(-gates)) * ups
     inside = (m < rows)[:, None] & (j < n)[None, :]
     tl.store(out_ptr + m[:, None] * n + j[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)

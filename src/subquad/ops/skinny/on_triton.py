@@ -10,7 +10,7 @@ import triton
 from torch import Tensor, nn
 
 from subquad.ops import launch, norm, overlap
-from subquad.ops.skinny.kernels import gate_kernel, project_kernel
+from subquad.ops.skinny.kernels import gate_few_kernel, gate_kernel, project_few_kernel, project_kernel
 from subquad.ops.skinny.on_torch import Layer
 
 
@@ -24,8 +24,10 @@ class Tiling(NamedTuple):
     tokens: int = 64
 
 
-# Tokens of a matrix unit's smallest tile: more of them are normed once, by a launch of their own.
+# Tokens of a matrix unit's smallest tile.
 FEWEST = 16
+# So few are multiplied without it, by programs that hold whole rows of a weight of at most so many bytes.
+VERY_FEW, ROW_BYTES = 4, 4096
 # One token before a long row of a weight: no matrix unit reads as fast.
 LONG, SINGLE = 2048, Tiling(4, 1024, 3, 4)
 
@@ -39,7 +41,7 @@ def tiling(tokens: int, width: int, size: int) -> Tiling:
     if tokens > FEWEST:
         return Tiling(16, 64, 5, 4) if width <= 1024 else Tiling(16, 128, 4, 4)
     if width <= LONG:
-        return Tiling(16, max(16, triton.next_power_of_2(width)), 1, 4)
+        return Tiling(16, max(16, triton.next_power_of_2(width)), 1, 2)
     return Tiling(32, 128, 5, 4)
 
 
@@ -48,11 +50,20 @@ def refusal(*tensors: Tensor) -> str | None:
     return launch.refusal(*tensors, widths=())
 
 
+def few(rows: int, width: int, size: int) -> bool:
+    """Whether so many tokens are multiplied without the matrix unit."""
+    return rows <= VERY_FEW and width * size <= ROW_BYTES
+
+
+def columns(rows: int) -> int:
+    """Of a weight's rows, which are columns of the output, those that a program of a few tokens holds."""
+    return 2 if rows == 1 else 4
+
+
 def takes(normed: nn.RMSNorm, x_btd: Tensor) -> bool:
     """Whether each program has all inputs of all tokens, so that it can norm them itself."""
-    rows, width = x_btd.shape[0] * x_btd.shape[1], x_btd.shape[2]
     plain = launch.untouched(normed, nn.RMSNorm) and normed.eps is not None and normed.weight.dtype == x_btd.dtype
-    return plain and rows <= FEWEST and width <= tiling(rows, width, x_btd.element_size()).inputs
+    return plain and few(x_btd.shape[0] * x_btd.shape[1], x_btd.shape[2], x_btd.element_size())
 
 
 def project(
@@ -71,7 +82,7 @@ def project(
 def swiglu(x_btd: Tensor, y_btd: Tensor, normed: nn.RMSNorm, gate: Layer, up: Layer, down: Layer) -> Tensor:
     """`subquad.ops.skinny.swiglu`."""
     layers = gate[0], up[0], gate[1], up[1]
-    if takes(normed, x_btd):
+    if takes(normed, x_btd) and few(x_btd.shape[0] * x_btd.shape[1], down[0].shape[1], x_btd.element_size()):
         x_btd, y_btd = x_btd.contiguous(), y_btd.contiguous()
         inner_btn = _gate(x_btd, y_btd, normed.weight, normed.eps or 0.0, *layers)
         return _project(inner_btn, [down[0]], [down[1]], None, 0.0, [x_btd, y_btd])
@@ -92,18 +103,27 @@ def _project(
     (b, t, k), sizes = x.shape, [len(weight) for weight in weights]
     y = launch.scratch(b, t, sum(sizes), like=x, dtype=x.dtype)
     rows = b * t
-    single = rows == 1 and k > LONG and x.element_size() == 2
-    tile = SINGLE if single else tiling(rows, k, x.element_size())
     # What is absent has its place taken by something that no branch reads.
     more = [weights[0]] * (6 - len(weights))
     absent = [weights[0] if bias is None else bias for bias in biases]
+    layers = *weights, *more, *absent, *more, *sizes, *[0] * len(more)
+    biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
+    if few(rows, k, x.element_size()):
+        bn = columns(rows)
+        kernel: Any = project_few_kernel[(sum(triton.cdiv(n, bn) for n in sizes),)]
+        kernel(
+            x, x if scale is None else scale, *[*add, x, x][:2], y, *layers, rows, k, sum(sizes), eps,
+            COUNT=len(weights), BIASES=biased, NORM=scale is not None, ADD=len(add), BM=triton.next_power_of_2(rows),
+            BN=bn, BK=triton.next_power_of_2(k), num_warps=4, **overlap.options(x.device),
+        )  # fmt: skip
+        return y
+    single = rows == 1 and k > LONG and x.element_size() == 2
+    tile = SINGLE if single else tiling(rows, k, x.element_size())
     bm = 1 if single else _tokens(rows, tile)
-    kernel: Any = project_kernel[(sum(triton.cdiv(n, tile.columns) for n in sizes), triton.cdiv(rows, bm))]
+    kernel = project_kernel[(sum(triton.cdiv(n, tile.columns) for n in sizes), triton.cdiv(rows, bm))]
     kernel(
-        x, x if scale is None else scale, *[*add, x, x][:2], y, *weights, *more, *absent, *more, *sizes,
-        *[0] * len(more), rows, k, sum(sizes), eps,
-        COUNT=len(weights), BIASES=sum(1 << i for i, bias in enumerate(biases) if bias is not None),
-        NORM=scale is not None, ADD=len(add), PRECISION=launch.precision(x.dtype),
+        x, *[*add, x][:1], y, *layers, rows, k, sum(sizes),
+        COUNT=len(weights), BIASES=biased, ADD=len(add) > 0, PRECISION=launch.precision(x.dtype),
         BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
         ONCE=k <= tile.inputs, num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip
@@ -126,13 +146,22 @@ def _gate(
 ) -> Tensor:  # fmt: skip
     (b, t, k), n, rows = x.shape, len(gate), x.shape[0] * x.shape[1]
     out = launch.scratch(b, t, n, like=x, dtype=x.dtype)
+    biases = gate if gate_bias is None else gate_bias, up if up_bias is None else up_bias
+    if y is not None:
+        bn = columns(rows)
+        kernel: Any = gate_few_kernel[(triton.cdiv(n, bn),)]
+        kernel(
+            x, y, x if scale is None else scale, gate, up, *biases, out, rows, k, n, eps, BIAS=gate_bias is not None,
+            BM=triton.next_power_of_2(rows), BN=bn, BK=triton.next_power_of_2(k), num_warps=4,
+            **overlap.options(x.device),
+        )  # fmt: skip
+        return out
     tile = tiling(rows, k, x.element_size())
     bm = _tokens(rows, tile)
-    kernel: Any = gate_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(rows, bm))]
+    kernel = gate_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(rows, bm))]
     kernel(
-        x, x if y is None else y, x if scale is None else scale, gate, up, gate if gate_bias is None else gate_bias,
-        up if up_bias is None else up_bias, out, rows, k, n, eps,
-        BIAS=gate_bias is not None, NORM=scale is not None, PRECISION=launch.precision(x.dtype),
+        x, gate, up, *biases, out, rows, k, n,
+        BIAS=gate_bias is not None, PRECISION=launch.precision(x.dtype),
         BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages, ONCE=k <= tile.inputs,
         num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip
