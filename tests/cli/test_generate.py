@@ -260,3 +260,29 @@ def test_a_model_without_template_or_tokenizer_says_so(tmp_path: Path) -> None:
     bare = type(plain)(plain.model, None, "bare", "bare")
     with pytest.raises(ConfigError, match="^bare: expected a tokenizer"):
         encode(bare, "hi", False)
+
+
+def test_a_grammar_says_what_comes(model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, 20]}, "minItems": 1, "maxItems": 3}')
+    out, _ = run(capsys, model, "ab", "hé", "--grammar", str(schema), "--json", "--max-new-tokens", "20")
+    for line in out.splitlines():
+        answer = json.loads(line)
+        assert answer["finish"] == "end"
+        assert set(json.loads(answer["text"])) <= {1, 20}
+    assert run(capsys, model, "ab", "--grammar", "regex:(yes|no)", "--max-new-tokens", "9")[0] in ("yes\n", "no\n")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "why"),
+    [
+        ("regex:(a", "regex: expected a grammar that can be followed"),
+        ("nowhere.json", "grammar: expected json, regex:PATTERN"),
+    ],
+)
+def test_a_grammar_that_is_none_is_refused_before_weights_are_loaded(
+    grammar: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert cli.main(["generate", "no-such-model", "ab", "--grammar", grammar]) == 2
+    assert why in capsys.readouterr().err

@@ -18,6 +18,7 @@ from subquad.core.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from subquad.engine.draft import Drafter
     from subquad.engine.generate import Generation, Limits, Piece
+    from subquad.engine.grammar import Grammar
     from subquad.engine.relax import Relaxed
     from subquad.engine.sampler import SamplingConfig
     from subquad.engine.trace import Look
@@ -65,6 +66,14 @@ def run(
     frequency_penalty: Annotated[float, typer.Option(help="Subtracted once for each time it was written.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the first prompt; every next one takes the next.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="String that ends the text; may be given again.")] = None,
+    grammar: Annotated[
+        str,
+        typer.Option(
+            metavar="json|FILE|regex:PATTERN",
+            help="What each text must be: a JSON object, JSON of a schema (a file), what a regular expression matches, "
+            "or text of a grammar (a file *.lark). Needs llguidance: pip install subquad[serve].",
+        ),
+    ] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts continued at the same time.")] = 8,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes; the default for one prompt.")
@@ -115,10 +124,12 @@ def run(
 
     from subquad.engine.draft import parse_drafter
     from subquad.engine.generate import Limits
+    from subquad.engine.grammar import Source
     from subquad.engine.relax import Relaxed
     from subquad.engine.sampler import SamplingConfig
     from subquad.models.load import load_model
 
+    source = Source.parse(grammar) if grammar else None
     rule = Relaxed.parse(relaxed) if relaxed else None
     sampling = SamplingConfig(
         temperature=temperature,
@@ -141,6 +152,7 @@ def run(
     own = {*loaded.model.config.eos_tokens, loaded.tokenizer.eos_token_id}
     ends = sorted(own - {None})
     limits = Limits(max_new_tokens, ends, tuple(stop or ()), allow_long, min_new_tokens=min_new_tokens)
+    form = source.compile(loaded.tokenizer) if source is not None else None
     streams = not as_json and len(asked) == 1 if stream is None else stream
 
     def small(name: str) -> Stack:
@@ -155,7 +167,7 @@ def run(
         batch = [tokens[row] for row in rows]
         show = _write if streams else None
         results = continue_batch(
-            loaded, batch, limits, replace(sampling, seed=seed + first), as_json, clock, show, guess
+            loaded, batch, limits, replace(sampling, seed=seed + first), as_json, clock, show, guess, form
         )
         for row, result in zip(rows, results, strict=True):
             if as_json:
@@ -247,6 +259,7 @@ def continue_batch(
     clock: Clock,
     show: Any,
     guess: Guess,
+    grammar: Grammar | None = None,
 ) -> list[Generation]:
     """Generate for one batch, timed; `show` gets each piece of text."""
     from subquad.engine.generate import generate
@@ -266,6 +279,7 @@ def continue_batch(
         limits=limits,
         sampling=sampling,
         tokenizer=loaded.tokenizer,
+        grammar=grammar,
         logprobs=logprobs,
         drafter=guess.drafter,
         draft_tokens=guess.tokens,

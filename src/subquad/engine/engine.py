@@ -14,6 +14,7 @@ from subquad.core.errors import ConfigError
 from subquad.engine.detokenize import Detokenizer
 from subquad.engine.draft import Drafter
 from subquad.engine.history import History
+from subquad.engine.masks import EXHAUSTED, Rule
 from subquad.engine.pace import Pace
 from subquad.engine.prefix import PrefixCache
 from subquad.engine.relax import Relaxed
@@ -39,6 +40,7 @@ class _Row:
     tokens: list[int]
     text: Detokenizer | None
     ends: set[int]
+    rule: Rule | None = None
     drawn: int = 0
     read: int = 0
     saved: tuple[StackState, History] | None = None
@@ -65,7 +67,8 @@ class Engine:
         draft_tokens: guesses a row and round; None lets `Pace` choose up to `most_drafted` from what they bring.
         most_drafted: largest number that `Pace` may choose.
         chunk: tokens of a prompt read at once.
-        rounds: rounds between two looks; by default 1 on a CPU, where a look is free, and 8 on a GPU.
+        rounds: rounds between two looks; by default 1 on a CPU, where a look is free, and 8 on a GPU. While a row with
+            a grammar decodes it is 1.
         prefixes: keeps states of prompts' beginnings for later ones; None keeps nothing.
         logprobs: give the log-probability of each token.
         on_look: called with what each look at the device found; the last ones are in `looks`.
@@ -124,6 +127,8 @@ class Engine:
             prefixes.bind(model)
         watched = drafter is not None and not drafter.always
         self.pace = Pace(widest, fixed=draft_tokens is not None, watched=watched)
+        # While a row has a grammar rounds cost more, and other guesses stand.
+        self.ruled_pace = Pace(widest, fixed=draft_tokens is not None, watched=watched)
         self.looks = deque[Look](maxlen=LOOKS_KEPT)
         self._waiting = deque[_Row]()
         self._slots: list[_Row | None] = [None] * rows
@@ -177,9 +182,15 @@ class Engine:
         text = None
         if request.tokenizer is not None:
             text = Detokenizer(request.tokenizer, request.prompt, request.limits.stop)
+        ends, rule = request.ends(self.model), self._rule(request)
         self._submitted += 1
-        self._waiting.append(_Row(id, request, list(request.prompt), text, request.ends(self.model)))
+        self._waiting.append(_Row(id, request, list(request.prompt), text, ends, rule))
         return id
+
+    def _rule(self, request: Request) -> Rule | None:
+        if request.grammar is None:
+            return None
+        return Rule(request.grammar.start(), request.ends(self.model), self.model.config.vocab_size)
 
     def _check(self, request: Request, name: str) -> None:
         """Refuse what this engine can't answer."""
@@ -214,10 +225,12 @@ class Engine:
         if not self._rounds.static:
             return
         self._rounds.admit([0], [request], [0])
+        self._rounds.masks.put([0], [self._rule(request)])
+        pace, _ = self._turn
         try:
             for n in sorted({min(1 << i, self.rows) for i in range(self.rows.bit_length() + 1)}):
-                for k in [self.pace.most] if self.pace.fixed else self.pace.ladder:
-                    self.pace.note(n, k, self._rehearse(n, k))
+                for k in [pace.most] if pace.fixed else pace.ladder:
+                    pace.note(n, k, self._rehearse(n, k))
         finally:
             self._leave([0])
 
@@ -228,8 +241,13 @@ class Engine:
             began = time.perf_counter()
             self._run(n, k)
             self._rounds.take(n)
-            taken.append((time.perf_counter() - began) / self.rounds)
+            taken.append((time.perf_counter() - began) / self._turn[1])
         return min(taken[REHEARSALS:])
+
+    @property
+    def _turn(self) -> tuple[Pace, int]:
+        """What chooses the number of guesses, and how many rounds come before the next look: masks follow from it."""
+        return (self.ruled_pace, 1) if self._rounds.masks.on else (self.pace, self.rounds)
 
     def cancel(self, id: int) -> bool:
         """Forget a request and free its slot; False if it is not there (any more)."""
@@ -270,18 +288,20 @@ class Engine:
         used = 1 + max(slot for slot, row in enumerate(self._slots) if row is not None)
         # A graph serves a number of rows; on a CPU every row costs.
         n = min(self.rows, 1 << (used - 1).bit_length()) if self._rounds.captures else used
-        k = self.pace.choose(n) if self.drafter is not None else 0
+        pace, _ = self._turn
+        k = pace.choose(n) if self.drafter is not None else 0
         began = time.perf_counter()
         return self._take(n, k, began, steady=self._run(n, k))
 
     def _run(self, n: int, k: int) -> bool:
         """The rounds between two looks; whether none did anything for the first time."""
+        _, rounds = self._turn
         if k and self.drafter is not None:
             self.drafter.prepare(n, k)
         elif self.drafter is not None and not self.drafter.always:
             # Such a guess costs next to nothing: so what is not worth a read now is seen as soon as it would be.
-            self._rounds.foresee(n, min(self.pace.most, self.rounds))
-        steady = sum(self._rounds.run(n, k) for _ in range(self.rounds)) == self.rounds
+            self._rounds.foresee(n, min(self.pace.most, rounds))
+        steady = sum(self._rounds.run(n, k) for _ in range(rounds)) == rounds
         if not k and self.drafter is not None:
             self._rounds.catch_up(n)
         return steady
@@ -353,7 +373,8 @@ class Engine:
 
     def _start(self, slots: Sequence[int]) -> None:
         """From now on `slots`, whose prompts are read, take part in the rounds."""
-        self._rounds.start(slots, [row.tokens for slot in slots if (row := self._slots[slot]) is not None])
+        rows = [row for slot in slots if (row := self._slots[slot]) is not None]
+        self._rounds.start(slots, [row.tokens for row in rows], [row.rule for row in rows])
 
     def _close_up(self) -> None:
         """Move rows from the end into free slots once half of those in use are free."""
@@ -368,7 +389,7 @@ class Engine:
 
     def _take(self, n: int, k: int, began: float, *, steady: bool) -> list[Piece]:
         """Look at what came."""
-        given = self._rounds.take(n)
+        given, (pace, rounds) = self._rounds.take(n), self._turn
         pieces, ended = list[Piece](), list[int]()
         for slot, (row, new) in enumerate(zip(self._slots, given, strict=False)):
             if row is not None and new.tokens:
@@ -380,7 +401,7 @@ class Engine:
         look = Look(
             rows=sum(1 for new in given if new.tokens),
             k=k,
-            rounds=self.rounds,
+            rounds=rounds,
             tokens=sum(len(new.tokens) for new in given),
             guessed=sum(new.guessed for new in given),
             judged=sum(new.judged for new in given),
@@ -391,24 +412,24 @@ class Engine:
             loose=sum(new.loose for new in given),
         )
         self.looks.append(look)
-        self.pace.learn(look)
+        pace.learn(look)
         if not k and self.drafter is not None and not self.drafter.always:
-            self._compare(given)
+            self._compare(given, pace, rounds)
         if self.on_look is not None:
             self.on_look(look)
         return pieces
 
-    def _compare(self, given: Sequence[Given]) -> None:
+    def _compare(self, given: Sequence[Given], pace: Pace, rounds: int) -> None:
         """Let the pace know what guesses that nobody read would have brought."""
         asked = guessed = judged = kept = 0
         for new in given:
             if new.tokens:
-                asked += min(self.pace.most, self.rounds)
+                asked += min(pace.most, rounds)
                 guessed += len(new.foreseen)
                 most = min(len(new.foreseen), len(new.tokens))
                 stood = next((i for i in range(most) if new.foreseen[i] != new.tokens[i]), most)
                 judged, kept = judged + min(stood + 1, most), kept + stood
-        self.pace.see(asked, guessed, judged, kept)
+        pace.see(asked, guessed, judged, kept)
 
     def _pieces(self, row: _Row, new: Given) -> list[Piece]:
         """The new tokens of a row as pieces, up to the one that ends it."""
@@ -417,17 +438,20 @@ class Engine:
         for i, token in enumerate(new.tokens):
             shown, finish = "", None
             if token < 0:
-                finish = "diverged"
+                finish = "exhausted" if token == EXHAUSTED and row.rule is not None else "diverged"
             elif token in ends:
                 finish = "end"
             elif text is not None:
                 shown = text.push(token)
                 finish = "stop" if text.stopped else None
+            if finish is None and row.rule is not None and row.rule.push(token):
+                finish = "end"
             if finish is None and i + 1 == left:
                 finish = "length"
             if finish is not None and text is not None:
                 shown += text.finish()
-            pieces.append(Piece(row.id, token, shown, new.scores[i] if self.logprobs else math.nan, finish))
+            score = new.scores[i] if self.logprobs and token >= 0 else math.nan
+            pieces.append(Piece(row.id, max(token, -1), shown, score, finish))
             if finish is not None:
                 break
         row.drawn += len(pieces)

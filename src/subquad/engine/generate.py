@@ -8,6 +8,7 @@ from typing import Any
 from subquad.core.errors import ConfigError, DataError
 from subquad.engine.draft import Drafter
 from subquad.engine.engine import Engine
+from subquad.engine.masks import Constraint
 from subquad.engine.relax import Relaxed
 from subquad.engine.request import Generation, Limits, Piece, Request, check_model, check_request, diverged, row_configs
 from subquad.engine.sampler import SamplingConfig
@@ -24,6 +25,7 @@ def generate(
     limits: Limits | None = None,
     sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     tokenizer: Any = None,
+    grammar: Constraint | None = None,
     logprobs: bool = False,
     drafter: Drafter | None = None,
     draft_tokens: int | None = None,
@@ -39,6 +41,7 @@ def generate(
         limits: when to stop.
         sampling: one for every row, or one a row; greedy by default.
         tokenizer: gives the text; without it the text stays empty.
+        grammar: what every text must be, such as a `subquad.engine.grammar.Grammar`.
         logprobs: also return the log-probability of each token.
         drafter: guesses tokens, which the model verifies: faster, and the same distribution.
         draft_tokens: guesses a row and round; None chooses by what they bring.
@@ -53,6 +56,7 @@ def generate(
         limits=limits,
         sampling=sampling,
         tokenizer=tokenizer,
+        grammar=grammar,
         logprobs=logprobs,
         drafter=drafter,
         draft_tokens=draft_tokens,
@@ -61,10 +65,11 @@ def generate(
     )
     for piece in pieces:
         result = results[piece.row]
-        result.tokens.append(piece.token)
         result.text += piece.text
         result.finish = piece.finish or ""
-        if logprobs:
+        if piece.token >= 0:
+            result.tokens.append(piece.token)
+        if logprobs and piece.token >= 0:
             result.logprobs.append(piece.logprob)
         if on_piece is not None:
             on_piece(piece)
@@ -78,6 +83,7 @@ def stream(
     limits: Limits | None = None,
     sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     tokenizer: Any = None,
+    grammar: Constraint | None = None,
     logprobs: bool = False,
     drafter: Drafter | None = None,
     draft_tokens: int | None = None,
@@ -96,7 +102,7 @@ def stream(
         DivergenceError: logits that are not finite.
         UnsupportedError: a layer that looks ahead or can't be read in pieces.
     """
-    requests = _requests(model, prompts, limits, sampling, tokenizer)
+    requests = _requests(model, prompts, limits, sampling, tokenizer, grammar)
     engine = Engine(
         model,
         rows=len(requests),
@@ -129,6 +135,7 @@ def generate_many(
     sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     rounds: int | None = None,
     drafter: Drafter | None = None,
+    grammar: Constraint | None = None,
 ) -> Iterator[tuple[int, Generation]]:
     """Continue many prompts with `rows` of them side by side, and give each, with its index, when it is done.
 
@@ -143,12 +150,12 @@ def generate_many(
         limits: when to stop; without stop strings, since there is no text.
         sampling: as in `stream`.
         rounds: between two looks; see `Engine`.
-        drafter: as in `generate`.
+        drafter, grammar: as in `generate`.
 
     Raises:
         ConfigError, DataError, DivergenceError, UnsupportedError: as in `stream`.
     """
-    requests = _requests(model, prompts, limits, sampling, None)
+    requests = _requests(model, prompts, limits, sampling, None, grammar)
     if rows < 1:
         raise ConfigError(f"rows: expected at least 1, got {rows}; give more")
     engine = Engine(
@@ -167,7 +174,8 @@ def generate_many(
             result = results.setdefault(piece.row, Generation())
             if piece.finish == "diverged":
                 raise diverged(piece.row, len(result.tokens))
-            result.tokens.append(piece.token)
+            if piece.token >= 0:
+                result.tokens.append(piece.token)
             if piece.finish is not None:
                 result.finish = piece.finish
                 yield piece.row, results.pop(piece.row)
@@ -179,6 +187,7 @@ def _requests(
     limits: Limits | None,
     sampling: SamplingConfig | Sequence[SamplingConfig] | None,
     tokenizer: Any,
+    grammar: Constraint | None,
 ) -> list[Request]:
     """One request a prompt, all of them checked before any work."""
     check_model(model)
@@ -186,7 +195,8 @@ def _requests(
         raise DataError("prompts: expected at least one, got none; give a prompt")
     configs = row_configs(sampling, len(prompts))
     requests = [
-        Request(prompt, limits or Limits(), config, tokenizer) for prompt, config in zip(prompts, configs, strict=True)
+        Request(prompt, limits or Limits(), config, tokenizer, grammar)
+        for prompt, config in zip(prompts, configs, strict=True)
     ]
     for i, request in enumerate(requests):
         check_request(model, request, f"prompt {i}")

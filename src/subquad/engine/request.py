@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from subquad.core.errors import ConfigError, DataError, DivergenceError, UnsupportedError
 from subquad.core.registry import methods
+from subquad.engine.masks import Constraint
 from subquad.engine.sampler import SamplingConfig
 from subquad.models.stack import Stack
 
@@ -43,12 +44,15 @@ class Request:
         limits: when to stop.
         sampling: how to choose.
         tokenizer: gives the text, and finds stop strings; without it the text stays empty.
+        grammar: what the text must be, such as a `subquad.engine.grammar.Grammar`. An end token comes only where it
+            may end, and where nothing can follow the row ends at once. `max_new_tokens` and stop strings may cut it.
     """
 
     prompt: Sequence[int]
     limits: Limits = field(default_factory=Limits)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tokenizer: Any = None
+    grammar: Constraint | None = None
 
     @property
     def tokens(self) -> int:
@@ -69,8 +73,9 @@ class Piece(NamedTuple):
         token: the token chosen; an end token is given too.
         text: what may be shown now: no half characters, and nothing of a stop string or an end token.
         logprob: log-probability of the token under the model itself, before any processor; NaN unless asked for.
-        finish: why the row ends with this piece: ``end`` (an end token), ``stop`` (a stop string), ``length``,
-            ``diverged`` (logits that are not finite; the token is -1); or None.
+        finish: why the row ends with this piece: ``end`` (an end token, or a grammar behind whose text nothing can
+            follow), ``stop`` (a stop string), ``length``, ``diverged`` (logits that are not finite; the token is -1),
+            ``exhausted`` (grammar and other settings leave no token; the token is -1); or None.
     """
 
     row: int

@@ -14,6 +14,7 @@ from torch import Tensor
 from subquad.engine.chains import select, verify_chains
 from subquad.engine.draft import Draft, Drafter
 from subquad.engine.history import History
+from subquad.engine.masks import EXHAUSTED, Masks, Rule
 from subquad.engine.relax import Relaxed, verify_relaxed
 from subquad.engine.request import Request
 from subquad.engine.sampler import IDLE, Sampler
@@ -34,7 +35,7 @@ class Given:
     """What some rounds gave one slot.
 
     Attributes:
-        tokens: new ones; -1 where logits were not finite.
+        tokens: new ones; -1 where logits were not finite, `EXHAUSTED` where a rule and other settings leave none.
         scores: their log-probabilities, empty unless asked for.
         kept, judged, guessed: guesses that stood, whose turn came, that were read.
         foreseen: what `foresee` guessed for the first of them, which nobody read.
@@ -90,6 +91,9 @@ class Rounds:
         # Tokens of a row before which it can't end; here as well, so that nobody asks the device whether there are any.
         self._least_b, self._least = torch.zeros(rows, dtype=torch.int64, device=device), [0] * rows
         self._barring = False
+        self.masks = Masks(rows, block, model.config.vocab_size, device)
+        # Guesses that wait for their masks, by what was asked for.
+        self._held: dict[Any, Draft] = {}
         self._score_bn = torch.zeros(rows, width + 1 if logprobs else 0, device=device)
         # The stream of a look's tokens, which plain rounds leave to a drafter that reads it.
         self._hidden_bnd = None
@@ -160,11 +164,12 @@ class Rounds:
         self._history = wide
         self._forget_rounds()
 
-    def start(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
-        """From now on `slots`, which have read all of `tokens` but the last, take part in rounds."""
+    def start(self, slots: Sequence[int], tokens: Sequence[Sequence[int]], rules: Sequence[Rule | None] = ()) -> None:
+        """From now on `slots`, which have read `tokens` but the last, take part in rounds, and follow `rules`."""
         if not slots:
             return
         at = self._at(slots)
+        self.masks.put(slots, rules or [None] * len(slots))
         self._slots.last_b[at] = self._at([row[-1] for row in tokens])
         self._slots.alive_b[at] = 1
         if self.drafter is not None:
@@ -176,6 +181,7 @@ class Rounds:
             self._slots.alive_b[self._at(slots)] = 0
             self._sampler.put(slots, [IDLE] * len(slots))
             self._hold(slots, [0] * len(slots))
+            self.masks.put(slots, [None] * len(slots))
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """What stands in the slots `sources` goes to `targets`; no slot is in both."""
@@ -186,6 +192,7 @@ class Rounds:
             buffer[to] = buffer[at]
         self._slots.alive_b[at] = 0
         self._hold([*targets, *sources], [*(self._least[slot] for slot in sources), *[0] * len(sources)])
+        self.masks.move(sources, targets)
         configs = [self._sampler.configs[slot] for slot in sources]
         self._sampler.put([*targets, *sources], [*configs, *[IDLE] * len(sources)])
         if self.drafter is not None:
@@ -209,8 +216,7 @@ class Rounds:
         self._launch(("foresee", n, k, self._sampler.features), lambda: self._foresee(n, k))
 
     def _foresee(self, n: int, k: int) -> None:
-        assert self.drafter is not None
-        draft = self.drafter.propose(n, k, self._sampler, self._history.first(n))
+        draft = self._guess(n, k)
         self._foreseen_bk[:n, 0] = draft.length_b * self._slots.alive_b[:n]
         self._foreseen_bk[:n, 1 : k + 1] = draft.tokens_bk
 
@@ -231,11 +237,24 @@ class Rounds:
     def run(self, n: int, k: int) -> bool:
         """One round over the first `n` slots, on a GPU as one graph from its third time on.
 
+        Where some slot has a rule these are two, and between them the host looks at the guesses: what was given before
+        must have been taken, since masks follow from it.
+
         Returns:
             Whether all of it had been done before, so that its time says what such a round takes.
         """
         key = (n, k, self._sampler.features, self._barring)
-        return self._launch(key, lambda: self._do(n, k))
+        if not self.masks.on:
+            return self._launch(key, lambda: self._do(n, k, None))
+        steady = not k or self._launch(("guess", key), lambda: self._hold_guesses(key))
+        if key not in self._held:
+            self._held[key] = self.masks.none(n)
+        held = self._held[key]
+        self.masks.look(held)
+        return self._launch(("masked", key), lambda: self._do(n, k, held)) and steady
+
+    def _hold_guesses(self, key: Any) -> None:
+        self._held[key] = self.masks.hold(self._guess(*key[:2]))
 
     def _launch(self, key: Any, work: Callable[[], None]) -> bool:
         """Do `work`, which `key` tells from all other: see `run`."""
@@ -266,26 +285,27 @@ class Rounds:
                 graph.replay()
         return steady
 
-    def _do(self, n: int, k: int) -> None:
+    def _do(self, n: int, k: int, held: Draft | None) -> None:
         if self._compiled is None:
-            return self._round(n, k)
+            return self._round(n, k, held)
         # One function for each number of rows and guesses, and for what is asked of rows: many, and each on purpose.
         config: Any = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
         with config.patch(recompile_limit=MOST_COMPILED, accumulated_recompile_limit=MOST_COMPILED):
-            return self._compiled(n, k)
+            return self._compiled(n, k, held)
 
     def _forget_rounds(self) -> None:
         """Buffers have been replaced: what was captured reads the old ones, and their size may be a kernel's own."""
         self._graphs.clear()
         self._seen.clear()
 
-    def _round(self, n: int, k: int) -> None:
+    def _round(self, n: int, k: int, held: Draft | None) -> None:
         pool, history, slots = self.pool.first(n), self._history.first(n), self._slots.first(n)
-        draft, tokens_bt, lengths_b = self._lead(n, k)
+        draft, tokens_bt, lengths_b = self._lead(n, self._guess(n, k) if held is None else held)
         state = pool if draft.chains == 1 else pool.fork(draft.chains)
         hidden_btd, update = self.model.read(tokens_bt, state, lengths_b)
         logits_btv = self.model.head(hidden_btd)
-        allowed_btv = self._without_ends(logits_btv, n, draft) if self._barring else logits_btv
+        allowed_btv = logits_btv if held is None else self.masks.apply(logits_btv, held, draft)
+        allowed_btv = self._without_ends(allowed_btv, n, draft) if self._barring else allowed_btv
         rows, loose_bt = None, None
         if self.relaxed is not None:
             tokens_bt, n_b, loose_bt = verify_relaxed(self._sampler, history, allowed_btv, draft, self.relaxed)
@@ -296,6 +316,9 @@ class Rounds:
             hidden_btd, logits_btv, update = hidden_btd[at_b], logits_btv[at_b], select(update, at_b)
             # Named, since it is not the pool that was read.
             rows = torch.arange(n, device=self.model.device)
+        if held is not None:
+            finite_bt = logits_btv.amax(-1).isfinite()
+            tokens_bt = torch.where((tokens_bt < 0) & finite_bt, EXHAUSTED, tokens_bt)
         fill_b = slots.fill_b.clone() if self.logprobs or self._hidden_bnd is not None else slots.fill_b
         # Guesses of several chains at one position count as one.
         kept_b = emit_(slots, tokens_bt, n_b, draft.length_b)
@@ -313,13 +336,16 @@ class Rounds:
             at_b11 = fill_b.clamp(max=self._hidden_bnd.shape[1] - 1)[:, None, None]
             self._hidden_bnd[:n].scatter_(1, at_b11.expand_as(hidden_btd), hidden_btd)
 
-    def _lead(self, n: int, k: int) -> tuple[Draft, Tensor, Tensor | None]:
-        """Guesses, the block that they make with each row's last token, and how many of it count, None for all."""
-        slots = self._slots.first(n)
+    def _guess(self, n: int, k: int) -> Draft:
         if not k or self.drafter is None:
-            nothing = self._nothing
-            return Draft(nothing.tokens_bk[:n], nothing.length_b[:n]), slots.last_b[:, None], None
-        draft = self.drafter.propose(n, k, self._sampler, self._history.first(n))
+            return Draft(self._nothing.tokens_bk[:n], self._nothing.length_b[:n])
+        return self.drafter.propose(n, k, self._sampler, self._history.first(n))
+
+    def _lead(self, n: int, draft: Draft) -> tuple[Draft, Tensor, Tensor | None]:
+        """The guesses that are read, the block that they make with each row's last token, how many count, None: all."""
+        slots = self._slots.first(n)
+        if not draft.tokens_bk.shape[1]:
+            return draft, slots.last_b[:, None], None
         if draft.chains == 1 and self.static:
             tokens_bt, lengths_b, length_b = lead(slots, draft.tokens_bk, draft.length_b)
             return replace(draft, length_b=length_b), tokens_bt, lengths_b
