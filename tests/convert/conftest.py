@@ -12,6 +12,20 @@ from subquad.models.stack import Stack
 LAYER = {"mixer": "attention", "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "rotary": {"theta": 1e4, "dim": 8}}
 
 
+@pytest.fixture
+def drawn() -> None:
+    """Asked for by a test whose report has its pictures."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports say their charts in words: pictures take longer than the conversion of a tiny model."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(
+            "subquad.evals.report.svg", lambda chart, key: f'<svg id="{key}">{chart.description()}</svg>'
+        )
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a teacher of four layers."""

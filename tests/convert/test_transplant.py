@@ -239,7 +239,7 @@ BUDGET = ["--stage", "align.tokens=320", "--stage", "align.passes=2"]
 BOTH = ["--mixer", "windowed_linear", "--keep", "0.5", "--set", "window=8", *BUDGET]
 
 
-def test_command_line_end_to_end(tmp_path, teacher_folder, capfd):
+def test_command_line_end_to_end(tmp_path, teacher_folder, capfd, drawn):
     out = tmp_path / "out"
     command = [
         "convert",
@@ -273,7 +273,7 @@ def test_command_line_end_to_end(tmp_path, teacher_folder, capfd):
     assert facts["evaluation"]["ratio"]["value"] == pytest.approx(ratio, rel=1e-6)
     card = (out / "README.md").read_text()
     assert "| recipe.align.tokens | 320 |" in card and teacher_folder in card
-    assert (out / "report.html").stat().st_size > 1000
+    assert "<path" in (out / "report.html").read_text()
     assert not (out / "checkpoint.pt").exists()
     assert main(command) == 2
     assert "holds a run already" in capfd.readouterr().err

@@ -25,6 +25,8 @@ MIXERS = {
     for name, example in card.examples.items()
 }
 
+FIRST_MIXERS = set({name.partition("-")[0]: name for name in reversed(MIXERS)}.values())
+
 
 def build(layer: dict[str, Any], seed: int = 0, vocab_size: int = V, layers: int = 2) -> Stack:
     torch.manual_seed(seed)

@@ -11,15 +11,21 @@ from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack, StackState
 
 ATTENTION = {"mixer": "attention", "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "rotary": {"theta": 1e4, "dim": 8}}
-CASES = [(slug, name) for slug, card in methods("mixers").items() if card.causal for name in card.examples]
+CASES = {
+    f"{slug}-{name}": [{"mixer": slug, **example}]
+    for slug, card in methods("mixers").items()
+    if card.causal
+    for name, example in card.examples.items()
+}
+# Layers share nothing but the pool, so one mixed stack is enough.
+CASES["hybrid"] = [*CASES["gla-paper"], ATTENTION]
 
 
-@pytest.mark.parametrize(("slug", "example"), CASES, ids=["-".join(case) for case in CASES])
-def test_a_compiled_decode_step_has_no_break_and_the_same_tokens(slug: str, example: str) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_decode_step_has_no_break_and_the_same_tokens(case: str) -> None:
     torch.compiler.reset()
-    values = dict(methods("mixers")[slug].examples[example])
-    layers = ({"mixer": slug} | {k: v for k, v in values.items() if k != "d_model"}, ATTENTION)
-    model = Stack(ModelConfig(vocab_size=50, d_model=values["d_model"], d_mlp=32, layers=layers))
+    layers = tuple({k: v for k, v in layer.items() if k != "d_model"} for layer in CASES[case])
+    model = Stack(ModelConfig(vocab_size=50, d_model=CASES[case][0]["d_model"], d_mlp=32, layers=layers))
     model.requires_grad_(False)
     plain, compiled = model.init_state(2, 12), model.init_state(2, 12)
 

@@ -110,7 +110,8 @@ def test_odd_widths_and_grouped_heads(k: int, v: int, h: int, heads: tuple[int, 
     agree(arguments(66, k=k, v=v, h=h, heads=heads))
 
 
-@pytest.mark.parametrize("count", [2, 3, 5])
+# Of five chunks: three and two, and one each.
+@pytest.mark.parametrize("count", [2, 5])
 def test_segments(count: int, split: Any) -> None:
     split(count)
     agree(arguments(300, v=20))

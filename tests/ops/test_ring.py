@@ -27,7 +27,7 @@ LAYERS: dict[str, dict[str, Any]] = {
         "window": 1,
         "sinks": 0,
     },
-    "wide": {"mixer": "windowed_linear", "n_heads": 6, "n_kv_heads": 2, "head_dim": 64, "window": 64, "sinks": 4},
+    "wide": {"mixer": "windowed_linear", "n_heads": 3, "n_kv_heads": 1, "head_dim": 64, "window": 64, "sinks": 4},
 }
 BLOCK = 5
 

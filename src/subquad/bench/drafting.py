@@ -160,7 +160,7 @@ def run_drafter(
         GateError: a greedy token differs that is no near-tie.
     """
     bench.name = f"spec.{bench.name.rpartition('.')[2]}"
-    new = bench.size(NEW_TOKENS, smoke=8)
+    new = bench.size(NEW_TOKENS, smoke=4)
     # In little nothing is learnt about what guesses bring, and they are to be verified all the same.
     draft_tokens = bench.size(draft_tokens, smoke=2)
     for name, model, prompts in _targets(bench):
@@ -237,7 +237,7 @@ def _batches(bench: Bench, name: str, prompts: Prompts, rows: int) -> list[tuple
     chosen: list[tuple[str, list[list[int]]]] = []
     for kind, some in prompts.items():
         if rows == 1:
-            chosen += [(kind, [prompt]) for prompt in spread(some, bench.size(ALONE[name][kind], smoke=2))]
+            chosen += [(kind, [prompt]) for prompt in spread(some, bench.size(ALONE[name][kind], smoke=1))]
         elif len(some) >= rows:
             chosen.append((kind, spread(some, min(len(some), QUEUED * rows))))
     return chosen

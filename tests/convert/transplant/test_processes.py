@@ -131,10 +131,17 @@ def settings(teacher, **changes):
     return Settings(teacher, **({"data": ("pydoc",), "recipe": recipe, "mixers": ("mamba2",)} | small | changes))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("where", ["sampling", "measuring", "writing"])
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("sampling", signal.SIGTERM),
+        ("measuring", signal.SIGINT),
+        ("writing", signal.SIGTERM),
+        ("writing", signal.SIGINT),
+    ],
+)
 def test_a_signal_before_the_training_is_told_by_its_exit_code_and_resumed(
-    tmp_path, tiny_teacher, monkeypatch, capfd, number, where
+    tmp_path, tiny_teacher, monkeypatch, capfd, where, number
 ):
     arguments = ["convert", tiny_teacher, "--out", str(tmp_path / "out"), "--mixer", "mamba2", "--keep", "0.5", *SIZES]
     arguments += ["--data", "self", "--samples", "40", "--stage", "align.tokens=256", "--resume"]
