@@ -13,7 +13,18 @@ from subquad.core.registry import FAMILIES, methods
 SOURCE = Path(__file__).parent / "src/subquad"
 RESULTS = Path(__file__).parent / "bench/results"
 # The guide is read in this order; what is not named follows by name.
-GUIDE = ("index", "ideas", "convert", "evaluate", "generate", "checkpoints", "kernels", "measured", "add_a_method")
+GUIDE = (
+    "index",
+    "ideas",
+    "convert",
+    "evaluate",
+    "generate",
+    "serve",
+    "checkpoints",
+    "kernels",
+    "measured",
+    "add_a_method",
+)
 TITLES = {
     "mixers": "Mixers",
     "convert": "Conversion",

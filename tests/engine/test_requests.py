@@ -12,6 +12,7 @@ from subquad.core.errors import ConfigError, DataError
 from subquad.decode.copyspec import CopySpec
 from subquad.engine.engine import Engine
 from subquad.engine.generate import generate
+from subquad.engine.prefix import PrefixCache
 from subquad.engine.request import Limits, Request
 from subquad.engine.sampler import SamplingConfig
 from subquad.models.stack import Stack
@@ -228,3 +229,35 @@ def test_a_least_number_beyond_the_most_is_refused(model: Stack, least: int) -> 
     engine = Engine(model, rows=1, capacity=16)
     with pytest.raises(ConfigError, match="^min_new_tokens: expected 0 to max_new_tokens=8"):
         engine.submit(Request([1], Limits(8, min_new_tokens=least)))
+
+
+def test_a_row_that_is_put_aside_waits_until_it_is_resumed(model: Stack) -> None:
+    engine = Engine(model, rows=1, capacity=64)
+    first = engine.submit(Request(PROMPTS[0], Limits(12, end_tokens=[])))
+    got = {first: engine.step()}
+    assert engine.pause(first, aside=True) and not engine.busy and engine.aside_nbytes > 0
+    assert not engine.pause(first, aside=True)
+    second = engine.submit(Request(PROMPTS[1], Limits(6, end_tokens=[])))
+    got |= drain(engine)
+    assert engine.resume(first) and not engine.resume(first) and engine.aside_nbytes == 0
+    got[first] = got[first] + drain(engine)[first]
+    expected = [plain(model, [PROMPTS[0]], 12)[0], plain(model, [PROMPTS[1]], 6)[0]]
+    assert [tokens(got[first]), tokens(got[second])] == expected
+
+
+def test_a_row_that_is_put_aside_can_be_cancelled(model: Stack) -> None:
+    engine = Engine(model, rows=1, capacity=64)
+    row = engine.submit(Request(PROMPTS[0], Limits(12, end_tokens=[])))
+    engine.step()
+    engine.pause(row, aside=True)
+    assert engine.cancel(row) and engine.aside_nbytes == 0 and not engine.cancel(row) and not engine.resume(row)
+
+
+def test_a_known_beginning_is_told(model: Stack) -> None:
+    told: list[tuple[int, int]] = []
+    engine = Engine(
+        model, rows=1, capacity=64, prefixes=PrefixCache(2**20, block=4), on_prefix=lambda *what: told.append(what)
+    )
+    rows = [engine.submit(Request(PROMPTS[2], Limits(2, end_tokens=[]))) for _ in range(2)]
+    drain(engine)
+    assert told == [(rows[1], 8)]

@@ -45,9 +45,9 @@ class Detokenizer:
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def push(self, token: int) -> str:
-        """The text that has become certain with `token`; `stopped` is True once a stop string has come."""
-        self.window.append(token)
+    def push(self, *tokens: int) -> str:
+        """The text that has become certain with `tokens`; `stopped` is True once a stop string has come."""
+        self.window += tokens
         text = self._decode(self.window)
         certain = text.rstrip(UNFINISHED)
         piece, self.given = certain[self.given :], max(self.given, len(certain))

@@ -72,6 +72,7 @@ class Engine:
         prefixes: keeps states of prompts' beginnings for later ones; None keeps nothing.
         logprobs: give the log-probability of each token.
         on_look: called with what each look at the device found; the last ones are in `looks`.
+        on_prefix: called, when a request begins that some prefix serves, with its number and the tokens known.
         relaxed: let guesses stand that are merely good, for greedy requests alone: what comes is not what it would be
             without, and `exact` is False.
         compile: fuse a round's operations with torch.compile, at its first call for each number of rows and guesses,
@@ -102,6 +103,7 @@ class Engine:
         prefixes: PrefixCache | None = None,
         logprobs: bool = False,
         on_look: Callable[[Look], None] | None = None,
+        on_prefix: Callable[[int, int], None] | None = None,
         relaxed: Relaxed | None = None,
         compile: bool = False,
     ) -> None:
@@ -123,6 +125,7 @@ class Engine:
         self.model, self.rows, self.capacity, self.chunk, self.rounds = model, rows, capacity, chunk, rounds
         self.relaxed = relaxed
         self.drafter, self.prefixes, self.logprobs, self.on_look = drafter, prefixes, logprobs, on_look
+        self.on_prefix = on_prefix
         if prefixes is not None:
             prefixes.bind(model)
         watched = drafter is not None and not drafter.always
@@ -132,6 +135,7 @@ class Engine:
         self.looks = deque[Look](maxlen=LOOKS_KEPT)
         self._waiting = deque[_Row]()
         self._slots: list[_Row | None] = [None] * rows
+        self._aside: dict[int, _Row] = {}
         self._submitted = 0
         block = widest + 1
         self._rounds = Rounds(
@@ -170,6 +174,11 @@ class Engine:
     def nbytes(self) -> int:
         """Bytes of the rows' state, and of the prefixes kept."""
         return self._rounds.pool.nbytes + (self.prefixes.nbytes if self.prefixes is not None else 0)
+
+    @property
+    def aside_nbytes(self) -> int:
+        """Bytes of the state of requests that were put aside."""
+        return sum(row.saved[0].nbytes for row in self._aside.values() if row.saved is not None)
 
     def submit(self, request: Request) -> int:
         """Queue a request and return the number that its pieces bear as ``row``.
@@ -251,6 +260,8 @@ class Engine:
 
     def cancel(self, id: int) -> bool:
         """Forget a request and free its slot; False if it is not there (any more)."""
+        if self._aside.pop(id, None) is not None:
+            return True
         row = self._find(id)
         if row is None:
             return False
@@ -261,16 +272,31 @@ class Engine:
         return True
 
     @torch.no_grad()
-    def pause(self, id: int) -> bool:
-        """Give up a request's slot and put it first in the queue; it goes on where it stood. False if not there."""
+    def pause(self, id: int, *, aside: bool = False) -> bool:
+        """Give up a request's slot and put it first in the queue; it goes on where it stood. False if not there.
+
+        Args:
+            id: its number.
+            aside: not in the queue but beside it, until `resume` or `cancel`.
+        """
         row = self._find(id)
         if row is None or row in self._waiting:
             return False
         slot = self._slots.index(row)
         row.saved = self._rounds.save(slot, row.read)
         self._leave([slot])
-        self._waiting.appendleft(row)
+        if aside:
+            self._aside[id] = row
+        else:
+            self._waiting.appendleft(row)
         return True
+
+    def resume(self, id: int) -> bool:
+        """Queue a request that was put aside; it goes on where it stood. False if not there."""
+        row = self._aside.pop(id, None)
+        if row is not None:
+            self._waiting.append(row)
+        return row is not None
 
     def _find(self, id: int) -> _Row | None:
         return next((row for row in (*self._waiting, *self._slots) if row is not None and row.id == id), None)
@@ -330,6 +356,8 @@ class Engine:
             if found is not None:
                 self._rounds.restore(slot, found.state)
                 row.read = found.tokens
+                if self.on_prefix is not None:
+                    self.on_prefix(row.id, found.tokens)
 
     def _fill(self) -> bool:
         """Read one chunk of the prompts that are not read yet; whether there was any."""

@@ -1,0 +1,1 @@
+"""Serving over HTTP: an OpenAI-compatible server over the decode engine."""

@@ -1,0 +1,60 @@
+"""What holds a continuation to a form: the engine's grammars, for response formats and for calls of tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from subquad.serve.errors import ApiError
+from subquad.serve.schemas import ResponseFormat, ToolChoice
+
+# From a tokenizer to a grammar; it may take a while.
+Make = Callable[[Any], Any]
+
+
+def _schema(schema: Mapping[str, Any], param: str) -> Make:
+    """JSON that is valid under a schema."""
+    raise ApiError(400, f"{param} is not available", param)
+
+
+def response_grammar(form: ResponseFormat | None) -> Make | None:
+    """The grammar of a response format; None where anything may be written.
+
+    Raises:
+        ApiError: no schema, or it is not available.
+    """
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return _schema({"type": "object"}, "response_format")
+    if form.json_schema is None:
+        raise ApiError(400, "response_format: expected a json_schema, got none; give one", "response_format")
+    return _schema(form.json_schema.schema_, "response_format")
+
+
+def tool_grammar(choice: str | ToolChoice, tools: Sequence[Mapping[str, Any]]) -> Make | None:
+    """The grammar of a call that must be made; None where none must.
+
+    Raises:
+        ApiError: no such tool, or it is not available.
+    """
+    if choice in ("none", "auto"):
+        return None
+    if isinstance(choice, ToolChoice):
+        tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
+    if not tools:
+        wanted = choice.function.name if isinstance(choice, ToolChoice) else choice
+        raise ApiError(400, f"tool_choice: expected a tool for {wanted!r}, got none; give it in tools", "tool_choice")
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool["function"]["name"]},
+                "arguments": tool["function"].get("parameters") or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return _schema({"anyOf": calls}, "tool_choice")
