@@ -5,38 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from subquad.engine.grammar import Grammar
 from subquad.serve.errors import ApiError
 from subquad.serve.schemas import ResponseFormat, ToolChoice
 
 # From a tokenizer to a grammar; it may take a while.
-Make = Callable[[Any], Any]
+Make = Callable[[Any], Grammar]
 
 
-def _schema(schema: Mapping[str, Any], param: str) -> Make:
+def _schema(schema: Mapping[str, Any]) -> Make:
     """JSON that is valid under a schema."""
-    raise ApiError(400, f"{param} is not available", param)
+    return lambda tokenizer: Grammar.json_schema(schema, tokenizer)
 
 
 def response_grammar(form: ResponseFormat | None) -> Make | None:
     """The grammar of a response format; None where anything may be written.
 
     Raises:
-        ApiError: no schema, or it is not available.
+        ApiError: no schema.
     """
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
-        return _schema({"type": "object"}, "response_format")
+        return _schema({"type": "object"})
     if form.json_schema is None:
         raise ApiError(400, "response_format: expected a json_schema, got none; give one", "response_format")
-    return _schema(form.json_schema.schema_, "response_format")
+    return _schema(form.json_schema.schema_)
 
 
 def tool_grammar(choice: str | ToolChoice, tools: Sequence[Mapping[str, Any]]) -> Make | None:
     """The grammar of a call that must be made; None where none must.
 
     Raises:
-        ApiError: no such tool, or it is not available.
+        ApiError: no such tool.
     """
     if choice in ("none", "auto"):
         return None
@@ -57,4 +58,4 @@ def tool_grammar(choice: str | ToolChoice, tools: Sequence[Mapping[str, Any]]) -
         }
         for tool in tools
     ]
-    return _schema({"anyOf": calls}, "tool_choice")
+    return _schema({"anyOf": calls})
