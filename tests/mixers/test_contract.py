@@ -127,11 +127,10 @@ def test_a_pool_that_decodes_equals_states(mixer: Mixer, counts: bool) -> None:
         torch.testing.assert_close(y_btd, want_btd, **EXACT)
         n_b = torch.tensor(kept)
         state, value, start_b = plain.commit(n_b), update.commit(n_b), start_b + n_b
-        counter = update.counter(pool, None) if counts else None
-        if counter is None:
-            update.commit_(pool, None, n_b)
+        if counts:
+            update.store_(pool, None, n_b).count_(n_b)
         else:
-            counter.add_(n_b)
+            update.commit_(pool, None, n_b)
         probe, at = block(mixer, 3, 7, seed=99), Layout.dense(3, 7, start_b=start_b)
         want_btd = mixer.read(probe, state, at)[0]
         torch.testing.assert_close(mixer.read(probe, value, at)[0], want_btd, **EXACT)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 from subquad.core.attention import AttentionStats, AttentionWeights
@@ -16,6 +18,31 @@ from subquad.core.state import State
 
 Shared = Mapping[str, Tensor]
 NOTHING: Shared = MappingProxyType({})
+
+
+class Counts(NamedTuple):
+    """What is still to be counted of a commit, int64 ``[b]`` each, in fixed buffers.
+
+    Attributes:
+        added: to these `n_b` is added.
+        put: these become `n_b`.
+    """
+
+    added: tuple[Tensor, ...] = ()
+    put: tuple[Tensor, ...] = ()
+
+    @staticmethod
+    def all(several: Iterable[Counts]) -> Counts:
+        """Those of several commits."""
+        added, put = zip(*several, strict=True)
+        return Counts(tuple(chain.from_iterable(added)), tuple(chain.from_iterable(put)))
+
+    def count_(self, n_b: Tensor) -> None:
+        """Count, in one launch for all of a kind."""
+        if self.added:
+            torch._foreach_add_(self.added, [n_b] * len(self.added))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        if self.put:
+            torch._foreach_copy_(self.put, [n_b] * len(self.put))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
 
 class Update(ABC):
@@ -36,12 +63,10 @@ class Update(ABC):
         """
         pool.write_(rows, self.commit(n_b))
 
-    def counter(self, pool: State, rows: Tensor | None) -> Tensor | None:
-        """What `commit_` would only add `n_b` to, doing nothing else, so that many layers' are counted at once.
-
-        None where it does more.
-        """
-        return None
+    def store_(self, pool: State, rows: Tensor | None, n_b: Tensor) -> Counts:
+        """`commit_` but for the counting that is left to the caller, who may count for many layers at once."""
+        self.commit_(pool, rows, n_b)
+        return Counts()
 
     def tentative(self) -> State:
         """The state as if the whole block were kept, to draft on; commit of a shorter n stays possible."""

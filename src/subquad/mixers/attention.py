@@ -14,7 +14,7 @@ from subquad.core.card import Card
 from subquad.core.config import config_from_dict
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
-from subquad.core.mixer import NOTHING, Mixer, Shared, Update
+from subquad.core.mixer import NOTHING, Counts, Mixer, Shared, Update
 from subquad.core.state import State, axes
 from subquad.ops import attention, cached, ring, skinny, windowed
 from subquad.ops.qkv import QKV
@@ -133,15 +133,15 @@ class CachePoolUpdate(Update):
 
     def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
         """Count the kept tokens. Without `rows`, a pool of this form is what was read."""
-        counter = self.counter(pool, rows)
-        if counter is None:
-            self._block().commit_(pool, rows, n_b)
-        else:
-            counter.add_(self.layout.lengths_b if n_b is None else n_b)
+        n_b = self.layout.lengths_b if n_b is None else n_b
+        self.store_(pool, rows, n_b).count_(n_b)
 
-    def counter(self, pool: State, rows: Tensor | None) -> Tensor | None:
-        """The count of the pool that was read; see `Update.counter`."""
-        return pool.seen_b[: self.layout.shape[0]] if rows is None and isinstance(pool, CachePool) else None
+    def store_(self, pool: State, rows: Tensor | None, n_b: Tensor) -> Counts:
+        """Nothing where the pool is what was read; see `Update.store_`."""
+        if rows is None and isinstance(pool, CachePool):
+            return Counts(added=(pool.seen_b[: len(n_b)],))
+        self._block().commit_(pool, rows, n_b)
+        return Counts()
 
     def _block(self) -> CacheUpdate:
         """The block taken out again. What found no room is wrong, and `CacheUpdate.commit` refuses to keep it."""
@@ -170,9 +170,9 @@ class WindowUpdate(Update):
 class WindowRingUpdate(RingUpdate):
     """A block before a window alone."""
 
-    def count_(self, state: Any, n_b: Tensor) -> None:
-        """Count the kept tokens; what leaves the window is forgotten."""
-        ring.commit_(state, n_b, self.layout.shape[1], None)
+    def absorb_(self, state: Any, n_b: Tensor) -> Tensor:
+        """Nothing: it is forgotten."""
+        return state.seen_b
 
 
 class Attention(Mixer):

@@ -15,7 +15,7 @@ from subquad.core.card import Card
 from subquad.core.config import config_from_dict, config_to_dict
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
-from subquad.core.mixer import NOTHING, Mixer, Shared, Update
+from subquad.core.mixer import NOTHING, Counts, Mixer, Shared, Update
 from subquad.core.registry import load
 from subquad.core.state import State, axes
 
@@ -87,6 +87,11 @@ class ParallelUpdate(Update):
         for part, state in zip(self.parts, pool.parts, strict=True):
             part.commit_(state, rows, n_b)
 
+    def store_(self, pool: State, rows: Tensor | None, n_b: Tensor) -> Counts:
+        """Every part's; see `Update.store_`."""
+        assert isinstance(pool, ParallelState)
+        return Counts.all(part.store_(state, rows, n_b) for part, state in zip(self.parts, pool.parts, strict=True))
+
 
 class Parallel(Mixer):
     """``y = sum_i part_i(x)``, each part a registered mixer.
@@ -154,6 +159,19 @@ class Parallel(Mixer):
         assert isinstance(state, ParallelState)
         layout = self.dense_layout(x_btd, layout)
         read = [part.read(x_btd, s, layout, shared) for part, s in zip(self.mixers, state.parts, strict=True)]
+        return _sum([y_btd for y_btd, _ in read]), ParallelUpdate(tuple(update for _, update in read))
+
+    def read_stream(
+        self, x_btd: Tensor, norm: nn.RMSNorm, state: State, layout: Layout
+    ) -> tuple[Tensor, Update] | None:
+        """Every part's, or none where one has no such form; see `Mixer.read_stream`."""
+        assert isinstance(state, ParallelState)
+        read: list[tuple[Tensor, Update]] = []
+        for part, own in zip(self.mixers, state.parts, strict=True):
+            one = part.read_stream(x_btd, norm, own, layout)
+            if one is None:
+                return None
+            read.append(one)
         return _sum([y_btd for y_btd, _ in read]), ParallelUpdate(tuple(update for _, update in read))
 
     def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:

@@ -130,10 +130,11 @@ class LinearRingUpdate(RingUpdate):
 
     mixer: WindowedLinear
 
-    def count_(self, state: Any, n_b: Tensor) -> None:
-        """Count the kept tokens, and absorb what leaves the window."""
+    def absorb_(self, state: Any, n_b: Tensor) -> Tensor:
+        """Into the linear state."""
         back, maps, time = self.mixer.tables_back(self.layout), self.mixer.maps, self.layout.shape[1]
-        ring.commit_(state.ring, n_b, time, back, state.linear_bgfv, maps)
+        ring.absorb_(state.ring, n_b, time, back, state.linear_bgfv, maps)
+        return state.ring.seen_b
 
 
 class WindowedLinear(Mixer):

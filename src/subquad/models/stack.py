@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from subquad.core.config import config_from_dict
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
-from subquad.core.mixer import Mixer, Update
+from subquad.core.mixer import Counts, Mixer, Update
 from subquad.core.registry import load
 from subquad.core.state import State, axes
 from subquad.models.config import ModelConfig
@@ -95,22 +95,16 @@ class StackUpdate(Update):
     def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
         """The same into fixed buffers, layer by layer."""
         assert isinstance(pool, StackState)
-        # What was read counts by itself.
-        own = rows is None and pool is self.state and self.layout.documents_bt is None
-        counters = [pool.seen_b] if own else []
-        for state, update in zip(pool.layers, self.layers, strict=True):
-            counter = update.counter(state, rows)
-            if counter is None:
-                update.commit_(state, rows, n_b)
-            else:
-                counters.append(counter)
+        n_b = self.layout.lengths_b if n_b is None else n_b
+        layers = zip(pool.layers, self.layers, strict=True)
+        counts = Counts.all(update.store_(state, rows, n_b) for state, update in layers)
         if rows is not None:
             pool.seen_b.index_copy_(0, rows, self._seen_b(self.state.seen_b, n_b))
-        elif not own:
+        elif pool is self.state and self.layout.documents_bt is None:
+            counts = Counts((*counts.added, pool.seen_b), counts.put)
+        else:
             pool.seen_b.copy_(self._seen_b(self.state.seen_b, n_b))
-        if counters:
-            kept_b = self.layout.lengths_b if n_b is None else n_b
-            torch._foreach_add_(counters, [kept_b] * len(counters))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        counts.count_(n_b)
 
     def _seen_b(self, seen_b: Tensor, n_b: Tensor | None) -> Tensor:
         if self.layout.documents_bt is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.core.layout import Layout
-from subquad.core.mixer import Update
+from subquad.core.mixer import Counts, Update
 from subquad.core.state import State, axes
 from subquad.ops import decode
 from subquad.ops.conv_qkv import ConvQKV, RecurrentState
@@ -70,12 +70,15 @@ class ReplayUpdate(Update):
     def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
         """Note how many tokens are kept; the next read carries it out. Without `rows`, `pool` is what was read."""
         n_b = self.layout.lengths_b if n_b is None else n_b
+        self.store_(pool, rows, n_b).count_(n_b)
+
+    def store_(self, pool: State, rows: Tensor | None, n_b: Tensor) -> Counts:
+        """Nothing where the pool is what was read; see `Update.store_`."""
         if isinstance(pool, ReplayState) and rows is None:
-            pool.pending_b[: len(n_b)] = n_b
-        elif isinstance(pool, ReplayState):
-            pool.write_(rows, ReplayState(self.state.held, self.state.seen_b, n_b))
-        else:
-            super().commit_(pool, rows, n_b)
+            return Counts(put=(pool.pending_b[: len(n_b)],))
+        kept = ReplayState(self.state.held, self.state.seen_b, n_b)
+        pool.write_(rows, kept if isinstance(pool, ReplayState) else kept.settled())
+        return Counts()
 
 
 def init_pool(qkv: ConvQKV, rows: int, block: int, *, key_decay: bool = False, **factory: Any) -> State:

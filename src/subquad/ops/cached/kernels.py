@@ -3,21 +3,9 @@
 import triton
 import triton.language as tl
 
-from subquad.ops.kernels import product
+from subquad.ops.kernels import fold
 from subquad.ops.overlap.kernels import begin
 from subquad.ops.rope.kernels import turned
-
-
-@triton.jit
-def _fold(q, k, v, allowed, factor, best, total, sums, PRECISION: tl.constexpr):
-    """More keys and values into a softmax under way, in powers of two."""
-    scores = tl.where(allowed, product(q, tl.trans(k), PRECISION) * factor, -float("inf"))
-    higher = tl.maximum(best, tl.max(scores, 1))
-    # Where nothing was allowed so far there is nothing to scale.
-    base = tl.where(higher == -float("inf"), 0.0, higher)
-    weights, old = tl.exp2(scores - base[:, None]), tl.exp2(best - base)
-    sums = sums * old[:, None] + product(weights.to(v.dtype), v, PRECISION)
-    return higher, total * old + tl.sum(weights, 1), sums
 
 
 @triton.jit
@@ -67,7 +55,7 @@ def attend_kernel(
         k_ptrs = cache_k_ptr + at * cache_k_stride_n + kc[None, :]
         k = tl.load(k_ptrs, mask=known & (kc < K)[None, :], other=0.0)
         v = tl.load(cache_v_ptr + at * cache_v_stride_n + vc[None, :], mask=known & (vc < V)[None, :], other=0.0)
-        best, total, sums = _fold(q, k, v, (n < last)[None, :], factor, best, total, sums, PRECISION)
+        best, total, sums = fold(q, k, v, (n < last)[None, :], factor, best, total, sums, PRECISION)
     if split == SPLITS - 1:
         mine = (j < T)[:, None]
         k_ptrs = k_ptr + b * k_stride_b + head * k_stride_g + j * k_stride_t
@@ -88,7 +76,7 @@ def attend_kernel(
             tl.store(cache_k_ptr + slot * cache_k_stride_n + kc[None, :], k, mask=room & (kc < K)[None, :])
             tl.store(cache_v_ptr + slot * cache_v_stride_n + vc[None, :], v, mask=room & (vc < V)[None, :])
         allowed = (j[None, :] <= t[:, None]) & (j < T)[None, :]
-        best, total, sums = _fold(q, k, v, allowed, factor, best, total, sums, PRECISION)
+        best, total, sums = fold(q, k, v, allowed, factor, best, total, sums, PRECISION)
     sums = sums / tl.where(total > 0.0, total, 1.0)[:, None]
     row = (b * T + t) * H + h
     if SPLITS == 1:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from subquad.core.layout import Layout
-from subquad.core.mixer import Update
+from subquad.core.mixer import Counts, Update
 from subquad.core.state import State, axes
 from subquad.ops import backends
 from subquad.ops.window import WindowState
@@ -98,24 +98,28 @@ class RingUpdate(Update, ABC):
     layout: Layout
 
     @abstractmethod
-    def count_(self, state: Any, n_b: Tensor) -> None:
-        """Commit the first `n_b` tokens into `state`, rows that hold the block, in place."""
+    def absorb_(self, state: Any, n_b: Tensor) -> Tensor:
+        """Let what leaves the window of `state`, rows that hold the block, go where it goes, and return their count."""
 
     def commit(self, n_b: Tensor | None = None) -> State:
         """The settled state behind the kept tokens."""
-        return self._behind(n_b).settled()
+        return self._behind(self.layout.lengths_b if n_b is None else n_b).settled()
 
     def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
         """The same in place. Without `rows`, a pool of this form is what was read."""
-        if rows is None and isinstance(pool, type(self.state)):
-            n_b = self.layout.lengths_b if n_b is None else n_b
-            self.count_(pool.first(len(n_b)), n_b)
-        else:
-            pool.write_(rows, self._behind(n_b))
+        n_b = self.layout.lengths_b if n_b is None else n_b
+        self.store_(pool, rows, n_b).count_(n_b)
 
-    def _behind(self, n_b: Tensor | None) -> State:
+    def store_(self, pool: State, rows: Tensor | None, n_b: Tensor) -> Counts:
+        """Without the counting where the pool is what was read; see `Update.store_`."""
+        if rows is None and isinstance(pool, type(self.state)):
+            return Counts(added=(self.absorb_(pool.first(len(n_b)), n_b),))
+        pool.write_(rows, self._behind(n_b))
+        return Counts()
+
+    def _behind(self, n_b: Tensor) -> State:
         state = self.state.snapshot()
-        self.count_(state, self.layout.lengths_b if n_b is None else n_b)
+        self.absorb_(state, n_b).add_(n_b)
         return state
 
 
@@ -169,20 +173,13 @@ def read(
     return _kernels.read(q_bthk, k_btgk, v_btgk, tables, back, state, scale, linear_bgfv, maps)
 
 
-def commit_(
-    state: RingState,
-    n_b: Tensor,
-    time: int,
-    back: Tables | None,
-    linear_bgfv: Tensor | None = None,
-    maps: Maps | None = None,
-) -> None:
-    """Count the first `n_b` tokens of the last block read, in place, and move what leaves the window.
+def absorb_(state: RingState, n_b: Tensor, time: int, back: Tables | None, linear_bgfv: Tensor, maps: Maps) -> None:
+    """Bring into the linear state, in place, what leaves the window when the last block's first `n_b` tokens stay.
 
     Args:
-        state: the rows that were read.
+        state: the rows that were read; they are not counted yet.
         n_b: int64 ``[b]``.
         time: t of that block.
         back, linear_bgfv, maps: as in `read`.
     """
-    _kernels.commit_(state, n_b, time, back, linear_bgfv, maps)
+    _kernels.absorb_(state, n_b, time, back, linear_bgfv, maps)

@@ -9,7 +9,11 @@ import triton
 from torch import Tensor
 
 from subquad.ops import launch, overlap
-from subquad.ops.ring.kernels import commit_kernel, read_kernel
+from subquad.ops.cached.kernels import join_kernel
+from subquad.ops.ring.kernels import absorb_kernel, read_kernel
+
+# Programs at a time, and the least of a window's tokens that one reads.
+MOST, LEAST = 264, 64
 
 if TYPE_CHECKING:
     from subquad.ops.ring import Maps, RingState, Tables
@@ -27,14 +31,18 @@ def read(
     )  # fmt: skip
 
 
-def commit_(
-    state: RingState, n_b: Tensor, time: int, back: Tables | None, linear_bgfv: Tensor | None, maps: Maps | None
-) -> None:
-    """`subquad.ops.ring.commit_`."""
-    _commit(
+def absorb_(state: RingState, n_b: Tensor, time: int, back: Tables | None, linear_bgfv: Tensor, maps: Maps) -> None:
+    """`subquad.ops.ring.absorb_`."""
+    _absorb(
         state.keys_bgrk, state.values_bgrk, linear_bgfv, state.seen_b, n_b.contiguous(), *_pair(back), _weights(maps),
         state.window, state.sink_k_bgsk.shape[2], time,
     )  # fmt: skip
+
+
+def parts(rows: int, window: int) -> int:
+    """How many programs share what the queries of each of `rows` (a row of the batch and a key head) see."""
+    shares = min(MOST // max(rows, 1) - 1, triton.cdiv(window, LEAST))
+    return 1 + max(0, shares)
 
 
 def _pair(tables: Tables | None) -> tuple[Tensor | None, Tensor | None]:
@@ -68,15 +76,25 @@ def _read(
     features = 0 if linear is None else linear.shape[2]
     # An absent tensor's place is taken by one that no branch reads.
     some = [q if x is None else x for x in (cos, sin, back_cos, back_sin)]
-    kernel: Any = read_kernel[(b * g,)]
+    count = parts(b * g, window)
+    part = launch.scratch(b, t, h, count, width, like=q, dtype=torch.float32) if count > 1 else q
+    log = launch.scratch(b, t, h, count, like=q, dtype=torch.float32) if count > 1 else q
+    kernel: Any = read_kernel[(b * g * count,)]
     kernel(
-        q, k, v, *some, keys, values, sink_k, sink_v, q if linear is None else linear, seen, y, *(maps or [q] * 5),
+        q, k, v, *some, keys, values, sink_k, sink_v, q if linear is None else linear, seen, y, part, log,
+        *(maps or [q] * 5),
         scale, width**-0.5, _stride(cos), _stride(back_cos), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         T=t, H=h, G=g, K=width, R=keys.shape[2], W=window, S=sinks, F=features, HALF=half, TURN=cos is not None,
-        FAR=linear is not None, PRECISION=launch.precision(q.dtype), BM=_tile(h // g * t), BT=_tile(t),
-        BN=_tile(window - 1 + t), BS=_tile(sinks), BK=_tile(width), BF=_tile(features),
-        num_warps=4 if window + t <= 129 else 8, **overlap.options(q.device),
+        FAR=linear is not None, PARTS=count, PRECISION=launch.precision(q.dtype), BM=_tile(h // g * t), BT=_tile(t),
+        BN=min(LEAST, _tile(window)), BS=_tile(sinks), BK=_tile(width), BF=_tile(features), num_warps=4,
+        **overlap.options(q.device),
     )  # fmt: skip
+    if count > 1:
+        kernel = join_kernel[(b * t * h,)]
+        kernel(
+            part, log, y, V=width, SPLITS=count, BS=triton.next_power_of_2(count), BV=_tile(width), num_warps=2,
+            **overlap.options(q.device),
+        )  # fmt: skip
     return y
 
 
@@ -90,34 +108,33 @@ def _(
 
 
 @torch.library.custom_op(
-    "subquad::ring_commit",
-    mutates_args=("linear", "seen"),
-    schema="(Tensor keys, Tensor values, Tensor(a!)? linear, Tensor(b!) seen, Tensor n, Tensor? back_cos, "
+    "subquad::ring_absorb",
+    mutates_args=("linear",),
+    schema="(Tensor keys, Tensor values, Tensor(a!) linear, Tensor seen, Tensor n, Tensor? back_cos, "
     "Tensor? back_sin, Tensor[] maps, int window, int sinks, int time) -> ()",
 )
 @launch.guarded
-def _commit(
-    keys: Tensor, values: Tensor, linear: Tensor | None, seen: Tensor, n: Tensor, back_cos: Tensor | None,
+def _absorb(
+    keys: Tensor, values: Tensor, linear: Tensor, seen: Tensor, n: Tensor, back_cos: Tensor | None,
     back_sin: Tensor | None, maps: list[Tensor], window: int, sinks: int, time: int,
 ) -> None:  # fmt: skip
     b, g, slots, width = keys.shape
     if b == 0:
         return
-    features = 0 if linear is None else linear.shape[2]
-    kernel: Any = commit_kernel[(b,)]
+    features = linear.shape[2]
+    kernel: Any = absorb_kernel[(b * g,)]
     kernel(
-        keys, values, keys if linear is None else linear, seen, n, keys if back_cos is None else back_cos,
-        keys if back_sin is None else back_sin, *(maps[:2] or [keys] * 2), width**-0.5, _stride(back_cos),
-        T=time, G=g, K=width, R=slots, W=window, S=sinks, F=features,
-        HALF=1 if back_cos is None else back_cos.shape[-1], TURN=back_cos is not None, FAR=linear is not None,
-        PRECISION=launch.precision(keys.dtype), BT=_tile(time),
-        BK=_tile(width), BF=_tile(features), num_warps=4, **overlap.options(keys.device),
+        keys, values, linear, seen, n, keys if back_cos is None else back_cos,
+        keys if back_sin is None else back_sin, *maps[:2], width**-0.5, _stride(back_cos),
+        G=g, K=width, R=slots, W=window, S=sinks, F=features, HALF=1 if back_cos is None else back_cos.shape[-1],
+        TURN=back_cos is not None, PRECISION=launch.precision(keys.dtype), BT=_tile(time), BK=_tile(width),
+        BF=_tile(features), num_warps=4, **overlap.options(keys.device),
     )  # fmt: skip
 
 
-@_commit.register_fake
+@_absorb.register_fake
 def _(
-    keys: Tensor, values: Tensor, linear: Tensor | None, seen: Tensor, n: Tensor, back_cos: Tensor | None,
+    keys: Tensor, values: Tensor, linear: Tensor, seen: Tensor, n: Tensor, back_cos: Tensor | None,
     back_sin: Tensor | None, maps: list[Tensor], window: int, sinks: int, time: int,
 ) -> None:  # fmt: skip
     return None
