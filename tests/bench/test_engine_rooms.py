@@ -40,7 +40,7 @@ def test_weights_are_finite_and_the_same_each_time() -> None:
 
 
 def started(model: Stack, rows: int, drafter: Script) -> Rounds:
-    rounds = Rounds(model, rows, 64, 1 + DRAFTED, 64, drafter, logprobs=False, compile=False)
+    rounds = Rounds(model, rows, 64, 1 + DRAFTED, 64, drafter, compile=False)
     sampling = SamplingConfig(logit_bias={RIGHT: 1e4})
     requests = [Request([i + 1], Limits(max_new_tokens=60, end_tokens=[]), sampling) for i in range(rows)]
     rounds.admit(range(rows), requests, [0] * rows)

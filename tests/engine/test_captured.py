@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -131,6 +132,30 @@ def test_replayed_rounds_give_what_rounds_launched_anew_give(drafter: str) -> No
     assert answers(replayed, requests) == answers(anew, requests)
     assert replayed.captured
     assert not anew.captured
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("drafter", ["none", "copyspec"])
+def test_replayed_rounds_note_the_likeliest_tokens_while_someone_asks(drafter: str) -> None:
+    model, asked = build(MIXERS["attention"]), [None, 3, 0, None, 20, None]
+    requests = [
+        Request(PROMPTS[i % 4], Limits(5 + i % 4, end_tokens=[]), SETTINGS[i % 3], logprobs=asked[i % 6])
+        for i in range(18)
+    ]
+    tops: list[list[Any]] = []
+    for captures in (True, False):
+        engine = engine_for(model, CopySpec() if drafter == "copyspec" else None, captures=captures)
+        engine.logprobs = False
+        got: list[Any] = []
+        pieces = engine._pieces
+        engine._pieces = lambda row, new, pieces=pieces, got=got: got.extend(kept := pieces(row, new)) or kept
+        drawn = answers(engine, requests)
+        tops.append([(piece.row, piece.token, [(t, round(p, 9)) for t, p in piece.top]) for piece in got])
+        for row, k in enumerate(asked * 3):
+            assert {len(piece.top) for piece in got if piece.row == row} == {k or 0}
+            assert all(math.isnan(score) == (k is None) for _, _, score in drawn[row])
+        assert engine.captured == captures
+    assert tops[0] == tops[1]
 
 
 @pytest.mark.usefixtures("recorded")

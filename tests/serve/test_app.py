@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import httpx
 import openai
+import pytest
 
 from .conftest import Running, wait_for
 
@@ -53,7 +52,6 @@ def test_figures_tell_what_was_done(running: Running, client: openai.OpenAI) -> 
 
 
 def test_the_openapi_page_tells_what_is_true(running: Running) -> None:
-    assert "openapi.json" in httpx.get(f"{running.url}/docs").text
     schema = httpx.get(f"{running.url}/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/ready"} <= set(schema["paths"])
     responses = schema["paths"]["/v1/chat/completions"]["post"]["responses"]
@@ -61,6 +59,39 @@ def test_the_openapi_page_tells_what_is_true(running: Running) -> None:
     assert {"200", "400", "429", "503"} <= set(responses) and "422" not in responses
 
 
-def test_something_stands_at_the_root(running: Running) -> None:
-    answer = httpx.get(running.url)
-    assert answer.status_code == 200 and re.search("subquad", answer.text)
+@pytest.mark.parametrize(("path", "kind"), [("", "text/html"), ("docs", "text/html"), ("page.js", "text/javascript")])
+def test_pages_are_asked_for_anew_and_load_only_what_is_ours(running: Running, path: str, kind: str) -> None:
+    answer = httpx.get(f"{running.url}/{path}")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
+    assert answer.headers["cache-control"] == "no-cache"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "http://" not in answer.text and "https://" not in answer.text
+    again = httpx.get(f"{running.url}/{path}", headers={"If-None-Match": answer.headers["etag"]})
+    assert again.status_code == 304 and again.headers["cache-control"] == "no-cache"
+    assert httpx.head(f"{running.url}/{path}").headers["content-length"] == answer.headers["content-length"]
+
+
+@pytest.mark.parametrize("path", ["nothing.js", "%2e%2e%2fapp.py", "..%2fapp.py", "%00", "v1", "v1/"])
+def test_nothing_else_is_a_page(running: Running, path: str) -> None:
+    answer = httpx.get(f"{running.url}/{path}")
+    assert answer.status_code == 404 and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_nobody_foresaw_is_an_error_of_the_same_form(
+    running: Running, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a secret")
+
+    before = figures(running).get(FAILED, 0)
+    monkeypatch.setattr("subquad.serve.answer.Reader.take", fail)
+    with pytest.raises(openai.APIError, match="its log says why") as raised:
+        for _ in client.completions.create(model="tiny", prompt="x", max_tokens=4, stream=stream):
+            pass
+    assert raised.value.code == "internal" and "secret" not in str(raised.value)
+    wait_for(lambda: figures(running)[FAILED] == before + 1)
+    wait_for(lambda: running.served().worker.live == 0)
+
+
+FAILED = 'subquad_requests_total{endpoint="/v1/completions",model="tiny",outcome="internal"}'

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from subquad.serve.chat import render
+from subquad.serve.conversation import render
 from subquad.serve.errors import ApiError
 from subquad.serve.schemas import Message
 
@@ -155,7 +155,8 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
         ({"stop": ["a"] * 5}, "stop"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
-        ({"logprobs": True, "top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),

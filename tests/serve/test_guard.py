@@ -88,6 +88,7 @@ HOSTILE: dict[str, bytes] = {
     "utf-16": '{"model": "tiny"}'.encode("utf-16"),
     "a nul byte": b'{"model": "tiny\0"}',
     "deep lists": b"[" * 60000,
+    "deep, and a string of quotes that is not closed": b"[" * 100 + b'"' + b'\\"' * 32000,
     "deep objects": b'{"a":' * 10000,
     "deep and closed": b'{"model":"tiny","messages":' + b"[" * 20000 + b"]" * 20000 + b"}",
     "half a pair": b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
@@ -222,7 +223,10 @@ def test_a_full_queue_asks_to_come_back(locked: Running) -> None:
     assert raised.value.code == "queue_full" and raised.value.response.headers["retry-after"] == "1"
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", CHAT, 405), ("GET", "/v1/nothing", 404)])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", CHAT, 405), ("GET", "/v1/nothing", 404), ("POST", "/health", 405), ("DELETE", "/docs", 405)],
+)
 def test_other_errors_have_the_same_form(running: Running, method: str, path: str, status: int) -> None:
     answer = httpx.request(method, f"{running.url}{path}")
     assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -70,7 +70,7 @@ class Engine:
         rounds: rounds between two looks; by default 1 on a CPU, where a look is free, and 8 on a GPU. While a row with
             a grammar decodes it is 1.
         prefixes: keeps states of prompts' beginnings for later ones; None keeps nothing.
-        logprobs: give the log-probability of each token.
+        logprobs: give each token's log-probability to requests that do not ask for it as well.
         on_look: called with what each look at the device found; the last ones are in `looks`.
         on_prefix: called, when a request begins that some prefix serves, with its number and the tokens known.
         relaxed: let guesses stand that are merely good, for greedy requests alone: what comes is not what it would be
@@ -145,7 +145,6 @@ class Engine:
             block,
             rounds,
             drafter,
-            logprobs=logprobs,
             compile=compile,
             relaxed=None if self.exact else relaxed,
         )
@@ -187,10 +186,12 @@ class Engine:
             DataError, ConfigError: what can't be generated, or does not fit a row; nothing else is touched.
         """
         id = self._submitted
-        self._check(request, f"request {id}")
+        self.check(request, f"request {id}")
         text = None
         if request.tokenizer is not None:
             text = Detokenizer(request.tokenizer, request.prompt, request.limits.stop)
+        if self.logprobs and request.logprobs is None:
+            request = replace(request, logprobs=0)
         ends, rule = request.ends(self.model), self._rule(request)
         self._submitted += 1
         self._waiting.append(_Row(id, request, list(request.prompt), text, ends, rule))
@@ -201,8 +202,12 @@ class Engine:
             return None
         return Rule(request.grammar.start(), request.ends(self.model), self.model.config.vocab_size)
 
-    def _check(self, request: Request, name: str) -> None:
-        """Refuse what this engine can't answer."""
+    def check(self, request: Request, name: str) -> None:
+        """Refuse what this engine can't answer; `name` is the request's in errors.
+
+        Raises:
+            DataError, ConfigError: as `submit`.
+        """
         check_request(self.model, request, name)
         if not self.exact and request.sampling.temperature > 0:
             raise ConfigError(
@@ -230,7 +235,7 @@ class Engine:
         if self.busy:
             there = len(self._waiting) + self.live
             raise ConfigError(f"warm: expected nothing under way, got {there} requests; call it before the first")
-        self._check(request, "warm")
+        self.check(request, "warm")
         if not self._rounds.static:
             return
         self._rounds.admit([0], [request], [0])
@@ -478,8 +483,9 @@ class Engine:
                 finish = "length"
             if finish is not None and text is not None:
                 shown += text.finish()
-            score = new.scores[i] if self.logprobs and token >= 0 else math.nan
-            pieces.append(Piece(row.id, max(token, -1), shown, score, finish))
+            own, top = new.scored
+            score = own[i] if own and token >= 0 else math.nan
+            pieces.append(Piece(row.id, max(token, -1), shown, score, finish, top[i] if top and token >= 0 else ()))
             if finish is not None:
                 break
         row.drawn += len(pieces)

@@ -11,6 +11,7 @@ from subquad.core.errors import ConfigError, DataError, DivergenceError, Unsuppo
 from subquad.core.registry import methods
 from subquad.engine.masks import Constraint
 from subquad.engine.sampler import SamplingConfig
+from subquad.engine.scores import MOST_TOP
 from subquad.models.stack import Stack
 
 
@@ -46,6 +47,8 @@ class Request:
         tokenizer: gives the text, and finds stop strings; without it the text stays empty.
         grammar: what the text must be, such as a `subquad.engine.grammar.Grammar`. An end token comes only where it
             may end, and where nothing can follow the row ends at once. `max_new_tokens` and stop strings may cut it.
+        logprobs: give the log-probability of each token, and so many of the likeliest tokens at its place with theirs,
+            at most 20; None gives neither.
     """
 
     prompt: Sequence[int]
@@ -53,6 +56,7 @@ class Request:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     tokenizer: Any = None
     grammar: Constraint | None = None
+    logprobs: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -76,6 +80,8 @@ class Piece(NamedTuple):
         finish: why the row ends with this piece: ``end`` (an end token, or a grammar behind whose text nothing can
             follow), ``stop`` (a stop string), ``length``, ``diverged`` (logits that are not finite; the token is -1),
             ``exhausted`` (grammar and other settings leave no token; the token is -1); or None.
+        top: the likeliest tokens at its place with their log-probabilities under the model itself, likeliest first, as
+            many as were asked for and there are.
     """
 
     row: int
@@ -83,6 +89,7 @@ class Piece(NamedTuple):
     text: str
     logprob: float
     finish: str | None
+    top: Sequence[tuple[int, float]] = ()
 
 
 @dataclass
@@ -144,19 +151,24 @@ def check_request(model: Stack, request: Request, name: str) -> None:
         )
     if limits.chunk < 1:
         raise ConfigError(f"chunk: expected at least 1, got {limits.chunk}; 1024 is usual")
+    if request.logprobs is not None and not 0 <= request.logprobs <= MOST_TOP:
+        raise ConfigError(f"logprobs: expected 0 to {MOST_TOP} likeliest tokens, got {request.logprobs}; ask for fewer")
     if limits.stop and request.tokenizer is None:
         raise ConfigError("stop: expected a tokenizer to find strings with, got none; pass one, or use end_tokens")
     vocab_size, context = model.config.vocab_size, model.config.max_positions
     if not len(prompt):
         raise DataError(f"{name}: expected at least one token, got none; begin with the start token")
-    wrong = next((t for t in prompt if not isinstance(t, Integral) or not 0 <= t < vocab_size), None)
+    # Long prompts of plain integers, the usual ones, are looked through without a loop.
+    plain = set(map(type, prompt)) == {int} and min(prompt) >= 0 and max(prompt) < vocab_size
+    odd = () if plain else prompt
+    wrong = next((t for t in odd if not isinstance(t, Integral) or not 0 <= t < vocab_size), None)
     if wrong is not None:
         raise DataError(
             f"{name}: expected token ids from 0 to {vocab_size - 1}, got {wrong}; use the model's tokenizer"
         )
-    odd = next((t for t in limits.end_tokens or () if not isinstance(t, Integral) or not 0 <= t < 2**63), None)
-    if odd is not None:
-        raise ConfigError(f"end_tokens: expected token ids of at least 0, got {odd}; use the model's tokenizer")
+    wrong = next((t for t in limits.end_tokens or () if not isinstance(t, Integral) or not 0 <= t < 2**63), None)
+    if wrong is not None:
+        raise ConfigError(f"end_tokens: expected token ids of at least 0, got {wrong}; use the model's tokenizer")
     beyond = next((t for t in request.sampling.logit_bias if t >= vocab_size), None)
     if beyond is not None:
         raise ConfigError(f"logit_bias: expected token ids below {vocab_size}, got {beyond}; use the model's tokenizer")

@@ -18,6 +18,7 @@ from subquad.engine.masks import EXHAUSTED, Masks, Rule
 from subquad.engine.relax import Relaxed, verify_relaxed
 from subquad.engine.request import Request
 from subquad.engine.sampler import IDLE, Sampler
+from subquad.engine.scores import Scored, Scores
 from subquad.engine.verify import verify
 from subquad.models.stack import Stack, StackState
 from subquad.ops.slots import Slots, emit_, lead
@@ -36,14 +37,14 @@ class Given:
 
     Attributes:
         tokens: new ones; -1 where logits were not finite, `EXHAUSTED` where a rule and other settings leave none.
-        scores: their log-probabilities, empty unless asked for.
+        scored: their log-probabilities and those of the likeliest, as the slot asks for them.
         kept, judged, guessed: guesses that stood, whose turn came, that were read.
         foreseen: what `foresee` guessed for the first of them, which nobody read.
         loose: tokens that stood though another was likelier.
     """
 
     tokens: list[int]
-    scores: list[float]
+    scored: Scored
     kept: int
     judged: int
     guessed: int
@@ -60,7 +61,6 @@ class Rounds:
         block: most tokens that a round reads of a slot: its last, and the guesses.
         rounds: between two looks.
         drafter: guesses tokens, or None.
-        logprobs: note the log-probability of each token.
         compile: fuse a round with torch.compile.
         relaxed: which guesses stand beside the likeliest token; None is none.
     """
@@ -74,12 +74,11 @@ class Rounds:
         rounds: int,
         drafter: Drafter | None,
         *,
-        logprobs: bool,
         compile: bool,
         relaxed: Relaxed | None = None,
     ) -> None:
         device = model.device
-        self.model, self.rows, self.drafter, self.logprobs = model, rows, drafter, logprobs
+        self.model, self.rows, self.drafter = model, rows, drafter
         self.capacity, self.relaxed = capacity, relaxed
         self._loose_b = torch.zeros(rows, dtype=torch.int64, device=device)
         self.pool = model.init_pool(rows, capacity, block)
@@ -94,7 +93,7 @@ class Rounds:
         self.masks = Masks(rows, block, model.config.vocab_size, device)
         # Guesses that wait for their masks, by what was asked for.
         self._held: dict[Any, Draft] = {}
-        self._score_bn = torch.zeros(rows, width + 1 if logprobs else 0, device=device)
+        self.scores = Scores(rows, width, model.config.vocab_size, device)
         # The stream of a look's tokens, which plain rounds leave to a drafter that reads it.
         self._hidden_bnd = None
         if drafter is not None and drafter.hears:
@@ -144,6 +143,7 @@ class Rounds:
         self._slots.left_b[at] = torch.tensor(left, device=device)
         self._slots.alive_b[at] = 0
         self._hold(slots, [request.limits.min_new_tokens for request in requests])
+        self.scores.put(slots, [request.logprobs for request in requests])
 
     def _hold(self, slots: Sequence[int], least: Sequence[int]) -> None:
         """Let no end token come in `slots` before so many others."""
@@ -182,6 +182,7 @@ class Rounds:
             self._sampler.put(slots, [IDLE] * len(slots))
             self._hold(slots, [0] * len(slots))
             self.masks.put(slots, [None] * len(slots))
+            self.scores.put(slots, [None] * len(slots))
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """What stands in the slots `sources` goes to `targets`; no slot is in both."""
@@ -193,6 +194,7 @@ class Rounds:
         self._slots.alive_b[at] = 0
         self._hold([*targets, *sources], [*(self._least[slot] for slot in sources), *[0] * len(sources)])
         self.masks.move(sources, targets)
+        self.scores.move(sources, targets)
         configs = [self._sampler.configs[slot] for slot in sources]
         self._sampler.put([*targets, *sources], [*configs, *[IDLE] * len(sources)])
         if self.drafter is not None:
@@ -243,7 +245,7 @@ class Rounds:
         Returns:
             Whether all of it had been done before, so that its time says what such a round takes.
         """
-        key = (n, k, self._sampler.features, self._barring)
+        key = (n, k, self._sampler.features, self._barring, self.scores.level)
         if not self.masks.on:
             return self._launch(key, lambda: self._do(n, k, None))
         steady = not k or self._launch(("guess", key), lambda: self._hold_guesses(key))
@@ -319,15 +321,15 @@ class Rounds:
         if held is not None:
             finite_bt = logits_btv.amax(-1).isfinite()
             tokens_bt = torch.where((tokens_bt < 0) & finite_bt, EXHAUSTED, tokens_bt)
-        fill_b = slots.fill_b.clone() if self.logprobs or self._hidden_bnd is not None else slots.fill_b
+        before = self.scores.level is not None or self._hidden_bnd is not None
+        fill_b = slots.fill_b.clone() if before else slots.fill_b
         # Guesses of several chains at one position count as one.
         kept_b = emit_(slots, tokens_bt, n_b, draft.length_b)
         history.observe_block_(tokens_bt, kept_b)
         if loose_bt is not None:
             columns_t = torch.arange(loose_bt.shape[1], device=loose_bt.device)
             self._loose_b[:n] += (loose_bt & (columns_t < kept_b[:, None])).sum(1)
-        if self.logprobs:
-            self._score(tokens_bt, kept_b, logits_btv, fill_b)
+        self.scores.note(tokens_bt, kept_b, logits_btv, fill_b)
         update.commit_(pool, rows, kept_b)
         if k and self.drafter is not None:
             self.drafter.observe(tokens_bt.clamp(min=0), kept_b, hidden_btd)
@@ -369,26 +371,18 @@ class Rounds:
         ceiling_bte = torch.where(barred_bte, -torch.inf, torch.inf).to(logits_btv.dtype)
         return logits_btv.scatter_reduce(2, at_bte, ceiling_bte, "amin")
 
-    def _score(self, tokens_bt: Tensor, kept_b: Tensor, logits_btv: Tensor, fill_b: Tensor) -> None:
-        """Note the log-probabilities of the tokens kept, behind the `fill_b` that are there."""
-        columns_t = torch.arange(tokens_bt.shape[1], device=tokens_bt.device)
-        at_bt = torch.where(columns_t < kept_b[:, None], fill_b[:, None] + columns_t, self._score_bn.shape[1] - 1)
-        own_btv = logits_btv.float()
-        score_bt = own_btv.gather(2, tokens_bt.clamp(min=0)[..., None])[..., 0] - own_btv.logsumexp(-1)
-        self._score_bn[: len(tokens_bt)].scatter_(1, at_bt, score_bt)
-
     def take(self, n: int) -> list[Given]:
-        """What the first `n` slots were given since the last time: the one wait for the device."""
+        """What the first `n` slots were given since the last time: the one wait for the device, but for scores."""
         slots = self._slots.first(n)
         loose_b = self._loose_b[:n]
         counts = torch.stack((slots.fill_b, slots.kept_b, slots.judged_b, slots.guessed_b, loose_b), dim=1)
         width = self._foreseen_bk.shape[1]
         rows = torch.cat((counts, self._foreseen_bk[:n], slots.out_bn), dim=1).tolist()
-        scores = self._score_bn[:n].tolist()
+        scored = self.scores.take([row[0] for row in rows])
         every = self._slots
         for buffer in (every.fill_b, every.kept_b, every.judged_b, every.guessed_b, self._loose_b, self._foreseen_bk):
             buffer.zero_()
         return [
-            Given(more[width:][:fill], row_scores[:fill], kept, judged, guessed, more[1:width][: more[0]], loose)
-            for (fill, kept, judged, guessed, loose, *more), row_scores in zip(rows, scores, strict=True)
+            Given(more[width:][:fill], own, kept, judged, guessed, more[1:width][: more[0]], loose)
+            for (fill, kept, judged, guessed, loose, *more), own in zip(rows, scored, strict=True)
         ]

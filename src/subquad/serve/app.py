@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from fastapi.staticfiles import StaticFiles
 
 from subquad import __version__
-from subquad.serve import chat, completions, embed
+from subquad.serve import chat, completions, embed, files
 from subquad.serve.errors import ErrorBody, handle_errors
 from subquad.serve.guard import Guard, Keys
 from subquad.serve.served import Served
 from subquad.serve.site import Site
 
-PAGE = Path(__file__).with_name("page")
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
@@ -39,7 +36,16 @@ def create_app(site: Site, keys: Keys | None = None) -> FastAPI:
         site: what it serves, within which bounds.
         keys: of which a client needs one; None lets everyone in.
     """
-    app = FastAPI(title="subquad", version=__version__, description="An OpenAI-compatible server for hybrid models.")
+    about = "An OpenAI-compatible server for hybrid models."
+    # FastAPI's own pages of documentation load scripts from another host.
+    app = FastAPI(
+        title="subquad",
+        version=__version__,
+        description=about,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     handle_errors(app)
     app.add_middleware(Guard, site=site, keys=keys or Keys(()))
     for room in (chat, completions, embed):
@@ -71,14 +77,7 @@ def create_app(site: Site, keys: Keys | None = None) -> FastAPI:
         """All figures, as Prometheus reads them."""
         return Response(site.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
-    else:
-
-        @app.get("/", include_in_schema=False)
-        async def root() -> PlainTextResponse:
-            return PlainTextResponse("subquad: an OpenAI-compatible server; see /docs\n")
-
+    app.include_router(files.router())
     _document(app, [one.name for one in site.served])
     return app
 

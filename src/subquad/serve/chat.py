@@ -8,72 +8,43 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from subquad.core.errors import ConfigError
+from subquad.engine.grammar import Grammar
 from subquad.engine.request import Piece
-from subquad.serve.answer import STREAMS, Delta, EventStream, Reader, Watch, make_requests, scored, whole
+from subquad.serve.answer import STREAMS, Delta, Reader, finite, make_requests
+from subquad.serve.conversation import render
 from subquad.serve.errors import ApiError
 from subquad.serve.grammar import response_grammar, tool_grammar
-from subquad.serve.schemas import ChatBody, Message
+from subquad.serve.schemas import ChatBody
 from subquad.serve.served import Served
 from subquad.serve.site import Site
-from subquad.serve.tools import explain, written
-
-
-def render(tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[int]:
-    """The tokens of a conversation that the model is to go on with.
-
-    A template that shows nothing of the tools is filled with a system message that explains them.
-
-    Raises:
-        ApiError: no template, or messages that it does not take.
-    """
-    if not tokenizer.chat_template:
-        raise ApiError(
-            400, "messages: expected a chat template with the model, got none; use /v1/completions", "messages"
-        )
-    turns = [_turn(message) for message in messages]
-    try:
-        text = _fill(tokenizer, turns, tools)
-        if tools and _fill(tokenizer, turns, ()) == text:
-            text = _fill(tokenizer, _plainly(turns, tools), ())
-    except Exception as error:  # a template may raise anything
-        raise ApiError(400, f"messages: the model's chat template does not take them ({error})", "messages") from error
-    # The template writes the start token itself.
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _fill(tokenizer: Any, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
-    return tokenizer.apply_chat_template(
-        list(turns), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
-    )
-
-
-def _turn(message: Message) -> dict[str, Any]:
-    role = "system" if message.role == "developer" else message.role
-    turn: dict[str, Any] = {"role": role, "content": message.text}
-    if message.tool_calls:
-        turn["tool_calls"] = [call.model_dump() for call in message.tool_calls]
-    if message.tool_call_id is not None:
-        turn["tool_call_id"] = message.tool_call_id
-    if message.name is not None:
-        turn["name"] = message.name
-    return turn
-
-
-def _plainly(turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turns with the tools and their calls as plain text."""
-    told = [turn | {"content": turn["content"] + written(turn.get("tool_calls", ()))} for turn in turns]
-    if told[0]["role"] == "system":
-        told[0]["content"] += "\n\n" + explain(tools)
-    else:
-        told.insert(0, {"role": "system", "content": explain(tools)})
-    return told
+from subquad.serve.watch import EventStream, Watch, whole
 
 
 def _logprobs(served: Served, pieces: Sequence[Piece]) -> dict[str, Any]:
-    content: list[dict[str, Any]] = []
-    for text, logprob, exact in (scored(served, piece) for piece in pieces):
-        content.append({"token": text, "logprob": logprob, "bytes": exact, "top_logprobs": []})
+    content = [
+        {**_scored(served, piece.token, piece.logprob), "top_logprobs": [_scored(served, *one) for one in piece.top]}
+        for piece in pieces
+    ]
     return {"content": content, "refusal": None}
+
+
+def _scored(served: Served, token: int, logprob: float) -> dict[str, Any]:
+    text, data = served.decoder.token(token)
+    return {"token": text, "logprob": finite(logprob), "bytes": None if data is None else list(data)}
+
+
+async def _grammar(body: ChatBody, served: Served, tools: Sequence[dict[str, Any]]) -> Grammar | None:
+    """What the answer is held to."""
+    choice = body.tool_choice or "auto"
+    called = tool_grammar(choice, tools)
+    make, param = (called, "tools") if called else (response_grammar(body.response_format), "response_format")
+    if make is None:
+        return None
+    try:
+        return await served.grammar(make)
+    except ConfigError as error:
+        raise ApiError(400, str(error), param) from error
 
 
 def router(site: Site) -> APIRouter:
@@ -84,22 +55,17 @@ def router(site: Site) -> APIRouter:
     async def chat(body: ChatBody, http: Request) -> Response:
         """Continue a conversation."""
         served = site.find(body.model)
-        if body.top_logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise ApiError(
-                400,
-                "top_logprobs: expected 0, since only the chosen token's is known; ask for logprobs",
-                "top_logprobs",
+                400, "top_logprobs: expected logprobs with it, got none; set logprobs to true", "top_logprobs"
             )
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        tools = [] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
         names = [tool["function"]["name"] for tool in tools]
-        choice = body.tool_choice or "auto"
-        if choice == "none":
-            tools, names = [], []
-        make = tool_grammar(choice, tools) or response_grammar(body.response_format)
-        grammar = None if make is None else await served.aside(lambda: make(served.tokenizer))
+        grammar = await _grammar(body, served, tools)
         prompt = await served.aside(lambda: render(served.tokenizer, body.messages, tools))
         most = body.max_completion_tokens or body.max_tokens
-        requests = make_requests(served, body, [prompt], most, grammar)
+        scores = body.top_logprobs or 0 if body.logprobs else None
+        requests = make_requests(served, body, [prompt], most, grammar, scores)
         watch = Watch(site, served, http, requests, len(prompt))
         readers = [Reader(served, request, names) for request in requests]
         if body.stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, cast
 
@@ -9,11 +10,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from subquad.engine.request import Piece
-from subquad.serve.answer import STREAMS, Delta, EventStream, Reader, Watch, make_requests, scored, whole
+from subquad.serve.answer import STREAMS, Delta, Reader, finite, make_requests
 from subquad.serve.errors import ApiError
 from subquad.serve.schemas import CompletionBody
 from subquad.serve.served import Served
 from subquad.serve.site import Site
+from subquad.serve.watch import EventStream, Watch, whole
 
 USUAL = 16
 
@@ -35,19 +37,16 @@ def router(site: Site) -> APIRouter:
     async def completions(body: CompletionBody, http: Request) -> Response:
         """Continue plain texts."""
         served = site.find(body.model)
-        if body.logprobs:
-            raise ApiError(
-                400, "logprobs: expected 0, since only the chosen token's is known; ask for that", "logprobs"
-            )
         if body.echo and body.logprobs is not None:
             raise ApiError(400, "echo: expected no logprobs with it, since the prompt's are not known", "echo")
         prompts = await served.aside(lambda: encode(served.tokenizer, body.prompt))
-        requests = make_requests(served, body, prompts, body.max_tokens or USUAL)
-        for request in requests:
+        requests = make_requests(served, body, prompts, body.max_tokens or USUAL, scores=body.logprobs)
+        for request in requests[:: body.n or 1]:
             served.worker.check(request)
         echoes = [""] * len(requests)
         if body.echo:
-            echoes = [served.decoder.decode(list(request.prompt), skip_special_tokens=True) for request in requests]
+            texts = [served.decoder.decode(tokens, skip_special_tokens=True) for tokens in prompts]
+            echoes = [text for text in texts for _ in range(body.n or 1)]
         watch = Watch(site, served, http, requests, sum(map(len, prompts)))
         readers = [Reader(served, request) for request in requests]
         if body.stream:
@@ -57,17 +56,37 @@ def router(site: Site) -> APIRouter:
     return routes
 
 
-def _logprobs(served: Served, pieces: Sequence[Piece], at: int) -> dict[str, Any]:
-    texts, offsets = [scored(served, piece) for piece in pieces], list[int]()
-    for text, _, _ in texts:
-        offsets.append(at)
-        at += len(text)
-    return {
-        "tokens": [text for text, _, _ in texts],
-        "token_logprobs": [logprob for _, logprob, _ in texts],
-        "top_logprobs": None,
-        "text_offset": offsets,
-    }
+class Scores:
+    """The log-probabilities of one choice, in OpenAI's form for texts.
+
+    Args:
+        served: the model.
+        k: likeliest tokens that were asked for.
+    """
+
+    def __init__(self, served: Served, k: int) -> None:
+        self._decoder, self._k, self._at = served.decoder, k, 0
+        # Characters are counted where their last byte comes.
+        self._text = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def take(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Of the tokens that came."""
+        offsets, tokens, tops = list[int](), list[str](), list[dict[str, float]]()
+        for piece in pieces:
+            name, data = self._decoder.token(piece.token)
+            offsets.append(self._at)
+            self._at += len(name) if data is None else len(self._text.decode(data))
+            tokens.append(name)
+            # Of tokens that are written alike the likeliest is shown; the chosen one is among them in any case.
+            top = {self._decoder.token(token).text: finite(score) for token, score in reversed(piece.top)}
+            tops.append(dict(reversed(top.items())) | {name: finite(piece.logprob)})
+        scores = [finite(piece.logprob) for piece in pieces]
+        return {
+            "tokens": tokens,
+            "token_logprobs": scores,
+            "top_logprobs": tops if self._k else None,
+            "text_offset": offsets,
+        }
 
 
 async def _answer(
@@ -79,7 +98,7 @@ async def _answer(
     choices: list[dict[str, Any]] = []
     for index, (mine, echo) in enumerate(zip(deltas, echoes, strict=True)):
         pieces = [piece for delta in mine for piece in delta.pieces]
-        scores = None if body.logprobs is None else _logprobs(watch.served, pieces, 0)
+        scores = None if body.logprobs is None else Scores(watch.served, body.logprobs).take(pieces)
         text = echo + "".join(delta.text for delta in mine)
         choices.append({"index": index, "text": text, "logprobs": scores, "finish_reason": mine[-1].finish})
     return {**_head(watch), "choices": choices, "usage": watch.usage()}
@@ -103,13 +122,10 @@ async def _events(
     for index, echo in enumerate(echoes):
         if echo:
             yield event(index, echo)
-    at = [0] * len(readers)
+    every = [Scores(watch.served, body.logprobs or 0) for _ in readers]
     async for index, pieces in watch.pieces():
         delta = readers[index].take(pieces)
-        scores = None
-        if body.logprobs is not None:
-            scores = _logprobs(watch.served, delta.pieces, at[index])
-            at[index] += sum(map(len, scores["tokens"]))
+        scores = every[index].take(delta.pieces) if body.logprobs is not None and delta.pieces else None
         if delta.text or delta.finish is not None or scores:
             yield event(index, delta.text, delta.finish, scores)
     if counted:

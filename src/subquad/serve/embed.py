@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +13,12 @@ from fastapi.responses import JSONResponse, Response
 from torch import Tensor
 
 from subquad.models.stack import Stack
-from subquad.serve.answer import left_or_done
+from subquad.serve.calls import LateError
 from subquad.serve.completions import encode
 from subquad.serve.errors import ApiError
 from subquad.serve.schemas import EmbeddingBody
 from subquad.serve.site import Site
+from subquad.serve.watch import left_or_done
 
 
 @torch.no_grad()
@@ -56,7 +58,12 @@ def router(site: Site) -> APIRouter:
             pooling = body.pooling or "mean"
             return [await served.worker.call(lambda t=tokens: embed(model, t, pooling)) for tokens in inputs]
 
-        vectors = await left_or_done(http, work())
+        seconds = site.bounds.request_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                vectors = await left_or_done(http, work())
+        except TimeoutError as error:
+            raise LateError(f"expected to end within {seconds:g} s") from error
         data = [
             {"object": "embedding", "index": i, "embedding": _coded(vector_d, body.encoding_format or "float")}
             for i, vector_d in enumerate(vectors)

@@ -76,7 +76,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error; those that are no client's doing are raised again."""
+    """What a client is told of an error; of what nobody foresaw, nothing."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
@@ -88,7 +88,7 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, SubquadError):
         name = str(error).partition(":")[0]
         return ApiError(400, str(error), param=name if name.isidentifier() else None)
-    raise error
+    return ApiError(500, "the server has failed at this; its log says why", code="internal")
 
 
 async def _answer(_: Request, error: Exception) -> JSONResponse:
@@ -112,7 +112,8 @@ async def _http(_: Request, error: Exception) -> JSONResponse:
 
 def handle_errors(app: FastAPI) -> None:
     """Have every error answered in OpenAI's form."""
-    for kind in (ApiError, QueueFullError, LateError, StoppedError, SubquadError):
+    # Starlette raises what nobody foresaw again once it is answered, so that it is logged.
+    for kind in (ApiError, QueueFullError, LateError, StoppedError, SubquadError, Exception):
         app.add_exception_handler(kind, _answer)
     app.add_exception_handler(ClientGoneError, _nobody)
     app.add_exception_handler(RequestValidationError, _wrong_field)

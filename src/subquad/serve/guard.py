@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from subquad.serve.errors import ApiError, ClientGoneError
 from subquad.serve.site import LOG, Site
 
-STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# One that is not closed goes to the end: were it no match, each quote in it would be the beginning of another try.
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 CLIENTS_KEPT = 1 << 16
 

@@ -7,6 +7,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -15,10 +16,12 @@ import torch
 from subquad.core.errors import ConfigError
 from subquad.engine.draft import Drafter
 from subquad.engine.engine import Engine
+from subquad.engine.grammar import Grammar
 from subquad.engine.prefix import PrefixCache
 from subquad.engine.request import Limits, Request
 from subquad.engine.sampler import SamplingConfig
 from subquad.models.load import LoadedModel
+from subquad.serve.decoder import Decoder
 from subquad.serve.queue import Turns
 from subquad.serve.worker import Worker
 
@@ -26,6 +29,8 @@ LOG = logging.getLogger("subquad.serve.served")
 T = TypeVar("T")
 MOST_DRAFTED = 8
 """Guesses a row and round that may be chosen."""
+COMPILERS = 2
+"""Grammars of a model that are compiled at the same time."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +73,6 @@ class Room:
         return fit if self.rows is None else min(fit, self.rows)
 
 
-class Decoder:
-    """Decodes as a fast tokenizer does, without what transformers does around it and takes ten times as long."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        from transformers import PreTrainedTokenizerFast
-
-        own, usual = (getattr(kind, "_decode", None) for kind in (type(tokenizer), PreTrainedTokenizerFast))
-        plain = own is usual
-        self._decode: Callable[..., str] = tokenizer.backend_tokenizer.decode if plain else tokenizer.decode
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool = False) -> str:
-        """The text of token ids; spaces are never cleaned up."""
-        return self._decode(ids, skip_special_tokens=skip_special_tokens)
-
-
 @dataclass
 class Served:
     """A model, its worker, and a tokenizer for each side of it.
@@ -102,6 +92,7 @@ class Served:
     tokenizer: Any
     decoder: Decoder
     created: int = field(default_factory=lambda: int(time.time()))
+    _compiler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(COMPILERS, "grammars"))
 
     @classmethod
     def build(
@@ -131,7 +122,6 @@ class Served:
             draft_tokens=room.draft_tokens if drafter is not None else None,
             most_drafted=MOST_DRAFTED,
             prefixes=PrefixCache(room.prefix_bytes) if room.prefix_bytes else None,
-            logprobs=True,
             compile=compile,
         )
         worker = Worker(engine, queue=room.queue, patience=room.patience, turns=turns)
@@ -149,6 +139,8 @@ class Served:
         LOG.info("serving", extra={"fields": fields})
         kinds = [SamplingConfig(), SamplingConfig(temperature=1.0), SamplingConfig(temperature=0.7, top_p=0.9)]
         self.worker.start([Request([0], Limits(1), kind) for kind in kinds])
+        # The first grammar of a tokenizer takes longest. A tokenizer that takes none says so to those who ask for one.
+        self._compiler.submit(Grammar.json_object, self.tokenizer)
 
     @property
     def ends(self) -> list[int]:
@@ -160,6 +152,6 @@ class Served:
         """Do what takes long, such as to encode a long text, in another thread."""
         return await asyncio.to_thread(work)
 
-    def token_text(self, token: int) -> str:
-        """A token as text."""
-        return self.decoder.decode([token], skip_special_tokens=False)
+    async def grammar(self, make: Callable[[Any], Grammar]) -> Grammar:
+        """Compile a grammar in a thread for such work alone: what is large delays nobody who asks for none."""
+        return await asyncio.get_running_loop().run_in_executor(self._compiler, make, self.tokenizer)

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from subquad.core.errors import ConfigError
 from subquad.engine.engine import Engine
-from subquad.engine.request import Piece, Request, check_request
+from subquad.engine.request import Piece, Request
 from subquad.serve.calls import Call, Job, QueueFullError, StoppedError
+from subquad.serve.chores import Chore, tell
 from subquad.serve.queue import FairQueue, Turns
 
 LOG = logging.getLogger("subquad.serve.worker")
@@ -54,7 +55,7 @@ class Worker:
         self._turns, self._on_step = turns or Turns(), on_step
         self._changed = threading.Condition()
         self._queue = FairQueue[Job]()
-        self._cancelled, self._chores = list[Job](), deque[Callable[[], None]]()
+        self._cancelled, self._chores = list[Job](), deque[Chore[Any]]()
         self._running, self._aside = dict[int, Job](), set[Job]()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="subquad-worker", daemon=True)
@@ -105,12 +106,7 @@ class Worker:
         Raises:
             DataError, ConfigError: as `Engine.submit`.
         """
-        check_request(self.engine.model, request, "prompt")
-        if request.tokens > self.engine.capacity:
-            raise ConfigError(
-                f"prompt: expected at most {self.engine.capacity} tokens together, got {len(request.prompt)} and "
-                f"{request.limits.max_new_tokens} new ones; ask for less"
-            )
+        self.engine.check(request, "prompt")
 
     def submit(self, requests: Sequence[Request], client: str, seconds: float | None = None) -> Call:
         """Queue requests of one client, all or none; called in an event loop. See `Call`.
@@ -151,33 +147,12 @@ class Worker:
         Raises:
             StoppedError: the worker does not run.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def settle(result: T | None, error: Exception | None) -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(result)  # pyright: ignore[reportArgumentType]
-            else:
-                future.set_exception(error)
-
-        def chore() -> None:
-            if future.cancelled():
-                return
-            try:
-                result, error = (
-                    (work(), None) if self.failed is None and not self._stopping else (None, StoppedError("stopped"))
-                )
-            except Exception as raised:
-                result, error = None, raised
-            _tell(loop, settle, result, error)
-
+        chore = Chore(work)
         with self._changed:
             self._running_or_raise()
             self._chores.append(chore)
             self._changed.notify_all()
-        return await future
+        return await chore.result
 
     def _run(self) -> None:
         try:
@@ -210,7 +185,7 @@ class Worker:
             self._refill()
             chore = self._chores.popleft() if self._chores else None
         if chore is not None:
-            chore()
+            chore.do()
         if not self._running:
             return
         began = time.monotonic()
@@ -285,7 +260,7 @@ class Worker:
                 del self._running[id]
             loops.setdefault(job.call.loop, []).append((job, some))
         for loop, some in loops.items():
-            _tell(loop, _deliver, some)
+            tell(loop, _deliver, some)
 
     def _give_up(self) -> None:
         with self._changed:
@@ -297,20 +272,11 @@ class Worker:
             error = StoppedError(str(self.failed or "the server is stopping"))
             self._stopping = True
         for job in jobs:
-            _tell(job.call.loop, job.call.fail, error)
+            tell(job.call.loop, job.call.fail, error)
         for chore in chores:
-            chore()
+            chore.give_up(error)
 
 
 def _deliver(some: Sequence[tuple[Job, list[Piece]]]) -> None:
     for job, pieces in some:
         job.call.deliver(job.index, pieces)
-
-
-def _tell(loop: asyncio.AbstractEventLoop, what: Callable[..., Any], *args: Any) -> None:
-    """Call `what` in a loop, unless nobody runs it any more."""
-    try:
-        loop.call_soon_threadsafe(what, *args)
-    except RuntimeError:
-        if not loop.is_closed():
-            raise

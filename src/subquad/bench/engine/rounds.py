@@ -186,7 +186,7 @@ def _measure(bench: Bench, model: Stack, rows: int, context: int, parts: dict[st
 
 def _filled(model: Stack, rows: int, prompt: int, new: int, width: int) -> Rounds:
     """Rounds of `rows` rows that have read the same prompt: one reads it, its state is copied into the others'."""
-    rounds = Rounds(model, rows, prompt + new, 1, width, None, logprobs=False, compile=False)
+    rounds = Rounds(model, rows, prompt + new, 1, width, None, compile=False)
     tokens = _tokens(model, prompt)
     request = Request(tokens, Limits(max_new_tokens=new, end_tokens=[]))
     rounds.admit(range(rows), [request] * rows, [0] * rows)

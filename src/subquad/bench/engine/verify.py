@@ -116,7 +116,7 @@ def _prove(bench: Bench, ours: State, copies: State, when: str = "behind the fir
 def _start(model: Stack, rows: int, turns: int, each: int) -> Rounds:
     """Rows that have read nothing but a first token, each forced to say the same one for ever."""
     new = (WARM + turns * each) * (1 + DRAFTED) + 1
-    rounds = Rounds(model, rows, new + 1, 1 + DRAFTED, each + WARM, Script(rows), logprobs=False, compile=False)
+    rounds = Rounds(model, rows, new + 1, 1 + DRAFTED, each + WARM, Script(rows), compile=False)
     sampling = SamplingConfig(logit_bias={RIGHT: 1e4})
     requests = [Request([1 + i % 5], Limits(max_new_tokens=new, end_tokens=[]), sampling) for i in range(rows)]
     rounds.admit(range(rows), requests, [0] * rows)
