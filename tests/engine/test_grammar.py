@@ -337,6 +337,9 @@ def test_what_cannot_be_followed_is_refused_on_one_short_line(name: str, tokeniz
 
 BOMBS: dict[str, Callable[[Any], Grammar]] = {
     "any of": lambda t: Grammar.json_schema(doubled(40, "anyOf"), t),
+    "all of many patterns": lambda t: Grammar.json_schema(
+        {"allOf": [{"type": "string", "pattern": f"^.*{'x' * i}.*$"} for i in range(60)]}, t
+    ),
     "all of": lambda t: Grammar.json_schema(doubled(40, "allOf"), t),
     "lengths": lambda t: Grammar.json_schema({"type": "string", "minLength": 10**6, "maxLength": 2 * 10**6}, t),
     "items": lambda t: Grammar.json_schema({"type": "array", "minItems": 10**6}, t),

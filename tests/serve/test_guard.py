@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -127,6 +128,14 @@ def test_brackets_in_strings_are_not_deep() -> None:
     check_json(json.dumps({"a": "[" * 1000 + '\\"' + "{" * 1000}).encode(), 4)
     with pytest.raises(ApiError, match="deep"):
         check_json(b'{"a": "x", "b": [[[[1]]]]}', 4)
+
+
+@pytest.mark.parametrize("part", [b'\\"', b'"', b"[]", b"[", b'{"a":', b"\\\\", b'"\\ud800'])
+def test_no_body_takes_more_than_its_size(part: bytes) -> None:
+    began = time.monotonic()
+    with contextlib.suppress(ApiError):
+        check_json(b"[" * 10 + b'"' + part * (2**21 // len(part)), 4)
+    assert time.monotonic() - began < 2  # minutes where anything is read twice
 
 
 def test_large_bodies_are_not_read(running: Running) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -253,3 +254,45 @@ def test_a_worker_that_stops_tells_those_who_wait(model: Stack) -> None:
             await take(call)
 
     asyncio.run(main())
+
+
+async def parts(call: Call) -> list[list[int]]:
+    return [[piece.token for piece in pieces] async for _, pieces in call]
+
+
+def test_what_comes_while_a_caller_is_busy_is_one_part() -> None:
+    async def main() -> list[list[int]]:
+        call = Call(lambda jobs: None, [ask([1], 2)], "a")
+        call.deliver(0, [Piece(0, 5, "", 0.0, None)])
+        call.deliver(0, [Piece(0, 6, "", 0.0, "length")])
+        return await parts(call)
+
+    assert asyncio.run(main()) == [[5, 6]]
+
+
+def test_of_many_rows_each_is_told_its_first_token_and_its_last_at_once(
+    model: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subquad.serve.worker.TOLD_A_SECOND", 1e-6)
+    worker, request = make(model), ask([1, 2, 3], 200)
+
+    async def main() -> list[list[int]]:
+        return await parts(worker.submit([request], "a"))
+
+    got = asyncio.run(main())
+    worker.stop()
+    assert [*chain(*got)] == alone(model, request)
+    assert len(got) == 2 and len(got[1]) > 100
+
+
+def test_a_row_that_is_put_aside_keeps_nothing_back(model: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subquad.serve.worker.TOLD_A_SECOND", 1e-6)
+    worker, requests = make(model, rows=1, patience=0.0), [ask([i, 2, 3], 100) for i in (1, 2)]
+
+    async def main() -> list[list[list[int]]]:
+        return await asyncio.gather(*(parts(worker.submit([request], "a")) for request in requests))
+
+    got = asyncio.run(main())
+    worker.stop()
+    assert [[*chain(*one)] for one in got] == [alone(model, request) for request in requests]
+    assert worker.preemptions and max(map(len, got)) > 2

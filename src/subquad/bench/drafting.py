@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from subquad.bench import shapes
 from subquad.bench.harness import Bench
@@ -356,8 +357,7 @@ def loops(tokens: Sequence[int]) -> bool:
 def same(model: Stack, prompt: Sequence[int], first: Sequence[int], second: Sequence[int]) -> bool:
     """Whether two greedy answers are one up to the first near-tie.
 
-    Where they differ first, the model's logits of both tokens must lie within what it rounds: in float32 64 times its
-    epsilon of the largest logit, in shorter types, whose errors mostly cancel, 8 times.
+    Where they differ first, the model's logits of both tokens must lie within what it rounds; see `rounding`.
     """
     at = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
     if at is None:
@@ -365,6 +365,13 @@ def same(model: Stack, prompt: Sequence[int], first: Sequence[int], second: Sequ
     with torch.no_grad():
         hidden_btd = model.hidden(torch.tensor([[*prompt, *first[:at]]], device=model.device))
         logits_v = model.head(hidden_btd[0, -1]).float()
+    return abs(float(logits_v[first[at]] - logits_v[second[at]])) < rounding(model, logits_v)
+
+
+def rounding(model: Stack, logits_v: Tensor) -> float:
+    """How near logits may lie and be tied: 64 times float32's epsilon of the largest, 8 times that of shorter types.
+
+    Errors of those mostly cancel.
+    """
     times = 64 if model.dtype in (torch.float32, torch.float64) else 8
-    gap = abs(float(logits_v[first[at]] - logits_v[second[at]]))
-    return gap < times * torch.finfo(model.dtype).eps * float(logits_v.abs().max())
+    return times * torch.finfo(model.dtype).eps * float(logits_v.abs().max())

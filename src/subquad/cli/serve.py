@@ -13,9 +13,7 @@ from subquad.cli._placement import Device, DType, placement
 from subquad.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from subquad.engine.draft import Drafter
     from subquad.models.load import LoadedModel
-    from subquad.models.stack import Stack
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 MEGABYTE = 2**20
@@ -69,15 +67,13 @@ def run(
         raise ConfigError(f'serve: expected {", ".join(missing)}, got none; pip install "subquad[serve]"')
     keys = read_keys(api_key or (), api_key_file)
 
-    from subquad.engine.draft import parse_drafter
     from subquad.models.load import load_model
     from subquad.serve.app import create_app
     from subquad.serve.bounds import Bounds
+    from subquad.serve.build import build_site
     from subquad.serve.guard import Keys
-    from subquad.serve.queue import Turns
-    from subquad.serve.served import Room, Served
+    from subquad.serve.served import Room
     from subquad.serve.server import log_to_stderr, make_server
-    from subquad.serve.site import Site
 
     where, kind = placement(device, dtype)
     room = Room(
@@ -89,27 +85,17 @@ def run(
         patience=patience,
         draft_tokens=draft_tokens or None,
     )
-
-    def drafter(target: LoadedModel) -> Drafter | None:
-        from subquad.engine.translate import translate
-
-        def small(spec: str) -> Stack:
-            return translate(load_model(spec, dtype=kind, device=where), target)
-
-        specs = draft or ["copyspec"]
-        return None if specs == ["none"] else parse_drafter(specs, small)
-
     loaded = [load_model(spec, dtype=kind, device=where) for spec in (model, *(beside or ()))]
-    turns = Turns()
-    served = [
-        Served.build(one, called, room, drafter=drafter(one), turns=turns, compile=compile)
-        for one, called in zip(loaded, names(loaded, name or ()), strict=True)
-    ]
-    site = Site(
-        served, Bounds(int(body_mb * MEGABYTE), request_seconds=request_seconds, rate=rate), log_prompts=log_prompts
+    site = build_site(
+        dict(zip(names(loaded, name or ()), loaded, strict=True)),
+        room,
+        Bounds(int(body_mb * MEGABYTE), request_seconds=request_seconds, rate=rate),
+        draft=draft or ["copyspec"],
+        compile=compile,
+        log_prompts=log_prompts,
     )
     log_to_stderr()
-    for one in served:
+    for one in site.served:
         one.start()
     make_server(create_app(site, Keys(keys)), site, host, port, drain_seconds).run()
 

@@ -33,8 +33,9 @@ class Detokenizer:
         self.held = ""
         # A window that begins inside a character may never decode it: a character has at most four bytes.
         windows = [list(prompt[max(len(prompt) - CONTEXT - extra, 0) :]) for extra in range(4)]
-        measured = [(window, self._certain(window)) for window in windows]
-        self.window, self.given = next((m for m in measured if m[1] > 0), measured[0])
+        # Most often the first will do.
+        certain = ((window, n) for window in windows if (n := self._certain(window)) > 0)
+        self.window, self.given = next(certain, (windows[0], 0))
         self.boundary = 0 if self._decode(self.window).endswith(UNFINISHED) else len(self.window)
 
     def _certain(self, tokens: list[int]) -> int:

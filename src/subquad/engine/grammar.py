@@ -23,6 +23,9 @@ LIMITS: Mapping[str, Any] = {
     "max_lexer_states": 20_000,
     "verbose_errors": False,
 }
+# Patterns that one text may have to match at once: what they have in common is found in time exponential in them.
+MOST_JOINED = 8
+JOINING = ("allOf", "anyOf", "oneOf", "$ref")
 # As json.dumps writes it. Were any whitespace allowed, a weak model might write no end of it.
 JSON_STYLE: Mapping[str, Any] = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
@@ -121,6 +124,11 @@ class Source:
             raise ConfigError(f"json_schema: expected a JSON schema, got {_short(error)}; correct it") from error
         if not isinstance(held, dict):
             raise ConfigError(f"json_schema: expected a JSON object, got {type(held).__name__}; write a schema")
+        if (patterns := _joined(held)) > MOST_JOINED:
+            raise ConfigError(
+                f"json_schema: expected at most {MOST_JOINED} patterns where some are joined, got {patterns}; "
+                "write them as one, or leave some out"
+            )
         return _checked("json_schema", lambda guide: guide.grammar_from_json_schema(text, defaults=dict(JSON_STYLE)))
 
     @staticmethod
@@ -265,6 +273,22 @@ def _bound(name: str, text: Any) -> None:
         raise ConfigError(f"{name}: expected a text, got {type(cast('object', text)).__name__}; pass a string")
     if len(text) > MOST_SOURCE:
         raise ConfigError(f"{name}: expected at most {MOST_SOURCE} characters, got {len(text)}; make it smaller")
+
+
+def _joined(schema: Mapping[str, Any]) -> int:
+    """Patterns and formats that one text may have to match at once, at most; 1 where none are joined."""
+    patterns, joins, left = 0, False, [cast("Any", schema)]
+    while left:
+        one = left.pop()
+        if isinstance(one, list):
+            left += one
+        elif isinstance(one, dict):
+            fields = cast("dict[str, Any]", one)
+            mine = sum(isinstance(fields.get(name), str) for name in ("pattern", "format"))
+            patterns += mine
+            joins |= "allOf" in fields or (bool(mine) and any(name in fields for name in JOINING))
+            left += fields.values()
+    return patterns if joins else min(patterns, 1)
 
 
 def _refused(name: str, reason: object) -> ConfigError:

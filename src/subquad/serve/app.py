@@ -12,6 +12,7 @@ from subquad import __version__
 from subquad.serve import chat, completions, embed, files
 from subquad.serve.errors import ErrorBody, handle_errors
 from subquad.serve.guard import Guard, Keys
+from subquad.serve.metrics import TEXT_FORMAT
 from subquad.serve.served import Served
 from subquad.serve.site import Site
 
@@ -75,7 +76,7 @@ def create_app(site: Site, keys: Keys | None = None) -> FastAPI:
     @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
     def metrics() -> Response:
         """All figures, as Prometheus reads them."""
-        return Response(site.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(site.metrics.text(), media_type=TEXT_FORMAT)
 
     app.include_router(files.router())
     _document(app, [one.name for one in site.served])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from subquad.engine.request import Piece, Request
@@ -32,12 +32,14 @@ class Job:
         cached: tokens of its prompt that a prefix saved.
         drawn: tokens since it last got a slot.
         since: seconds of the clock since when it waits or has its slot.
+        held, told: what its caller is not told yet, and when that was told something.
     """
 
     def __init__(self, call: Call, index: int, request: Request, client: str) -> None:
         self.call, self.index, self.request, self.client = call, index, request, client
         self.id: int | None = None
         self.cached, self.drawn, self.since = 0, 0, time.monotonic()
+        self.held, self.told = list[Piece](), -math.inf
 
 
 class Call:
@@ -61,7 +63,7 @@ class Call:
         self.loop = asyncio.get_running_loop()
         self.jobs = [Job(self, i, request, client) for i, request in enumerate(requests)]
         self._cancel = cancel
-        self._arrived = deque[tuple[int, list[Piece]]]()
+        self._arrived = dict[int, list[Piece]]()
         self._event = asyncio.Event()
         self._left = len(self.jobs)
         self._error: Exception | None = None
@@ -76,7 +78,8 @@ class Call:
 
     def deliver(self, index: int, pieces: list[Piece]) -> None:
         """Called in the loop: what a step gave one of the requests."""
-        self._arrived.append((index, pieces))
+        # What comes before the last was taken joins it: a busy loop writes longer pieces, not more of them.
+        self._arrived.setdefault(index, []).extend(pieces)
         self._event.set()
 
     def fail(self, error: Exception) -> None:
@@ -97,7 +100,8 @@ class Call:
                     raise self._error
                 self._event.clear()
                 await self._event.wait()
-            index, pieces = self._arrived.popleft()
+            index = next(iter(self._arrived))
+            pieces = self._arrived.pop(index)
             self._left -= pieces[-1].finish is not None
             yield index, pieces
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from subquad.engine.trace import Look
 from subquad.serve.served import Served
 
+TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 STEPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -56,6 +57,33 @@ class Metrics:
     def text(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def merge(replicas: Mapping[str, Iterable[Metric]]) -> bytes:
+    """The figures of several servers in Prometheus' text format, each with a label ``replica``.
+
+    Args:
+        replicas: what each one's registry collects.
+    """
+    merged: dict[str, Metric] = {}
+    for name, metrics in replicas.items():
+        for metric in metrics:
+            one = merged.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            one.samples += [sample._replace(labels={**sample.labels, "replica": name}) for sample in metric.samples]
+    registry = CollectorRegistry()
+    registry.register(_Given(merged.values()))
+    return generate_latest(registry)
+
+
+class _Given(Collector):
+    """What was collected elsewhere."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self.metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """All of it."""
+        yield from self.metrics
 
 
 class _Gauges(Collector):

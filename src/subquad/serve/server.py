@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -78,6 +79,12 @@ class Server(uvicorn.Server):
         if self._deadline is not None and (not self.site.under_way or time.monotonic() > self._deadline):
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        """Listen. What is there by now stays, so that no collection of a large body's garbage looks at it again."""
+        gc.collect()
+        gc.freeze()
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:
         """Have what is left fail with an answer, and let answers leave."""

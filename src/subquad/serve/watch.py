@@ -20,6 +20,7 @@ from subquad.serve.served import Served
 from subquad.serve.site import LOG, Site
 
 T = TypeVar("T")
+TO_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Watch:
@@ -127,13 +128,13 @@ class EventStream(StreamingResponse):
 async def _frames(watch: Watch, events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
     try:
         async for event in events:
-            yield f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+            yield f"data: {TO_JSON(event)}\n\n"
     except Exception as error:
         told = as_api_error(error)
         if told.code == "internal":
             LOG.exception("a stream has failed")
         watch.failed(told)
-        yield f"data: {json.dumps(told.body())}\n\n"
+        yield f"data: {TO_JSON(told.body())}\n\n"
     else:
         yield "data: [DONE]\n\n"
 
