@@ -39,7 +39,7 @@ HANG_UP = 5
 """One of so many clients hangs up."""
 SHARE = 3
 """One of so many prompts has a beginning that others have."""
-ASKED = 4
+ASKED = 8
 """Times that the same is asked."""
 PASSES = 3
 JUDGED = 128
