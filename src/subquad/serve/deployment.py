@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -231,15 +231,17 @@ class Ingress:
         return merge(dict(one for one in got if not isinstance(one, Exception)))
 
 
-def build(plan: Plan) -> Any:
+def build(told: Plan | Mapping[str, str]) -> Any:
     """The application, for ``serve run`` and ``serve.run``.
 
     Args:
-        plan: what to serve, and how.
+        told: a plan, or what `Plan` reads as one.
 
     Raises:
         ConfigError: keys that can't be read.
+        ValidationError: no plan.
     """
+    plan = Plan.model_validate(told)
     keys = plan.keys()
     replicas = serve.deployment(
         Replica,
