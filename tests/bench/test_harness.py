@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from subquad.bench import harness
-from subquad.bench.harness import Bench, GateError, find_rooms, rooms, run_room
+from subquad.bench.harness import Bench, GateError, find_rooms, missing, rooms, run_room
 from subquad.bench.results import Result, environment, load_result, ratio
 from subquad.core.errors import ConfigError
 
@@ -187,6 +187,10 @@ if torch.cuda.is_available():
 
 @pytest.mark.parametrize(("room", "device", "dtype"), ROOMS, ids=str)
 def test_every_room_runs_at_its_small_sizes(room, device, dtype):
+    if (needed := missing(room)) is not None:
+        with pytest.raises(ConfigError, match="pip install"):
+            run_room(room, device=device, dtype=dtype, smoke=True)
+        pytest.skip(f"needs {needed[0]}: {needed[1]}")
     run_room(room, device=device, dtype=dtype, smoke=True).check(room)
 
 

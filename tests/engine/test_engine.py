@@ -315,14 +315,14 @@ def test_many_compiled_rounds_are_no_error(monkeypatch: pytest.MonkeyPatch) -> N
     compiled: Callable[..., Any] = torch.compile
     monkeypatch.setattr(torch, "compile", lambda fn, **options: compiled(fn, backend="eager", **options))
     torch.compiler.reset()
-    # So that a few rows are many.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     model, n = build(MIXERS["attention"]), 12
     expected = plain(model, PROMPTS, n)
     texts = [prompt + more for prompt, more in zip(PROMPTS, expected, strict=True)]
     engine = Engine(model, rows=2, capacity=32, drafter=CopySpec(), most_drafted=2, compile=True)
-    engine.warm(Request(PROMPTS[0], Limits(n, end_tokens=[])))
-    for i, prompt in enumerate(PROMPTS):
-        engine.submit(Request(prompt, Limits(n, end_tokens=[], min_new_tokens=i)))
-    got = drain(engine)
+    # So that a few rows are many.
+    with torch._dynamo.config.patch(recompile_limit=2):
+        engine.warm(Request(PROMPTS[0], Limits(n, end_tokens=[])))
+        for i, prompt in enumerate(PROMPTS):
+            engine.submit(Request(prompt, Limits(n, end_tokens=[], min_new_tokens=i)))
+        got = drain(engine)
     assert [PROMPTS[row] + tokens(got[row]) for row in range(4)] == texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import statistics
 import time
@@ -378,6 +379,13 @@ def find_rooms(names: list[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+def missing(room: str) -> tuple[str, str] | None:
+    """A package that a room's ``NEEDS`` names and that is not installed, and what brings it; None where none lacks."""
+    module = importlib.import_module(f"subquad.bench.{room.replace('/', '.')}")
+    needs: Mapping[str, str] = getattr(module, "NEEDS", {})
+    return next((each for each in needs.items() if importlib.util.find_spec(each[0]) is None), None)
+
+
 def run_room(
     room: str,
     *,
@@ -402,6 +410,7 @@ def run_room(
 
     Raises:
         GateError: what was to be timed computes something else than it should.
+        ConfigError: a package is missing.
     """
     device = torch.device(device)
     bench = Bench(
@@ -416,6 +425,8 @@ def run_room(
         data=data,
     )
     module = importlib.import_module(f"subquad.bench.{bench.name}")
+    if (needed := missing(room)) is not None:
+        raise ConfigError(f"bench {room}: expected the package {needed[0]}, got none; pip install {needed[1]}")
     torch.manual_seed(0)
     module.run(bench)
     command = f"subquad bench {room} --device {device.type} --dtype {dtype_name(dtype)}" + (" --smoke" if smoke else "")

@@ -23,6 +23,7 @@ from subquad.bench.harness import Bench
 from subquad.bench.ops.gdn import STEP
 from subquad.core.errors import SubquadError
 from subquad.core.layout import Layout
+from subquad.core.mixer import Counts
 from subquad.core.state import State
 from subquad.engine.draft import Draft, Drafter
 from subquad.engine.history import History
@@ -224,14 +225,14 @@ class _CopiesUpdate(ReplayUpdate):
 
     kept_nhkv: Tensor
 
-    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+    def store_(self, pool: State, rows: Tensor | None, n_b: Tensor) -> Counts:
         """The state before the last token kept comes back, and that token is pending."""
         assert isinstance(pool, ReplayState)
         assert rows is None
-        n_b = self.layout.lengths_b if n_b is None else n_b
         at_b, row_b = (n_b - 1).clamp(min=0), torch.arange(len(n_b), device=n_b.device)
         rows_in_all = len(self.kept_nhkv) // pool.held.block
         torch.index_select(self.kept_nhkv, 0, at_b * rows_in_all + row_b, out=pool.held.recurrent_bhkv)
         # The pool has seen all of the block but its last token.
         pool.seen_b.add_(at_b - (self.layout.shape[1] - 1))
         pool.pending_b.copy_(n_b.clamp(max=1))
+        return Counts()

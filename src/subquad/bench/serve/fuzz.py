@@ -32,6 +32,8 @@ KEY = "sk-the-only-key-that-opens-this-server"
 WRONG = {"end": KEY[:-1] + "x", "beginning": "x" + KEY[1:], "short": KEY[:3], "long": KEY * 20}
 GENERATING = {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings"}
 OPTIONS = ("--rows", "4", "--max-tokens", "2048")
+# Packages that the room runs, and what brings each.
+NEEDS = {"schemathesis": '"subquad[fuzz]"'}
 
 
 def fuzz(url: str, examples: int, seed: int, folder: Path, *phases: str) -> tuple[Counter[tuple[str, int]], list[str]]:

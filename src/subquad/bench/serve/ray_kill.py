@@ -27,6 +27,8 @@ from subquad.engine.generate import Limits, generate
 from subquad.engine.sampler import SamplingConfig
 from subquad.models.load import load_model
 
+# Packages that the room runs, and what brings each.
+NEEDS = {"ray": '"subquad[ray]"'}
 APP = "subquad-bench"
 PROMPTS = [f"Question {i}: " + "what is it that all of these have in common? " * 4 for i in range(12)]
 TOKENS = 48
