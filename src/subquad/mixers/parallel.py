@@ -18,6 +18,7 @@ from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Counts, Mixer, Shared, Update
 from subquad.core.registry import load
 from subquad.core.state import State, axes
+from subquad.ops.norm import add_rms
 
 CARD = Card(
     title="Hymba: A Hybrid-head Architecture for Small Language Models",
@@ -164,13 +165,15 @@ class Parallel(Mixer):
     def read_stream(
         self, x_btd: Tensor, norm: nn.RMSNorm, state: State, layout: Layout
     ) -> tuple[Tensor, Update] | None:
-        """Every part's, or none where one has no such form; see `Mixer.read_stream`."""
+        """Every part's, and a plain read of those that have no such form; see `Mixer.read_stream`."""
         assert isinstance(state, ParallelState)
-        read: list[tuple[Tensor, Update]] = []
+        normed_btd, read = None, list[tuple[Tensor, Update]]()
         for part, own in zip(self.mixers, state.parts, strict=True):
             one = part.read_stream(x_btd, norm, own, layout)
             if one is None:
-                return None
+                # No part is read twice, and the norm is taken once.
+                normed_btd = add_rms(x_btd, None, norm)[1] if normed_btd is None else normed_btd
+                one = part.read(normed_btd, own, layout)
             read.append(one)
         return _sum([y_btd for y_btd, _ in read]), ParallelUpdate(tuple(update for _, update in read))
 
