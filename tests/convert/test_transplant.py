@@ -139,6 +139,7 @@ def test_measure_equals_the_definition(monkeypatch, options, at_once):
             # float32 sums of some hundred terms against float64: about 100 roundings of 6e-8.
             torch.testing.assert_close(got[i].lookback_h.double(), lookback, rtol=1e-5, atol=0)
             torch.testing.assert_close(got[i].output_rms_h.double(), square.sqrt(), rtol=1e-5, atol=0)
+            # The same float32 norm of one batch or of both at once: a few roundings of 6e-8.
             torch.testing.assert_close(got[i].inputs_btd, normed[:1], rtol=1e-6, atol=1e-6)
         x = block(x, layout)
 
