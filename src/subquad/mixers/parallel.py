@@ -167,7 +167,8 @@ class Parallel(Mixer):
     ) -> tuple[Tensor, Update] | None:
         """Every part's, and a plain read of those that have no such form; see `Mixer.read_stream`."""
         assert isinstance(state, ParallelState)
-        normed_btd, read = None, list[tuple[Tensor, Update]]()
+        normed_btd: Tensor | None = None
+        read: list[tuple[Tensor, Update]] = []
         for part, own in zip(self.mixers, state.parts, strict=True):
             one = part.read_stream(x_btd, norm, own, layout)
             if one is None:
