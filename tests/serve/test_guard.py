@@ -214,6 +214,20 @@ def test_long_headers_are_refused(running: Running) -> None:
     assert b" 400 " in talk(running, b"GET / HTTP/1.1\r\nX: " + b"a" * 10**5).splitlines()[0]
 
 
+def test_endless_trailers_are_refused(running: Running) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{{\r\n0\r\n".encode()
+    assert b" 400 " in talk(running, head + b"X: a\r\n" * 10**4).splitlines()[0]
+
+
+def test_requests_that_come_at_once_are_answered_in_turn(running: Running) -> None:
+    body = b'{"model": "tiny", "prompt": "a", "max_tokens": 5, "temperature": 0}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n".encode()
+    last = head + b"Connection: close\r\n\r\n" + body
+    answers = talk(running, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" + head + b"\r\n" + body + last, 30)
+    assert answers.count(b"HTTP/1.1 200 OK") == 3 and answers.count(b"text_completion") == 2
+
+
 def test_a_request_that_takes_too_long_ends(locked: Running) -> None:
     client = locked.client().with_options(api_key="first")
     asked: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 8000, "temperature": 1}

@@ -61,7 +61,7 @@ def router(site: Site) -> APIRouter:
         seconds = site.bounds.request_seconds
         try:
             async with asyncio.timeout(seconds):
-                vectors = await left_or_done(http, work())
+                vectors = await left_or_done(http.receive, work())
         except TimeoutError as error:
             raise LateError(f"expected to end within {seconds:g} s") from error
         data = [

@@ -12,34 +12,66 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from subquad.serve.site import LOG, Site
 
 HEADER_SECONDS = 10.0
 """In which a request's headers must have come, from the connection's or the last answer's moment on."""
 
+HEADER_BYTES = 32 * 2**10
+"""Of a request, beside its body."""
+
 FLUSH_SECONDS = 5
 """For answers to leave once the last request has ended."""
 
 
-class Patient(H11Protocol):
-    """Closes connections on which no request's headers come, however their bytes trickle."""
+class Patient(HttpToolsProtocol):
+    """Closes connections on which no request's headers come, however their bytes trickle, or more of them than fit."""
 
     _headers_due: asyncio.TimerHandle | None = None
+    _in_headers = True
+    _beside_body = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A client is there."""
         super().connection_made(transport)
         self._watch()
 
-    def handle_events(self) -> None:
-        """Bytes have come, or an answer is done."""
-        super().handle_events()
-        self._watch()
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come; of a request's those count that are not its body: headers, trailers, what parts chunks."""
+        self._beside_body += len(data)
+        super().data_received(data)
+        if self._beside_body > HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"expected at most {HEADER_BYTES} bytes of headers, got more")
+
+    def on_headers_complete(self) -> None:
+        """A request may be answered."""
+        self._in_headers = False
+        self._relax()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """A part of its body."""
+        # Chunks may cost as much as what is in them.
+        self._beside_body -= 2 * len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """All of a request has come."""
+        self._in_headers, self._beside_body = True, 0
+        super().on_message_complete()
+        if self.cycle.response_complete:
+            self._watch()
+
+    def on_response_complete(self) -> None:
+        """All of an answer has been given."""
+        waits = not self.pipeline
+        super().on_response_complete()
+        if waits and self._in_headers:
+            self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
@@ -47,9 +79,7 @@ class Patient(H11Protocol):
         self._relax()
 
     def _watch(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
-            self._relax()
-        elif self._headers_due is None:
+        if self._headers_due is None and not self.transport.is_closing():
             self._headers_due = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def _relax(self) -> None:
@@ -108,7 +138,6 @@ def make_server(app: FastAPI, site: Site, host: str, port: int, drain_seconds: f
         server_header=False,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=FLUSH_SECONDS,
-        h11_max_incomplete_event_size=32 * 2**10,
     )
     return Server(config, site, drain_seconds)
 

@@ -118,9 +118,11 @@ class EventStream(StreamingResponse):
         self._watch = watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer."""
+        """Answer, until the client leaves."""
         try:
-            await super().__call__(scope, receive, send)
+            await left_or_done(receive, self.stream_response(send))
+        except ClientGoneError:
+            pass
         finally:
             self._watch.close()
 
@@ -146,7 +148,7 @@ async def whole(watch: Watch, http: HttpRequest, work: Coroutine[Any, Any, T]) -
         ClientGoneError: the client has left.
     """
     try:
-        return await left_or_done(http, work)
+        return await left_or_done(http.receive, work)
     except ClientGoneError:
         raise
     except Exception as error:
@@ -156,13 +158,13 @@ async def whole(watch: Watch, http: HttpRequest, work: Coroutine[Any, Any, T]) -
         watch.close()
 
 
-async def left_or_done(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+async def left_or_done(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Do `work` to its end, unless the client leaves before.
 
     Raises:
         ClientGoneError: the client has left.
     """
-    task, left = asyncio.create_task(work), asyncio.create_task(_left(http))
+    task, left = asyncio.create_task(work), asyncio.create_task(_left(receive))
     try:
         await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -173,6 +175,6 @@ async def left_or_done(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
         left.cancel()
 
 
-async def _left(http: HttpRequest) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
