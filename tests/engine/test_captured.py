@@ -147,8 +147,8 @@ def test_replayed_rounds_note_the_likeliest_tokens_while_someone_asks(drafter: s
         engine = engine_for(model, CopySpec() if drafter == "copyspec" else None, captures=captures)
         engine.logprobs = False
         got: list[Any] = []
-        pieces = engine._pieces
-        engine._pieces = lambda row, new, pieces=pieces, got=got: got.extend(kept := pieces(row, new)) or kept
+        step = engine.step
+        engine.step = lambda step=step, got=got: got.extend(kept := step()) or kept
         drawn = answers(engine, requests)
         tops.append([(piece.row, piece.token, [(t, round(p, 9)) for t, p in piece.top]) for piece in got])
         for row, k in enumerate(asked * 3):

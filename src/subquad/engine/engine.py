@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
 from subquad.core.errors import ConfigError
 from subquad.engine.detokenize import Detokenizer
 from subquad.engine.draft import Drafter
-from subquad.engine.history import History
-from subquad.engine.masks import EXHAUSTED, Rule
+from subquad.engine.masks import Rule
 from subquad.engine.pace import Pace
 from subquad.engine.prefix import PrefixCache
 from subquad.engine.relax import Relaxed
 from subquad.engine.request import Piece, Request, check_model, check_request
 from subquad.engine.rounds import Given, Rounds
+from subquad.engine.row import Row
 from subquad.engine.trace import Look
-from subquad.models.stack import Stack, StackState
+from subquad.models.stack import Stack
 
 LOOKS_KEPT = 4096
 CHUNKS_AT_ONCE = 32
@@ -29,27 +28,6 @@ CHUNKS_AT_ONCE = 32
 
 # A round is captured at its second time or, where that fails, its third; what is done once a look comes once a look.
 REHEARSALS = 3
-
-
-@dataclass
-class _Row:
-    """A request under way. `tokens` is the prompt and all that was drawn; of it the state has read `read`."""
-
-    id: int
-    request: Request
-    tokens: list[int]
-    text: Detokenizer | None
-    ends: set[int]
-    rule: Rule | None = None
-    drawn: int = 0
-    read: int = 0
-    saved: tuple[StackState, History] | None = None
-    marks: list[int] = field(default_factory=list[int])
-
-    @property
-    def filled(self) -> bool:
-        """All but the last token are read: that one begins the next block."""
-        return self.read == len(self.tokens) - 1
 
 
 class Engine:
@@ -133,9 +111,9 @@ class Engine:
         # While a row has a grammar rounds cost more, and other guesses stand.
         self.ruled_pace = Pace(widest, fixed=draft_tokens is not None, watched=watched)
         self.looks = deque[Look](maxlen=LOOKS_KEPT)
-        self._waiting = deque[_Row]()
-        self._slots: list[_Row | None] = [None] * rows
-        self._aside: dict[int, _Row] = {}
+        self._waiting = deque[Row]()
+        self._slots: list[Row | None] = [None] * rows
+        self._aside: dict[int, Row] = {}
         self._submitted = 0
         block = widest + 1
         self._rounds = Rounds(
@@ -194,7 +172,7 @@ class Engine:
             request = replace(request, logprobs=0)
         ends, rule = request.ends(self.model), self._rule(request)
         self._submitted += 1
-        self._waiting.append(_Row(id, request, list(request.prompt), text, ends, rule))
+        self._waiting.append(Row(id, request, list(request.prompt), text, ends, rule))
         return id
 
     def _rule(self, request: Request) -> Rule | None:
@@ -303,7 +281,7 @@ class Engine:
             self._waiting.append(row)
         return row is not None
 
-    def _find(self, id: int) -> _Row | None:
+    def _find(self, id: int) -> Row | None:
         return next((row for row in (*self._waiting, *self._slots) if row is not None and row.id == id), None)
 
     @torch.no_grad()
@@ -350,7 +328,7 @@ class Engine:
             self._recall(slot, row)
         self._start([slot for slot, row in zip(slots, rows, strict=True) if row.filled])
 
-    def _recall(self, slot: int, row: _Row) -> None:
+    def _recall(self, slot: int, row: Row) -> None:
         """Write into a slot what is known of its tokens already: its own saved state, or that of a beginning."""
         if row.saved is not None:
             self._rounds.restore(slot, *row.saved)
@@ -426,7 +404,7 @@ class Engine:
         pieces, ended = list[Piece](), list[int]()
         for slot, (row, new) in enumerate(zip(self._slots, given, strict=False)):
             if row is not None and new.tokens:
-                mine = self._pieces(row, new)
+                mine = row.take(new)
                 pieces += mine
                 if mine[-1].finish is not None:
                     ended.append(slot)
@@ -463,35 +441,6 @@ class Engine:
                 stood = next((i for i in range(most) if new.foreseen[i] != new.tokens[i]), most)
                 judged, kept = judged + min(stood + 1, most), kept + stood
         pace.see(asked, guessed, judged, kept)
-
-    def _pieces(self, row: _Row, new: Given) -> list[Piece]:
-        """The new tokens of a row as pieces, up to the one that ends it."""
-        text, ends, left = row.text, row.ends, row.request.limits.max_new_tokens - row.drawn
-        pieces: list[Piece] = []
-        for i, token in enumerate(new.tokens):
-            shown, finish = "", None
-            if token < 0:
-                finish = "exhausted" if token == EXHAUSTED and row.rule is not None else "diverged"
-            elif token in ends:
-                finish = "end"
-            elif text is not None:
-                shown = text.push(token)
-                finish = "stop" if text.stopped else None
-            if finish is None and row.rule is not None and row.rule.push(token):
-                finish = "end"
-            if finish is None and i + 1 == left:
-                finish = "length"
-            if finish is not None and text is not None:
-                shown += text.finish()
-            own, top = new.scored
-            score = own[i] if own and token >= 0 else math.nan
-            pieces.append(Piece(row.id, max(token, -1), shown, score, finish, top[i] if top and token >= 0 else ()))
-            if finish is not None:
-                break
-        row.drawn += len(pieces)
-        row.read += len(pieces)
-        row.tokens += new.tokens[: len(pieces)]
-        return pieces
 
     def _leave(self, slots: Sequence[int]) -> None:
         for slot in slots:
