@@ -93,9 +93,10 @@ def methods_page() -> str:
         cards = methods(family)
         if not cards:
             continue
-        rows = [["method", "for", "paper", "status", "measured"], ["---"] * 5]
+        rows = [["method", "for", "paper", "its claim", "here", "status"], ["---"] * 6]
         for slug, card in cards.items():
-            rows.append([f"[`{slug}`]({family}/{slug}.md)", card.gives, arxiv(card), card.status, card.measured])
+            link = f"[`{slug}`]({family}/{slug}.md)"
+            rows.append([link, card.gives, arxiv(card), card.claim, card.measured, card.status])
         lines = ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
         text += f"\n## {TITLES[family]}\n\n" + "\n".join(lines) + "\n"
     return text
