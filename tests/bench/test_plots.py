@@ -51,6 +51,20 @@ def test_speed_over_the_context_for_each_batch_of_several() -> None:
     assert chart.log_x and [name for _, name in chart.ticks] == ["1k", "4k"]
 
 
+def test_speed_and_acceptance_over_the_rows_of_a_drafter() -> None:
+    rows = [make_row("spec.some.hybrid.t1.b1", 2.0, "tokens/s", "higher", baseline="plain", baseline_value=2.0)]
+    for b, ratio in ((8, 3.0), (1, 1.5)):
+        id = f"spec.some.attention.greedy.b{b}"
+        rows.append(make_row(id, b * ratio, "tokens/s", "higher", baseline="plain", baseline_value=b))
+        rows.append(make_row(f"{id}.chat", b, "tokens/s", "higher", baseline="plain", baseline_value=b))
+        rows.append(make_row(f"{id}.accepted", 1 / b, "1", "higher"))
+    charts = plots(Result("spec.some", "subquad bench decode", environment(torch.device("cpu"), torch.float32), rows))
+    assert {what: chart.series for what, chart in charts.items()} == {
+        "speedup": {"attention, greedy": [(1, 1.5), (8, 3.0)]},
+        "accepted": {"attention, greedy": [(1, 1.0), (8, 0.125)]},
+    }
+
+
 def test_quality_over_bytes_of_kinds_with_several_sizes() -> None:
     rows = [make_row("convert.some.uniform.ppl_ratio", 2.0, "1", "lower")]
     for kind, better in (("keep", 0.0), ("windows", 0.1)):

@@ -1,4 +1,4 @@
-"""Charts made from a result file and written beside it: times over length, quality over bytes, KL over tokens."""
+"""Charts made from a result file and written beside it: times over length, speed over rows, quality over bytes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from subquad.evals.figures import Chart, Point, short, standalone
 
 OVER_LENGTH = re.compile(r"(?P<what>\w+)\.t(?P<t>\d+)")
 OVER_CONTEXT = re.compile(r"context\.b(?P<b>\d+)\.t(?P<t>\d+)")
+# Of a drafter: a model and how it draws, for so many rows; that over plain decoding, or the share of guesses that stood.
+OVER_ROWS = re.compile(r"(?P<model>\w+)\.(?P<how>\w+)\.b(?P<b>\d+)(?P<what>|\.accepted)")
 TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
 # Of a study: a run's name without what it counts, which several runs share, and a figure that stands for its quality.
 OF_RUN = re.compile(r"(?P<kind>[a-z_]*[a-z])_?\d*\.(?P<what>\w+)")
@@ -20,7 +22,9 @@ COURSE = re.compile(r"(?P<run>\w+)\.kl\.t(?P<t>\d+)")
 
 def plots(result: Result) -> dict[str, Chart]:
     """All charts that the rows of a result make, by their short names."""
-    return _over_length(result) | _over_context(result) | _over_bytes(result) | _over_tokens(result)
+    return (
+        _over_length(result) | _over_context(result) | _over_rows(result) | _over_bytes(result) | _over_tokens(result)
+    )
 
 
 def _over_bytes(result: Result) -> dict[str, Chart]:
@@ -97,6 +101,26 @@ def _over_context(result: Result) -> dict[str, Chart]:
             title = f"Decoding of {result.bench}, batch {b}, on {result.env['device']}, {result.env['dtype']}"
             ticks = [(t, short(t)) for t in sorted({x for points in series.values() for x, _ in points})]
             charts[f"context_b{b}"] = Chart(title, "tokens of context", "tokens/s", series, log_x=True, ticks=ticks)
+    return charts
+
+
+def _over_rows(result: Result) -> dict[str, Chart]:
+    """Of a drafter measured at several batches: speed over plain decoding, and the share of guesses that stood."""
+    found: dict[str, dict[str, list[Point]]] = {"speedup": {}, "accepted": {}}
+    for row in result.rows:
+        match = OVER_ROWS.fullmatch(row.id.removeprefix(f"{result.bench}."))
+        y = None if match is None else row.value if match["what"] else row.ratio
+        if match is not None and y is not None:
+            series = found["accepted" if match["what"] else "speedup"]
+            series.setdefault(f"{match['model']}, {match['how']}", []).append((float(match["b"]), y))
+    charts: dict[str, Chart] = {}
+    labels = {"speedup": "times plain decoding", "accepted": "share of guesses that stood"}
+    for what, series in found.items():
+        series = {name: sorted(points) for name, points in series.items() if len(points) > 1}
+        if series:
+            title = f"{result.bench} on {result.env['device']}, {result.env['dtype']}"
+            ticks = [(b, f"{b:g}") for b in sorted({x for points in series.values() for x, _ in points})]
+            charts[what] = Chart(title, "rows", labels[what], series, log_x=True, ticks=ticks)
     return charts
 
 
