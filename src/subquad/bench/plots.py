@@ -11,7 +11,7 @@ from subquad.evals.figures import Chart, Point, short, standalone
 
 OVER_LENGTH = re.compile(r"(?P<what>\w+)\.t(?P<t>\d+)")
 OVER_CONTEXT = re.compile(r"context\.b(?P<b>\d+)\.t(?P<t>\d+)")
-# Of a drafter: a model and how it draws, for so many rows; that over plain decoding, or the share of guesses that stood.
+# Of a drafter: a model, how it draws, and for how many rows; also the share of its guesses that stood.
 OVER_ROWS = re.compile(r"(?P<model>\w+)\.(?P<how>\w+)\.b(?P<b>\d+)(?P<what>|\.accepted)")
 TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
 # Of a study: a run's name without what it counts, which several runs share, and a figure that stands for its quality.
