@@ -6,12 +6,13 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from subquad.core.errors import CheckpointError, ConfigError, UnsupportedError
 from subquad.core.layout import Layout
+from subquad.models.architectures import model_config
 from subquad.models.load import load_model
-from subquad.models.teachers import from_transformers, load_teacher, model_config
+from subquad.models.teachers import from_transformers, load_teacher
 
 SIZES = {
     "vocab_size": 61,
@@ -37,6 +38,7 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+MAMBA = {"vocab_size": 61, "hidden_size": 48, "state_size": 5, "num_hidden_layers": 3, "initializer_range": 0.2}
 
 CASES = {
     "llama2": LlamaConfig(**SIZES),
@@ -56,6 +58,8 @@ CASES = {
     "qwen3": Qwen3Config(**SIZES, head_dim=20, tie_word_embeddings=True),
     "qwen3-biases": Qwen3Config(**SIZES, head_dim=8, attention_bias=True),
     "qwen3-windows": Qwen3Config(**SIZES, head_dim=8, **WINDOWED),
+    "mamba": MambaConfig(**MAMBA, pad_token_id=None, bos_token_id=1, eos_token_id=2),
+    "mamba-untied": MambaConfig(**MAMBA, use_conv_bias=False, expand=3, tie_word_embeddings=False),
 }
 
 
@@ -221,7 +225,7 @@ def test_unknown_architecture_names_what_is_supported(tmp_path):
     from transformers import GPT2Config
 
     GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match="llama, mistral, qwen2, qwen3, got architecture 'gpt2'"):
+    with pytest.raises(UnsupportedError, match="llama, mamba, mistral, qwen2, qwen3, got architecture 'gpt2'"):
         load_teacher(tmp_path)
 
 

@@ -81,6 +81,8 @@ def granite_config(model: Stack) -> dict[str, Any]:
     ours = model.config
     if ours.mlp_bias:
         raise UnsupportedError(f"mlp_bias=True has no place in {MODEL_TYPE}; save it as a subquad checkpoint instead")
+    if not ours.d_mlp:
+        raise UnsupportedError(f"{MODEL_TYPE} has an MLP in every block; save it as a subquad checkpoint instead")
     layers: dict[str, Any] = {}
     for i, layer in enumerate(ours.layers):
         for key, value in _layer_keys(model, i, layer["mixer"]).items():

@@ -11,12 +11,12 @@ from subquad.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A pre-norm language model with SwiGLU blocks.
+    """A pre-norm language model with SwiGLU blocks, or with none.
 
     Attributes:
         vocab_size: rows of the embedding.
         d_model: width.
-        d_mlp: hidden width of the SwiGLU.
+        d_mlp: hidden width of the SwiGLU; 0 is none, and blocks of a mixer alone.
         layers: one mapping a block: ``mixer`` (a slug) and the fields of that mixer's ``Config`` less ``d_model``.
         norm_eps: epsilon of the RMS norms.
         tied: the head shares the embedding's weights.

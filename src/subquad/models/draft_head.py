@@ -64,10 +64,10 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is no head."""
-        if min(self.window, self.guesses) < 1 or not 0 <= self.kept <= self.vocab_size:
+        if min(self.window, self.guesses, self.d_mlp) < 1 or not 0 <= self.kept <= self.vocab_size:
             raise ConfigError(
-                f"draft head: expected window and guesses >= 1 and kept in 0..{self.vocab_size}, got {self.window}, "
-                f"{self.guesses} and {self.kept}; change them"
+                f"draft head: expected window, guesses and d_mlp >= 1 and kept in 0..{self.vocab_size}, got "
+                f"{self.window}, {self.guesses}, {self.d_mlp} and {self.kept}; change them"
             )
         if self.n_heads < 1 or self.d_model % (2 * self.n_heads):
             raise ConfigError(
@@ -77,10 +77,10 @@ class HeadConfig:
 
     @staticmethod
     def like(model: ModelConfig, window: int, *, kept: int = 0, target: str = "", guesses: int = 1) -> HeadConfig:
-        """A head as wide as `model`, whatever its mixers are."""
+        """A head as wide as `model`, whatever its mixers are; where that has no MLPs, with one of 4 times the width."""
         most = max(1, model.d_model // HEAD_DIM)
         n_heads = next(n for n in range(most, 0, -1) if n == 1 or model.d_model % (2 * n) == 0)
-        sizes = (model.vocab_size, model.d_model, model.d_mlp, n_heads, window)
+        sizes = (model.vocab_size, model.d_model, model.d_mlp or 4 * model.d_model, n_heads, window)
         return HeadConfig(*sizes, kept, model.norm_eps, target, guesses)
 
     def check(self, model: ModelConfig) -> None:
@@ -145,6 +145,7 @@ class Head(nn.Module):
         self.norm_stream.weight.copy_(torch.where(scale_d.abs() > SMALLEST * scale_d.abs().amax(), 1 / scale_d, 0))
         self.join.weight.zero_().fill_diagonal_(1)
         self.mixer.o_proj.weight.zero_()
+        assert self.block.mlp is not None
         self.block.mlp.down_proj.weight.zero_()
         return self
 

@@ -43,14 +43,14 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))``."""
+    """``x + mixer(norm1(x))``, then ``x + mlp(norm2(x))`` where the model has MLPs."""
 
     def __init__(self, config: ModelConfig, layer: dict[str, Any]) -> None:
         super().__init__()
         self.norm1 = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = build_mixer(layer, config.d_model)
-        self.norm2 = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.d_model, config.d_mlp, config.mlp_bias)
+        self.norm2 = nn.RMSNorm(config.d_model, eps=config.norm_eps) if config.d_mlp else None
+        self.mlp = SwiGLU(config.d_model, config.d_mlp, config.mlp_bias) if config.d_mlp else None
 
     def forward(self, x_btd: Tensor, layout: Layout) -> Tensor:
         """The training form."""
@@ -64,12 +64,14 @@ class Block(nn.Module):
 
     def feed(self, x_btd: Tensor, y_btd: Tensor) -> Tensor:
         """Add the mixer's output `y_btd` to the stream, then the SwiGLU's."""
-        mlp = self.mlp
-        fused_btd = skinny.swiglu(x_btd, y_btd, self.norm2, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        norm2, mlp = self.norm2, self.mlp
+        if norm2 is None or mlp is None:
+            return x_btd + y_btd
+        fused_btd = skinny.swiglu(x_btd, y_btd, norm2, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         if fused_btd is not None:
             return fused_btd
         x_btd = x_btd + y_btd
-        return x_btd + mlp(self.norm2(x_btd))
+        return x_btd + mlp(norm2(x_btd))
 
 
 @dataclass(frozen=True)

