@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad.core.errors import ConfigError, nearest
-from subquad.ops import chunks, hippo, modal
+from subquad.ops import chunks, hippo, lti, modal
 from subquad.ops.state_space import System, filled, log_steps
 
 DISCRETIZATIONS = ("zoh", "bilinear")
@@ -70,7 +70,7 @@ class Diagonal(System):
         else:
             log_a_gn, held_gn = ((1 + z_gn / 2) / (1 - z_gn / 2)).log(), dt_g1 / (1 - z_gn / 2)
         residue_gn = 2 * torch.view_as_complex(self.output.to(dt_g1.dtype)) * held_gn
-        narrow = self.log_dt.dtype.to_complex()
+        narrow = lti.complex_of(self.log_dt.dtype)
         return log_a_gn.to(narrow), residue_gn.to(narrow)
 
     def kernel(self, length: int) -> Tensor:

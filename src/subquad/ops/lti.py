@@ -36,6 +36,11 @@ class Chunk(NamedTuple):
         return self.adds_gcp.shape[1]
 
 
+def complex_of(dtype: torch.dtype) -> torch.dtype:
+    """The complex dtype of real numbers of `dtype`, in a way that compilers can follow."""
+    return torch.promote_types(dtype, torch.complex64)
+
+
 def length(time: int) -> int:
     """Tokens of a chunk for a block of `time`: the power of two that holds it, at most 64."""
     return min(chunks.CHUNK, 1 << max(time - 1, 0).bit_length())

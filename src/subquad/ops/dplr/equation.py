@@ -33,7 +33,7 @@ class System(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> System:
         """In another real dtype and the complex one that belongs to it."""
-        poles_gn, low_gn, input_gn, output_gn = (x.to(dtype.to_complex()) for x in self[:4])
+        poles_gn, low_gn, input_gn, output_gn = (x.to(lti.complex_of(dtype)) for x in self[:4])
         return System(poles_gn, low_gn, input_gn, output_gn, self.step_g.to(dtype))
 
 

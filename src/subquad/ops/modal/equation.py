@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subquad.ops import chunks
+from subquad.ops import chunks, lti
 
 
 def equation(
@@ -41,7 +41,7 @@ def equation(
     """
     dtype = dtype or chunks.compute_dtype(u_btd, log_a_gn.real, residue_gn.real, state_bdnp)
     share = u_btd.shape[2] // log_a_gn.shape[0]
-    log_a_dn, residue_dn = (x.to(dtype.to_complex()).repeat_interleave(share, dim=0) for x in (log_a_gn, residue_gn))
+    log_a_dn, residue_dn = (x.to(lti.complex_of(dtype)).repeat_interleave(share, dim=0) for x in (log_a_gn, residue_gn))
     a_dn = log_a_dn.exp()
     (u_btd_blank,) = chunks.blank(valid_bt, u_btd.to(dtype))
     documents_bt = chunks.settle(documents_bt, valid_bt)

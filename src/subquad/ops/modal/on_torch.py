@@ -85,13 +85,13 @@ def _chunk(log_a_gn: Tensor, time: int, dtype: torch.dtype) -> lti.Chunk:
     c, device = lti.length(time), log_a_gn.device
     adds_gnc = _powers(log_a_gn, torch.arange(c - 1, -1, -1, device=device))
     adds_gcp = torch.cat((adds_gnc.real, adds_gnc.imag), dim=1).mT.to(dtype)
-    across_g11n = _powers(log_a_gn, torch.tensor([c], device=device)).mT[:, None].to(dtype.to_complex())
+    across_g11n = _powers(log_a_gn, torch.tensor([c], device=device)).mT[:, None].to(lti.complex_of(dtype))
 
     def across(state_gbrp: Tensor) -> Tensor:
         return _times(state_gbrp, across_g11n)
 
     def advance(state_gbrp: Tensor, n_b: Tensor) -> Tensor:
-        return _times(state_gbrp, _powers(log_a_gn, n_b).mT[:, :, None].to(dtype.to_complex()))
+        return _times(state_gbrp, _powers(log_a_gn, n_b).mT[:, :, None].to(lti.complex_of(dtype)))
 
     return lti.Chunk(adds_gcp, across, advance)
 
