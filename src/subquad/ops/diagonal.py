@@ -68,7 +68,9 @@ class Diagonal(System):
         if self.discretization == "zoh":
             log_a_gn, held_gn = z_gn, dt_g1 * torch.expm1(z_gn) / z_gn
         else:
-            log_a_gn, held_gn = ((1 + z_gn / 2) / (1 - z_gn / 2)).log(), dt_g1 / (1 - z_gn / 2)
+            log_a_gn, held_gn = _log_bilinear(z_gn), dt_g1 / (1 - z_gn / 2)
+        # What forgets more than that at once is 0 in every dtype, and must stay a number when it is made float32.
+        log_a_gn = torch.complex(log_a_gn.real.clamp(min=chunks.FORGOTTEN), log_a_gn.imag)
         residue_gn = 2 * torch.view_as_complex(self.output.to(dt_g1.dtype)) * held_gn
         narrow = lti.complex_of(self.log_dt.dtype)
         return log_a_gn.to(narrow), residue_gn.to(narrow)
@@ -84,3 +86,11 @@ class Diagonal(System):
     def final_state(self, u_btd: Tensor, state_bdnp: Tensor, **where: Tensor | None) -> Tensor:
         """See `System.final_state`."""
         return modal.final_state(u_btd, self.discrete()[0], state_bdnp, **where)
+
+
+def _log_bilinear(z_gn: Tensor) -> Tensor:
+    """``log((1 + z / 2) / (1 - z / 2))`` with a real part that rounding never makes positive where z's is not."""
+    ahead_gn, behind_gn = 1 + z_gn / 2, 1 - z_gn / 2
+    shrunk_gn = 2 * z_gn.real / (behind_gn.real.square() + behind_gn.imag.square())
+    least = torch.finfo(shrunk_gn.dtype).eps - 1
+    return torch.complex(torch.log1p(shrunk_gn.clamp(min=least)) / 2, ahead_gn.angle() - behind_gn.angle())

@@ -53,7 +53,7 @@ def grouped(state_bdnp: Tensor, g: int) -> Tensor:
 
 def by_channel(state_gbrp: Tensor) -> Tensor:
     """Undo `grouped`."""
-    return state_gbrp.unflatten(-1, (2, -1)).mT.transpose(0, 1).flatten(1, 2)
+    return state_gbrp.unflatten(-1, (2, -1)).mT.transpose(0, 1).flatten(1, 2).contiguous()
 
 
 def outputs(

@@ -106,25 +106,21 @@ def _times(state_gbrp: Tensor, factor_gbrn: Tensor) -> Tensor:
 def _step(
     u_btd: Tensor, log_a_gn: Tensor, state_bdnp: Tensor, *, valid_bt: Tensor | None, documents_bt: Tensor | None
 ) -> Tensor:
-    """The state after a block of one token or none, in real arithmetic, which compilers fuse."""
+    """The state after a block of one token or none."""
     if u_btd.shape[1] == 0:
         return state_bdnp
-    g, a_gn = len(log_a_gn), log_a_gn.exp()
-    a_real_g1n, a_imag_g1n = (x.to(u_btd.dtype)[:, None] for x in (a_gn.real, a_gn.imag))
-    before_bdnp = state_bdnp
+    g, before_bdnp = len(log_a_gn), state_bdnp
     if documents_bt is not None:
         before_bdnp = before_bdnp.masked_fill((documents_bt[:, 0] != 0)[:, None, None, None], 0)
-    real_bgrn, imag_bgrn = before_bdnp.unflatten(1, (g, -1)).unbind(-1)
-    u_bgr1 = u_btd[:, 0, :, None].unflatten(1, (g, -1))
-    after_real = a_real_g1n * real_bgrn - a_imag_g1n * imag_bgrn + u_bgr1
-    after_imag = a_real_g1n * imag_bgrn + a_imag_g1n * real_bgrn
-    after_bdnp = torch.stack((after_real, after_imag), dim=-1).flatten(1, 2)
+    a_g1n = log_a_gn.exp().to(lti.complex_of(u_btd.dtype))[:, None]
+    x_bgrn = torch.view_as_complex(before_bdnp.contiguous()).unflatten(1, (g, -1))
+    after_bgrn = a_g1n * x_bgrn + u_btd[:, 0, :, None].unflatten(1, (g, -1))
+    after_bdnp = torch.view_as_real(after_bgrn.flatten(1, 2))
     return after_bdnp if valid_bt is None else torch.where(valid_bt[:, 0, None, None, None], after_bdnp, state_bdnp)
 
 
 def _readout(state_bdnp: Tensor, residue_gn: Tensor, time: int) -> Tensor:
     """The output ``[b, time, d]`` behind the last token, for a time of 0 or 1."""
-    x_bgrnp = state_bdnp.unflatten(1, (len(residue_gn), -1))
-    real_g1n, imag_g1n = (x.to(state_bdnp.dtype)[:, None] for x in (residue_gn.real, residue_gn.imag))
-    y_bgr = (real_g1n * x_bgrnp[..., 0] - imag_g1n * x_bgrnp[..., 1]).sum(-1)
+    g, row_gnp = len(residue_gn), torch.view_as_real(residue_gn.conj().resolve_conj()).to(state_bdnp.dtype)
+    y_bgr = torch.einsum("bgrk,gk->bgr", state_bdnp.unflatten(1, (g, -1)).flatten(3), row_gnp.flatten(1))
     return y_bgr.flatten(1)[:, None].expand(-1, time, -1)
