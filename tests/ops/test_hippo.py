@@ -36,7 +36,7 @@ def test_legs_by_hand() -> None:
 
 
 def test_inv_and_lin_are_the_papers_laws() -> None:
-    """Equations 8 and 9 at N = 4, and inv follows the eigenvalues of LegS where they are large."""
+    """The inverse law at N = 4 by hand, the linear one; inv follows the eigenvalues of LegS where they are large."""
     torch.testing.assert_close(
         hippo.diagonal("inv", 4)[0], torch.tensor([-0.5 + 12 / math.pi * 1j, -0.5 + 4 / 3 / math.pi * 1j])
         .to(torch.complex128), rtol=1e-6, atol=1e-6,

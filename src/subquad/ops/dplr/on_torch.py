@@ -109,8 +109,11 @@ def _transform(z_l: Tensor, step_g: Tensor, poles_gn: Tensor, weights_gnk: Tenso
     and ``q = 1 + z``.
     """
     s_gl1, q_l1 = (2 * (1 - z_l) / step_g[:, None])[..., None], (1 + z_l)[:, None]
-    a_g1n = poles_gn[:, None]
-    cauchy_gln = 1 / ((s_gl1 - q_l1 * a_g1n) * (s_gl1 - q_l1 * a_g1n.conj()))
+    # The denominators ``s^2 - 2 s q Re a + q^2 |a|^2`` are a product of what is z's and what is the poles'.
+    ones_gn, square_gn = torch.ones_like(poles_gn), poles_gn * poles_gn.conj()
+    poles_g3n = torch.stack((ones_gn, -2 * poles_gn.real + 0j, square_gn), dim=1)
+    z_gl3 = torch.cat((s_gl1 * s_gl1, s_gl1 * q_l1, (q_l1 * q_l1).expand_as(s_gl1)), dim=-1)
+    cauchy_gln = (z_gl3 @ poles_g3n).reciprocal()
     real_gnk, cross_gnk = weights_gnk.real, (weights_gnk * poles_gn.conj()[..., None]).real
     sums_glk = 2 * (s_gl1 * (cauchy_gln @ (real_gnk + 0j)) - q_l1 * (cauchy_gln @ (cross_gnk + 0j)))
     out_in, out_low, low_in, low_low = sums_glk.unbind(-1)
