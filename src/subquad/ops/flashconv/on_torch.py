@@ -10,6 +10,8 @@ from subquad.ops import chunks
 
 # Up to so many outputs, the product with a Toeplitz matrix is faster than transforms.
 DIRECT = 32
+# Up to so many, a history is multiplied where it lies.
+FEW = 4
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -32,7 +34,7 @@ def parallel(
         u = u_btd.to(dtype) if gate_in_btd is None else u_btd.to(dtype) * gate_in_btd.to(dtype)
         k = k_gl.to(dtype)
         u_bgrt = u.mT.unflatten(1, (len(k), -1))
-        y_bgrt = _convolve(u_bgrt, k) if documents_bt is None else _within(u_bgrt, k, documents_bt)
+        y_bgrt = _alone(u_bgrt, k) if documents_bt is None else _within(u_bgrt, k, documents_bt)
         y = y_bgrt.flatten(1, 2).mT
         y = y if bias_d is None else torch.addcmul(y, bias_d.to(dtype), u)
         return (y if gate_out_btd is None else y * gate_out_btd.to(dtype)).to(u_btd.dtype)
@@ -43,20 +45,31 @@ def past(history_bsd: Tensor, seen_b: Tensor, k_gl: Tensor, length: int) -> Tens
     dtype = chunks.compute_dtype(history_bsd, k_gl)
     s = history_bsd.shape[1]
     with torch.autocast(history_bsd.device.type, enabled=False):
+        k_gl = F.pad(k_gl[:, : s + length].to(dtype), (0, max(0, s + length - k_gl.shape[1])))
+        if length <= FEW:
+            return _read(history_bsd, seen_b, k_gl, length).to(history_bsd.dtype)
         # Right-aligned, so that the newest input of every row stands next to the block.
         source_bs = torch.arange(s, device=seen_b.device) - (s - seen_b)[:, None]
-        index_bsd = source_bs.clamp(min=0)[..., None].expand_as(history_bsd)
-        u_bsd = history_bsd.gather(1, index_bsd).masked_fill((source_bs < 0)[..., None], 0)
+        row_b1 = torch.arange(len(seen_b), device=seen_b.device)[:, None]
+        u_bsd = history_bsd[row_b1, source_bs.clamp(min=0)].masked_fill((source_bs < 0)[..., None], 0)
         u_bgrs = u_bsd.to(dtype).mT.unflatten(1, (len(k_gl), -1))
-        return _onto(u_bgrs, k_gl.to(dtype), length).flatten(1, 2).mT.to(history_bsd.dtype)
+        return _onto(u_bgrs, k_gl, length).flatten(1, 2).mT.to(history_bsd.dtype)
 
 
-def _convolve(u_bgrt: Tensor, k_gl: Tensor) -> Tensor:
-    """One document a row: a circular convolution, long enough that nothing comes round to the front."""
+def _read(history_bsd: Tensor, seen_b: Tensor, k_gl: Tensor, length: int) -> Tensor:
+    """`past` for a few tokens: the history as it lies, times the filter laid beside it, row by row."""
+    s, d = history_bsd.shape[1:]
+    # The last row is of zeros, for what stands behind the tokens seen.
+    k_ld = F.pad(k_gl.mT.repeat_interleave(d // len(k_gl), dim=1), (0, 0, 0, 1))
+    lag_bs = seen_b[:, None] - torch.arange(s, device=seen_b.device)
+    taps = (k_ld[torch.where(lag_bs > 0, lag_bs + i, s + length)] for i in range(length))
+    return torch.stack([(history_bsd * tap_bsd).sum(1) for tap_bsd in taps], dim=1)
+
+
+def _alone(u_bgrt: Tensor, k_gl: Tensor) -> Tensor:
+    """One document a row: with a filter that begins a row later, the places behind are the row's own."""
     t = u_bgrt.shape[-1]
-    k_gl = k_gl[:, :t]
-    n = _power(t + k_gl.shape[1] - 1)
-    return torch.fft.irfft(torch.fft.rfft(u_bgrt, n) * torch.fft.rfft(k_gl, n)[:, None], n)[..., :t]
+    return _onto(u_bgrt, F.pad(k_gl[:, :t], (t, 0)), t)
 
 
 def _within(u_bgrt: Tensor, k_gl: Tensor, documents_bt: Tensor) -> Tensor:
