@@ -1,0 +1,151 @@
+"""S4: a state space for every channel whose matrix is HiPPO's, kept as diagonal plus low rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subquad.core.card import Card
+from subquad.core.errors import ConfigError
+from subquad.core.layout import Layout
+from subquad.core.mixer import NOTHING, Mixer, Shared
+from subquad.core.state import State
+from subquad.ops import dplr, hippo
+from subquad.ops.state_space import ModalState, ModalUpdate, StateSpaceLayer, System, filled, log_steps
+
+CARD = Card(
+    title="Efficiently Modeling Long Sequences with Structured State Spaces",
+    entry="S4",
+    arxiv="2111.00396",
+    gives="a long convolution with HiPPO's memory of its whole past, read token by token at constant cost",
+    status="incubating",
+    claim="86 % on average over the Long Range Arena, 96 % on Path-X; generates 60 times faster than a Transformer",
+    measured="not reproduced: the Long Range Arena was not run; a layer decodes 5 times as fast as attention on a CPU",
+    result="mixers.s4.cpu.json",
+    constant_state=True,
+    examples={
+        "hippo": {"d_model": 8, "d_state": 64},
+        "shared": {"d_model": 12, "d_state": 8, "n_ssm": 3, "dt_min": 0.01, "dt_max": 0.5, "glu": False},
+    },
+)
+
+
+class DiagonalPlusLowRank(System):
+    """``dx/dt = (diag(a) - p p*) x + B u``, ``y = 2 Re C x``, discretised by the trapezoidal rule.
+
+    ``a = -exp(log_rate) + i frequency``: with the low-rank part of this sign the whole matrix takes length from every
+    state, so no pole leaves the disc, whatever training does.
+
+    Args:
+        groups: systems.
+        d_state: size of the state, even: half as many complex numbers, each standing for a conjugate pair.
+        n_ssm: different a, p and B, a divisor of groups; groups in succession share one. None is one a group.
+        dt_min, dt_max: steps are drawn log-uniformly between them.
+
+    Raises:
+        ConfigError: sets that don't divide the groups, or an odd state.
+    """
+
+    def __init__(self, groups: int, d_state: int, *, n_ssm: int | None, dt_min: float, dt_max: float) -> None:
+        super().__init__()
+        n_ssm = groups if n_ssm is None else n_ssm
+        if n_ssm < 1 or groups % n_ssm:
+            raise ConfigError(f"n_ssm={n_ssm}: expected a divisor of the {groups} systems; change it")
+        poles_n, low_n, input_n = (x.expand(n_ssm, -1) for x in hippo.normal_plus_low_rank(d_state))
+        self.groups, self.modes = groups, d_state // 2
+        self.log_dt = nn.Parameter(log_steps(groups, dt_min, dt_max))
+        self.log_rate, self.frequency = filled((-poles_n.real).log()), filled(poles_n.imag)
+        self.low, self.input = (filled(torch.view_as_real(x.contiguous())) for x in (low_n, input_n))
+        drawn_gn = torch.randn(groups, self.modes, dtype=torch.complex128, device="cpu")
+        self.output = filled(torch.view_as_real(drawn_gn))
+
+    def poles(self) -> Tensor:
+        """``dt a``, without the low-rank part; see `System.poles`."""
+        system = self.system()
+        return system.step_g[:, None] * system.poles_gn
+
+    def system(self) -> dplr.System:
+        """As `subquad.ops.dplr` takes it, in the dtype of the parameters."""
+        low_sn, input_sn, output_gn = (torch.view_as_complex(x) for x in (self.low, self.input, self.output))
+        poles_sn = torch.complex(-self.log_rate.exp(), self.frequency)
+        poles_gn, low_gn, input_gn = (
+            x.repeat_interleave(self.groups // len(x), dim=0) for x in (poles_sn, low_sn, input_sn)
+        )
+        return dplr.System(poles_gn, low_gn, input_gn, output_gn, self.log_dt.exp())
+
+    def kernel(self, length: int) -> Tensor:
+        """See `System.kernel`."""
+        return dplr.kernel(self.system(), length)
+
+    def scan(self, u_btd: Tensor, state_bdnp: Tensor, **where: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `System.scan`."""
+        return dplr.scan(u_btd, self.system(), state_bdnp, **where)
+
+    def final_state(self, u_btd: Tensor, state_bdnp: Tensor, **where: Tensor | None) -> Tensor:
+        """See `System.final_state`."""
+        return dplr.final_state(u_btd, self.system(), state_bdnp, **where)
+
+
+class S4(Mixer):
+    """``x_t = A x_{t-1} + B u_t``, ``y_t = C x_t + D u_t`` per channel, with A from HiPPO-LegS.
+
+    Equations 1 to 4 of arXiv 2111.00396. Trained as a convolution with the impulse response of the Cauchy kernel.
+
+    Example:
+        >>> import torch
+        >>> mixer = S4(S4.Config(d_model=32, d_state=8))
+        >>> y, update = mixer.read(torch.randn(2, 3, 32), mixer.init_state(batch=2))
+        >>> update.commit(torch.tensor([3, 1])).modes_bdnp.shape
+        torch.Size([2, 32, 4, 2])
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        """Shape and start; the defaults are the paper's.
+
+        Attributes:
+            d_model: width of the model.
+            d_state: size of each channel's state, even.
+            n_ssm: different matrices and inputs, shared by channels in succession; None is one a channel.
+            dt_min, dt_max: range of the channels' steps at the start.
+            glu: a gated projection behind the channels, else a plain one.
+            bidirectional: a second system that runs backwards; `read` is refused then.
+        """
+
+        d_model: int
+        d_state: int = 64
+        n_ssm: int | None = None
+        dt_min: float = 1e-3
+        dt_max: float = 1e-1
+        glu: bool = True
+        bidirectional: bool = False
+
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        steps = {"dt_min": config.dt_min, "dt_max": config.dt_max}
+        systems = [
+            DiagonalPlusLowRank(config.d_model, config.d_state, n_ssm=config.n_ssm, **steps)
+            for _ in range(1 + config.bidirectional)
+        ]
+        self.layer = StateSpaceLayer(config.d_model, systems, config.glu)
+
+    def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> ModalState:
+        """Zeros; `capacity` is not needed."""
+        return self.layer.init_state(batch, **factory)
+
+    def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:
+        """The training form, a long convolution."""
+        return self.layer(x_btd, self.dense_layout(x_btd, layout))
+
+    def read(
+        self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
+    ) -> tuple[Tensor, ModalUpdate]:
+        """Run the block through the recurrence; see `Mixer.read`."""
+        assert isinstance(state, ModalState)
+        return self.layer.read(x_btd, state, self.dense_layout(x_btd, layout))
