@@ -1,0 +1,193 @@
+"""The layer of linear state spaces: one system a channel, a skip, GELU and a gated projection; and its state."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subquad.core.errors import CheckpointError, ConfigError, UnsupportedError
+from subquad.core.layout import Layout
+from subquad.core.mixer import Update
+from subquad.core.state import State, axes, precise
+from subquad.ops import chunks, flashconv
+
+
+@dataclass(frozen=True)
+class ModalState(State):
+    """A complex number a channel and mode, real and imaginary part along p."""
+
+    modes_bdnp: Tensor = axes("b d n p", shard="d", precision="high")
+
+
+class System(nn.Module, ABC):
+    """A linear time-invariant system for each of g groups of channels, with learned parameters.
+
+    These stay in at least float32 whatever the model is cast to: a decay of 0.9999 is 1 in bfloat16. They are built
+    without a value and filled, so that a model can be laid out without memory.
+
+    Attributes:
+        groups: systems; channels in succession share one.
+        modes: complex numbers of state of a channel.
+    """
+
+    groups: int
+    modes: int
+
+    @abstractmethod
+    def kernel(self, length: int) -> Tensor:
+        """Its impulse response ``[g, length]``."""
+
+    @abstractmethod
+    def scan(self, u_btd: Tensor, state_bdnp: Tensor, **where: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs and final state; arguments as in `subquad.ops.modal.scan`."""
+
+    @abstractmethod
+    def final_state(self, u_btd: Tensor, state_bdnp: Tensor, **where: Tensor | None) -> Tensor:
+        """The final state alone."""
+
+    @abstractmethod
+    def poles(self) -> Tensor:
+        """Complex ``[g, n]`` of the continuous system's diagonal part, times the step."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Every cast and move of a module comes through here; moves are followed, casts below float32 are not."""
+
+        def keep(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == precise(moved.dtype) else x.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Every checkpoint is read through here."""
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.check(prefix)
+
+    @torch.no_grad()
+    def check(self, where: str = "") -> None:
+        """Refuse parameters that are not finite, or poles that are not in the disc.
+
+        Raises:
+            CheckpointError: with the first such parameter, or the number of such poles.
+        """
+        if any(p.is_meta for p in self.parameters()):
+            return
+        remedy = "training diverged or the file is damaged, load an earlier checkpoint"
+        for name, p in self.named_parameters():
+            if not p.isfinite().all():
+                bad = int((~p.isfinite()).sum())
+                raise CheckpointError(
+                    f"{where}{name}: expected finite numbers, got {bad} others of {p.numel()}; {remedy}"
+                )
+        inside_gn = (self.poles().real <= 0) & self.poles().real.isfinite()
+        if not inside_gn.all():
+            raise CheckpointError(
+                f"{where or 'system'}: expected poles inside the unit disc, got {int((~inside_gn).sum())} others of "
+                f"{inside_gn.numel()}; {remedy}"
+            )
+
+
+@dataclass(frozen=True)
+class ModalUpdate(Update):
+    """One block's inputs to the system, and the states before and behind all of it."""
+
+    state: ModalState
+    end_bdnp: Tensor
+    u_btd: Tensor
+    layout: Layout
+    system: System
+
+    def commit(self, n_b: Tensor | None = None) -> ModalState:
+        """Run the kept tokens through the system."""
+        before_bdnp, end_bdnp = self.state.modes_bdnp, self.end_bdnp
+        if n_b is not None and self.u_btd.shape[1] == 1:
+            end_bdnp = torch.where((n_b > 0)[:, None, None, None], end_bdnp, before_bdnp)
+        elif n_b is not None:
+            where = {"valid_bt": chunks.kept(self.layout, n_b), "documents_bt": self.layout.documents_bt}
+            end_bdnp = self.system.final_state(self.u_btd, before_bdnp, **where)
+        return ModalState(end_bdnp.to(before_bdnp.dtype))
+
+
+class StateSpaceLayer(nn.Module):
+    """``out(gelu(system(x) + skip x))``, a system a channel, where ``out`` mixes channels (2111.00396, section 3.4).
+
+    Args:
+        d_model: width, and number of channels.
+        systems: one, or two for both directions: the second runs from the end to the beginning, and both count a
+            token's own input.
+        glu: a gated linear unit as the projection, else a plain one.
+    """
+
+    def __init__(self, d_model: int, systems: Sequence[System], glu: bool) -> None:
+        super().__init__()
+        self.glu = glu
+        self.systems = cast("Sequence[System]", nn.ModuleList(systems))
+        self.skip = nn.Parameter(torch.randn(d_model))
+        self.out_proj = nn.Linear(d_model, 2 * d_model if glu else d_model)
+
+    def init_state(self, batch: int, **factory: Any) -> ModalState:
+        """Zeros; `factory` is ``device`` and ``dtype``, by default the model's, which the systems don't follow."""
+        dtype = precise(factory.get("dtype") or self.skip.dtype)
+        device = factory.get("device") or self.skip.device
+        return ModalState(torch.zeros(batch, len(self.skip), self.systems[0].modes, 2, device=device, dtype=dtype))
+
+    def forward(self, x_btd: Tensor, layout: Layout) -> Tensor:
+        """The training form: a convolution with the impulse response, or with one each way."""
+        t, documents_bt = x_btd.shape[1], layout.documents_bt
+        if t == 0:
+            return x_btd.clone()
+        (u_btd,) = chunks.blank(chunks.kept(layout), x_btd)
+        y_btd = flashconv.parallel(u_btd, self.systems[0].kernel(t), self.skip, documents_bt=documents_bt)
+        if len(self.systems) == 2:
+            # Padding is zeros now, so that a row's last token meets an empty state though it isn't the first.
+            turned_bt = None
+            if documents_bt is not None:
+                documents_bt = cast("Tensor", chunks.settle(documents_bt, chunks.kept(layout)))
+                turned_bt = (documents_bt[:, -1:] - documents_bt).flip(1)
+            back_btd = flashconv.parallel(u_btd.flip(1), self.systems[1].kernel(t), documents_bt=turned_bt)
+            y_btd = y_btd + back_btd.flip(1)
+        return self._leave(y_btd)
+
+    def read(self, x_btd: Tensor, state: ModalState, layout: Layout) -> tuple[Tensor, ModalUpdate]:
+        """Read a block against a state.
+
+        Raises:
+            UnsupportedError: the layer looks both ways.
+        """
+        if len(self.systems) == 2:
+            raise UnsupportedError(
+                "bidirectional=True: a token's output depends on tokens behind it, so no state of what came before "
+                "can stand for them; use forward over whole sequences, or bidirectional=False to generate"
+            )
+        where = {"valid_bt": chunks.kept(layout), "documents_bt": layout.documents_bt}
+        y_btd, end_bdnp = self.systems[0].scan(x_btd, state.modes_bdnp, **where)
+        y_btd = self._leave(torch.addcmul(y_btd, x_btd, self.skip))
+        return y_btd, ModalUpdate(state, end_bdnp, x_btd, layout, self.systems[0])
+
+    def _leave(self, y_btd: Tensor) -> Tensor:
+        y_btd = self.out_proj(F.gelu(y_btd))
+        return F.glu(y_btd) if self.glu else y_btd
+
+
+def log_steps(groups: int, dt_min: float, dt_max: float) -> Tensor:
+    """Logarithms ``[g]`` of steps drawn log-uniformly between two.
+
+    Raises:
+        ConfigError: no such range.
+    """
+    if not 0 < dt_min <= dt_max < math.inf:
+        raise ConfigError(f"dt_min={dt_min}, dt_max={dt_max}: expected 0 < dt_min <= dt_max; swap or correct them")
+    return torch.empty(groups, dtype=precise(torch.get_default_dtype())).uniform_(math.log(dt_min), math.log(dt_max))
+
+
+def filled(values: Tensor) -> nn.Parameter:
+    """A parameter with these values on the default device, in the default dtype but at least float32."""
+    place = torch.empty(values.shape, dtype=precise(torch.get_default_dtype()))
+    return nn.Parameter(place.copy_(values))
