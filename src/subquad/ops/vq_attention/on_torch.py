@@ -1,7 +1,8 @@
 """Attention over quantised keys in PyTorch: matrix products over chunks of 64 tokens, on any device.
 
 Tokens of a chunk meet each other pair by pair, and what came before as counts and sums of the codes. Scores are of
-codes only, ``[t, s]``; the largest of a token's populated ones is subtracted, so that nothing overflows or vanishes.
+codes, ``[c, s]`` a chunk; the largest of those that have a token is subtracted, so that nothing overflows or vanishes.
+Chunks run one after the other: all at once their scores and states would not stay in a processor's cache.
 """
 
 from __future__ import annotations
@@ -31,48 +32,48 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`subquad.ops.vq_attention.scan`."""
     dtype = chunks.compute_dtype(q_bthk, v_bthv, book_hsk, sum_bhsv)
-    t = v_bthv.shape[1]
-    sum_bhsv = sum_bhsv.to(dtype)
-    if t == 0:
-        return v_bthv.clone(), count_bhs, sum_bhsv
+    book_hks, sum_bhsv, outputs = book_hsk.to(dtype).mT, sum_bhsv.to(dtype), [v_bthv[:, :0]]
+    (v_blank_bthv,) = chunks.blank(valid_bt, v_bthv)
+    documents_bt = chunks.settle(documents_bt, valid_bt)
+    before_b1 = None if documents_bt is None else torch.zeros_like(documents_bt[:, :1])
     with torch.autocast(v_bthv.device.type, enabled=False):
-        (v_blank_bthv, member_bths) = chunks.blank(valid_bt, v_bthv, F.one_hot(code_bth, count_bhs.shape[2]))
-        v_bhncv, member_bhncs = chunks.cut(v_blank_bthv, dtype), chunks.cut(member_bths, dtype)
-        score_bhncs = chunks.cut(q_bthk, dtype) @ book_hsk.to(dtype).mT[:, None]
-        n, c = v_bhncv.shape[2:4]
-        pair = torch.ones(c, c, dtype=torch.bool, device=v_bthv.device).tril()
-        start, last, goes_on_bn = None, None, None
-        documents_bt = chunks.settle(documents_bt, valid_bt)
-        if documents_bt is not None:
-            padded_bt = F.pad(documents_bt[:, None], (0, n * c - t), mode="replicate")[:, 0]
-            documents_b1nc = padded_bt.unflatten(1, (n, c))[:, None]
-            last_b1n = documents_b1nc[..., -1]
-            before_b1n = F.pad(last_b1n[..., :-1], (1, 0))
-            pair = pair & (documents_b1nc[..., :, None] == documents_b1nc[..., None, :])
-            start = (documents_b1nc == before_b1n[..., None])[..., None]
-            last = (documents_b1nc == last_b1n[..., None])[..., None]
-            goes_on_bn = (last_b1n == before_b1n)[:, 0]
+        for part in (slice(i, i + chunks.CHUNK) for i in range(0, v_bthv.shape[1], chunks.CHUNK)):
+            q_bhck, v_bhcv = (x[:, part].transpose(1, 2).to(dtype) for x in (q_bthk, v_blank_bthv))
+            code_bhc, c = code_bth[:, part].transpose(1, 2), q_bhck.shape[2]
+            (member_bchs,) = chunks.blank(
+                None if valid_bt is None else valid_bt[:, part], F.one_hot(code_bth[:, part], count_bhs.shape[2])
+            )
+            member_bhcs = member_bchs.transpose(1, 2).to(dtype)
+            pair = torch.ones(c, c, dtype=torch.bool, device=v_bthv.device).tril()
+            # Which tokens go on where the state ends, and which are of the document that is the state's behind them.
+            goes_on, lasts, kept_b = None, None, None
+            if documents_bt is not None and before_b1 is not None:
+                documents_b1c1 = documents_bt[:, None, part, None]
+                last_b1 = documents_bt[:, part][:, -1:]
+                pair = pair & (documents_b1c1 == documents_b1c1.mT)
+                goes_on, lasts = (documents_b1c1 == x[..., None, None] for x in (before_b1, last_b1))
+                kept_b, before_b1 = (last_b1 == before_b1)[:, 0], last_b1
 
-        written_bhncs = _where(member_bhncs, last)
-        add_count_bhns, add_sum_bhnsv = written_bhncs.sum(3).long(), written_bhncs.mT @ v_bhncv
-        counts, sums = [count_bhs], [sum_bhsv]
-        for i in range(n):
-            goes_on_b = None if goes_on_bn is None else goes_on_bn[:, i]
-            counts.append(_carry(counts[-1], goes_on_b) + add_count_bhns[:, :, i])
-            sums.append(_carry(sums[-1], goes_on_b) + add_sum_bhnsv[:, :, i])
+            n_bhcs = pair.to(dtype) @ member_bhcs + _where(count_bhs[:, :, None].to(dtype), goes_on)
+            e_bhcs = _weights(q_bhck @ book_hks, n_bhcs)
+            near_bhcc = e_bhcs.gather(-1, code_bhc[:, :, None].expand(-1, -1, c, -1)) * pair
+            y_bhcv = near_bhcc @ v_bhcv + _where(e_bhcs, goes_on) @ sum_bhsv
+            # Before a row's first token nothing weighs anything.
+            total_bhc1 = (e_bhcs * n_bhcs).sum(-1, keepdim=True)
+            y_bhcv = y_bhcv / total_bhc1.masked_fill(total_bhc1 == 0, 1)
+            outputs.append(y_bhcv.transpose(1, 2).to(v_bthv.dtype))
 
-        before_bhn1s = torch.stack(counts[:-1], dim=2).to(dtype)[..., None, :]
-        n_bhncs = pair.to(dtype) @ member_bhncs + _where(before_bhn1s, start)
-        score_bhncs = score_bhncs.masked_fill(n_bhncs == 0, -torch.inf)
-        top_bhnc1 = score_bhncs.detach().amax(-1, keepdim=True)
-        e_bhncs = (score_bhncs - top_bhnc1.masked_fill(top_bhnc1 == -torch.inf, 0)).exp()
-        total_bhnc1 = (e_bhncs * n_bhncs).sum(-1, keepdim=True)
-        codes_bhn1c = chunks.cut(code_bth, torch.int64)[..., None, :]
-        near_bhncc = e_bhncs.gather(-1, codes_bhn1c.expand(-1, -1, -1, c, -1)) * pair
-        y_bhncv = near_bhncc @ v_bhncv + _where(e_bhncs, start) @ torch.stack(sums[:-1], dim=2)
-        # No token weighs anything before a row's first one.
-        y_bhncv = y_bhncv / total_bhnc1.masked_fill(total_bhnc1 == 0, 1)
-    return chunks.join(y_bhncv, t).to(v_bthv.dtype), counts[-1], sums[-1]
+            member_bhcs = _where(member_bhcs, lasts)
+            count_bhs = _carry(count_bhs, kept_b) + member_bhcs.sum(2).long()
+            sum_bhsv = _carry(sum_bhsv, kept_b) + member_bhcs.mT @ v_bhcv
+    return torch.cat(outputs, dim=1), count_bhs, sum_bhsv
+
+
+def _weights(score_bhcs: Tensor, n_bhcs: Tensor) -> Tensor:
+    """``exp(score)`` of the codes that have a token, over that of the largest of them; 0 of the others."""
+    score_bhcs = score_bhcs.masked_fill(n_bhcs == 0, -torch.inf)
+    top_bhc1 = score_bhcs.detach().amax(-1, keepdim=True)
+    return (score_bhcs - top_bhc1.masked_fill(top_bhc1 == -torch.inf, 0)).exp()
 
 
 def final_state(
@@ -107,4 +108,5 @@ def _carry(state: Tensor, goes_on_b: Tensor | None) -> Tensor:
 
 
 def _where(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x`, with zeros where `mask` is False."""
     return x if mask is None else x * mask
