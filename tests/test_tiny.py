@@ -77,7 +77,7 @@ def test_2_methods_are_found_by_their_cards():
         config_from_dict(mamba2.Config, {"d_model": 32, "n_head": 4})
 
 
-@pytest.mark.parametrize("slug", methods("mixers"))
+@pytest.mark.parametrize("slug", [slug for slug, card in methods("mixers").items() if card.causal])
 def test_3_read_then_commit(slug):
     """Reading changes nothing, so of a block any part may be kept: here 5 and 0 tokens of a draft of 8."""
     cls = load("mixers", slug)

@@ -1,4 +1,7 @@
-"""The contract of a mixer, run over every registered one: in whatever pieces it is read, the result is the same."""
+"""The contract of a mixer, run over every registered one: in whatever pieces it is read, the result is the same.
+
+One whose card says that it looks ahead can't be read in pieces: it says so, and is held to whole texts alone.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,16 @@ from torch import Tensor
 
 from subquad.core.attention import AttentionStats, AttentionWeights, RotarySpec
 from subquad.core.config import config_from_dict
+from subquad.core.errors import UnsupportedError
 from subquad.core.layout import Layout
 from subquad.core.mixer import Mixer
 from subquad.core.registry import load, methods
 from subquad.core.state import State
 from subquad.engine.chains import select
 
-CASES = [(slug, name) for slug, card in methods("mixers").items() for name in card.examples]
+ALL = [(slug, name) for slug, card in methods("mixers").items() for name in card.examples]
+CASES = [(slug, name) for slug, name in ALL if methods("mixers")[slug].causal]
+AHEAD = [case for case in ALL if case not in CASES]
 # Sums of a few hundred float64 products, reordered: 1e-10 relative to outputs of order one is far above rounding
 # (1e-14) and far below any real difference.
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
@@ -30,9 +36,7 @@ def test_every_mixer_gives_examples() -> None:
     assert [slug for slug, card in methods("mixers").items() if not card.examples] == []
 
 
-@pytest.fixture(params=CASES, ids=[f"{slug}-{name}" for slug, name in CASES])
-def mixer(request: pytest.FixtureRequest) -> Mixer:
-    slug, name = request.param
+def build(slug: str, name: str) -> Mixer:
     torch.manual_seed(0)
     cls: type[Mixer] = load("mixers", slug)
     built = cls(config_from_dict(cls.Config, methods("mixers")[slug].examples[name])).double()
@@ -40,6 +44,21 @@ def mixer(request: pytest.FixtureRequest) -> Mixer:
         for p in built.parameters():  # away from special starts, so that every path matters
             p.add_(0.1 * torch.randn_like(p))
     return built.requires_grad_(False)
+
+
+@pytest.fixture(params=CASES, ids=map("-".join, CASES))
+def mixer(request: pytest.FixtureRequest) -> Mixer:
+    return build(*request.param)
+
+
+@pytest.fixture(params=ALL, ids=map("-".join, ALL))
+def any_mixer(request: pytest.FixtureRequest) -> Mixer:
+    return build(*request.param)
+
+
+@pytest.fixture(params=AHEAD, ids=map("-".join, AHEAD))
+def ahead(request: pytest.FixtureRequest) -> Mixer:
+    return build(*request.param)
 
 
 def block(mixer: Mixer, batch: int, time: int, seed: int = 1) -> Tensor:
@@ -283,14 +302,14 @@ def test_gradients_in_pieces_equal_one_shot(mixer: Mixer) -> None:
         torch.testing.assert_close(pieces, one, rtol=1e-9, atol=1e-9)
 
 
-def test_gradient_equals_finite_differences(mixer: Mixer) -> None:
-    x_btd = block(mixer, 1, 12).requires_grad_()
-    weight, along = block(mixer, 1, 12, seed=8), block(mixer, 1, 12, seed=9)
-    (mixer(x_btd) * weight).sum().backward()
+def test_gradient_equals_finite_differences(any_mixer: Mixer) -> None:
+    x_btd = block(any_mixer, 1, 12).requires_grad_()
+    weight, along = block(any_mixer, 1, 12, seed=8), block(any_mixer, 1, 12, seed=9)
+    (any_mixer(x_btd) * weight).sum().backward()
     assert x_btd.grad is not None
     with torch.no_grad():
         step = 1e-5
-        difference = ((mixer(x_btd + step * along) - mixer(x_btd - step * along)) * weight).sum() / (2 * step)
+        difference = ((any_mixer(x_btd + step * along) - any_mixer(x_btd - step * along)) * weight).sum() / (2 * step)
     # Central differences: truncation and cancellation leave about step ** 2 = 1e-10 and 1e-16 / step = 1e-11.
     torch.testing.assert_close((x_btd.grad * along).sum(), difference, rtol=1e-6, atol=1e-7)
 
@@ -346,15 +365,38 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def test_low_precision_stays_near(mixer: Mixer) -> None:
+def test_low_precision_stays_near(any_mixer: Mixer) -> None:
     """float32 against float64: both errors come from the same sums, some 1e3 roundings of 6e-8 at most."""
-    x_btd = block(mixer, 2, 200)
-    exact = mixer(x_btd)
-    single = mixer.float()(x_btd.float())
+    x_btd = block(any_mixer, 2, 200)
+    exact = any_mixer(x_btd)
+    single = any_mixer.float()(x_btd.float())
     assert (single - exact).norm() / exact.norm() < 1e-4
-    half = mixer.to(torch.bfloat16)(x_btd.bfloat16())
+    half = any_mixer.to(torch.bfloat16)(x_btd.bfloat16())
     assert half.isfinite().all()
     assert (half - exact).norm() / exact.norm() < 0.1  # 2 ** -8 a rounding, some tens of them in a row
+
+
+def test_what_looks_ahead_refuses_to_be_read(ahead: Mixer) -> None:
+    with pytest.raises(UnsupportedError, match=r"depends on tokens behind it.*; use forward"):
+        ahead.read(block(ahead, 1, 1), State())
+    x_btd = block(ahead, 1, 30)
+    later = x_btd.clone()
+    later[:, -1] += 1
+    assert (ahead(later) - ahead(x_btd))[:, 0].norm() > 0
+
+
+def test_what_looks_ahead_sees_no_padding_and_no_other_document(ahead: Mixer) -> None:
+    x_btd = 30 * block(ahead, 4, 70)
+    lengths, documents = [70, 1, 0, 33], [[5, 61, 4], [40, 2, 3], [70], [1]]
+    y_btd, packed_btd = ahead(x_btd, Layout.ragged(torch.tensor(lengths), 70)), ahead(x_btd, Layout.packed(documents))
+    assert y_btd.isfinite().all() and packed_btd.isfinite().all()
+    for row, parts in enumerate(documents):
+        torch.testing.assert_close(y_btd[row, : lengths[row]], ahead(x_btd[row, : lengths[row]][None])[0], **EXACT)
+        at = 0
+        for n in parts:
+            alone = ahead(x_btd[row : row + 1, at : at + n])[0]
+            torch.testing.assert_close(packed_btd[row, at : at + n], alone, **EXACT)
+            at += n
 
 
 MAPPED = [slug for slug, card in methods("mixers").items() if card.from_attention]
