@@ -45,7 +45,7 @@ def run(bench: Bench) -> None:
 
     _prove(bench, ours, _draw(bench, 1, bench.size(333, smoke=37), bench.size(64, smoke=d), n))
     baseline_name = "PyTorch, by chunks" if cuda else "the equation's loop"
-    for t in bench.size((2048, 8192, 32768) if cuda else (512,), smoke=(70,)):
+    for t in bench.size((2048, 8192, 32768) if cuda else (128,), smoke=(70,)):
         arguments = _draw(bench, b, t, d, n)
         shape = {"b": b, "t": t, "d": d, "n": n, "e": arguments[0].element_size()}
         with torch.no_grad():
