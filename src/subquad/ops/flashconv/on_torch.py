@@ -32,7 +32,7 @@ def parallel(
         u = u_btd.to(dtype) if gate_in_btd is None else u_btd.to(dtype) * gate_in_btd.to(dtype)
         k = k_gl.to(dtype)
         u_bgrt = u.mT.unflatten(1, (len(k), -1))
-        y_bgrt = _convolve(u_bgrt, k) if documents_bt is None else _within(u_bgrt, k, documents_bt)
+        y_bgrt = _alone(u_bgrt, k) if documents_bt is None else _within(u_bgrt, k, documents_bt)
         y = y_bgrt.flatten(1, 2).mT
         y = y if bias_d is None else torch.addcmul(y, bias_d.to(dtype), u)
         return (y if gate_out_btd is None else y * gate_out_btd.to(dtype)).to(u_btd.dtype)
@@ -51,12 +51,10 @@ def past(history_bsd: Tensor, seen_b: Tensor, k_gl: Tensor, length: int) -> Tens
         return _onto(u_bgrs, k_gl.to(dtype), length).flatten(1, 2).mT.to(history_bsd.dtype)
 
 
-def _convolve(u_bgrt: Tensor, k_gl: Tensor) -> Tensor:
-    """One document a row: a circular convolution, long enough that nothing comes round to the front."""
+def _alone(u_bgrt: Tensor, k_gl: Tensor) -> Tensor:
+    """One document a row: with a filter that begins a row later, the places behind are the row's own."""
     t = u_bgrt.shape[-1]
-    k_gl = k_gl[:, :t]
-    n = _power(t + k_gl.shape[1] - 1)
-    return torch.fft.irfft(torch.fft.rfft(u_bgrt, n) * torch.fft.rfft(k_gl, n)[:, None], n)[..., :t]
+    return _onto(u_bgrt, F.pad(k_gl[:, :t], (t, 0)), t)
 
 
 def _within(u_bgrt: Tensor, k_gl: Tensor, documents_bt: Tensor) -> Tensor:
