@@ -296,7 +296,7 @@ class Hyena(Mixer):
             (z_btd,) = chunks.blank(chunks.kept(layout), z_btd)
             blocks.append((z_btd, gate_in))
             gates = {"gate_in_btd": gate_in, "gate_out_btd": None if history else gate_out}
-            direct, documents_bt = self.recurrence.direct(n), layout.documents_bt
+            direct, documents_bt = self.recurrence.direct_d(n), layout.documents_bt
             y_btd = flashconv.parallel(z_btd, k_ngl[n], direct, **gates, documents_bt=documents_bt)
             if not history:
                 return y_btd

@@ -38,6 +38,8 @@ CARD = Card(
 class ModalFilter(nn.Module):
     """``h_t = Re sum_m residue_m a_m^t`` with ``a = exp(-exp(log_rate) + i angle)``: no pole can leave the unit disc.
 
+    To the first tap, which a state space passes on beside its state, `first` is added (section 3 of 2310.18780).
+
     The parameters stay in at least float32 whatever the module is cast to: between decays of 0.996 and 1 bfloat16 has
     no numbers.
 
@@ -54,11 +56,18 @@ class ModalFilter(nn.Module):
         self.log_rate_ngm = nn.Parameter(log_rate_m.expand(*filters, modes).clone())
         self.angle_ngm = nn.Parameter(math.pi * torch.rand(*filters, modes, **high))
         self.residue_ngmp = nn.Parameter(torch.randn(*filters, modes, 2, **high) / modes)
+        self.first_ng = nn.Parameter(torch.zeros(*filters, **high))
         self.register_load_state_dict_post_hook(_check_loaded)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Logarithms of the poles, and residues: complex, ``[convolutions, heads, modes]``."""
         return torch.complex(-self.log_rate_ngm.exp(), self.angle_ngm), torch.view_as_complex(self.residue_ngmp)
+
+    def taps(self, length: int) -> Tensor:
+        """The filters as their first `length` taps, ``[convolutions, heads, length]``."""
+        log_a_ngm, residue_ngm = (x.flatten(0, 1) for x in self())
+        k_ngl = modal.impulse(log_a_ngm, residue_ngm, length).unflatten(0, self.first_ng.shape)
+        return torch.cat((k_ngl[..., :1] + self.first_ng[..., None], k_ngl[..., 1:]), dim=-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Every cast and move of a module comes through here; casts below float32 are not followed."""
@@ -110,7 +119,7 @@ class LaughingUpdate(Update):
 
 
 class LaughingHyena(Mixer):
-    """The recurrence of `subquad.mixers.hyena` over filters in modal form (arXiv 2310.18780, equation 3.2).
+    """The recurrence of `subquad.mixers.hyena` over filters in modal form (arXiv 2310.18780, section 3).
 
     A prompt runs through `subquad.ops.modal` in chunks, in time linear in its length; a token costs a step of modes.
 
@@ -180,7 +189,8 @@ class LaughingHyena(Mixer):
             y_btd, end_bdmp = modal.scan(u_btd, log_a_ngm[n], residue_ngm[n], state.modal_bndmp[:, n], **where)
             inputs.append(u_btd)
             ends.append(end_bdmp)
-            y_btd = torch.addcmul(y_btd, self.recurrence.direct(n), u_btd)
+            direct_d = self.recurrence.direct_d(n, self.filters.first_ng)
+            y_btd = (y_btd + direct_d * u_btd).to(u_btd.dtype)
             return y_btd if gate_out is None else y_btd * gate_out
 
         y_btd, inputs_btd = self.recurrence(x_btd, state.conv_bdw, layout, convolve)

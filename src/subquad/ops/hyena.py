@@ -16,7 +16,7 @@ Convolve = Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class Recurrence(nn.Module):
-    """``z <- h_n * (x_n z)`` for n from 1 to N - 1, from ``z = v``; ``y = x_N z`` (arXiv 2302.10866, equation 4).
+    """``z <- h_n * (x_n z)`` for n from 1 to N - 1, from ``z = v``; ``y = x_N z`` (arXiv 2302.10866, definition 3.1).
 
     The gates x and v are projections behind a short convolution, which stands for the first of the paper's N filters.
     With fewer heads than channels the channels of a head share a filter, and what is convolved is the outer product
@@ -57,9 +57,10 @@ class Recurrence(nn.Module):
         self.direct_ng = nn.Parameter(torch.randn(self.convolutions, heads))
         self.out_proj = nn.Linear(d_model, d_model)
 
-    def direct(self, n: int) -> Tensor:
-        """``[channels]``: what each input of convolution n adds to the output at its own place."""
-        return self.direct_ng[n].repeat_interleave(self.head_dim**2)
+    def direct_d(self, n: int, more_ng: Tensor | None = None) -> Tensor:
+        """What each input of convolution n adds to the output at its own place, ``[channels]``, and more if given."""
+        direct_g = self.direct_ng[n] if more_ng is None else self.direct_ng[n] + more_ng[n]
+        return direct_g.repeat_interleave(self.head_dim**2)
 
     def forward(self, x_btd: Tensor, state_bdw: Tensor, layout: Layout, convolve: Convolve) -> tuple[Tensor, Tensor]:
         """The output, and what stood before the short convolution, from which its state goes on.

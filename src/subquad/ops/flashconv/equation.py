@@ -20,7 +20,7 @@ def equation(
 ) -> Tensor:
     """``y_t = gate_out_t (sum_{j <= t} k_{t-j} u'_j + bias u'_t)`` with ``u' = gate_in u``, a loop over tokens.
 
-    One step of the Hyena recurrence (arXiv 2302.10866, equation 4) or of H3 (arXiv 2212.14052, algorithm 1).
+    One step of the Hyena recurrence (arXiv 2302.10866, definition 3.1), or of H3 (arXiv 2212.14052).
 
     Args:
         u_btd: inputs.
