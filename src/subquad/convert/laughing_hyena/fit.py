@@ -18,6 +18,8 @@ from torch import Tensor
 SPARE, ROUNDS = 10, 6
 # No mode lasts longer than so many lengths of its filter: what lies behind the filter's end is nobody's wish.
 SLOWEST = 100
+# Zeros behind a filter, in its lengths, with which its poles are looked for.
+REACHES = (0.0, 0.5, 1.0)
 # What falls this far short of its bound at the start is not refined but given more modes.
 HOPELESS = 10
 # Levenberg and Marquardt's: steps at most, and the damping at the start.
@@ -86,36 +88,47 @@ def realise(h_gl: Tensor, modes: int) -> Modes:
     """Poles by Kung's method at order ``2 modes``, then the `modes` that carry most, with their best residues.
 
     The eigenvectors of the Hankel matrix are an observability matrix: a row further on it is itself times a matrix
-    whose eigenvalues are the poles. Of conjugate ones one stands for both.
+    whose eigenvalues are the poles. Of conjugate ones one stands for both. The taps there are may be met best by modes
+    that grow, which none here may; with zeros behind their end the poles lie inside the disc. What comes nearest of
+    some such ends is taken, filter by filter.
 
     Args:
         h_gl: taps from 1 on.
         modes: complex poles of a filter.
     """
-    g, length = h_gl.shape
-    r = min(2 * modes, (length + 1) // 2 - 1)
-    # Where a filter is too short for so many, poles of no residue stand.
-    log_a_gm = h_gl.new_full((g, modes), -1.0, dtype=torch.complex128)
-    unpaired_gm = torch.ones_like(log_a_gm, dtype=torch.bool)
-    if r > 0:
-        _, vector_gpr = singular(h_gl, r)
-        step_grr = torch.linalg.pinv(vector_gpr[:, :-1]) @ vector_gpr[:, 1:]
-        a_gr = torch.linalg.eigvals(step_grr)
-        # Taps that rise to where they end ask for growth: such a pole is put just inside the disc.
-        size_gr = a_gr.abs().clamp(1e-6, math.exp(-1 / (SLOWEST * length)))
-        log_a_gm = torch.cat((torch.complex(size_gr.log(), a_gr.angle()), log_a_gm), dim=1)
-        unpaired_gm = torch.cat((a_gr.imag >= 0, unpaired_gm), dim=1)
-    residue_gm = residues(log_a_gm, h_gl, unpaired_gm)
-    energy_gm = residue_gm.abs().square() / -torch.expm1(2 * log_a_gm.real)
-    kept_gm = energy_gm.masked_fill(~unpaired_gm, -1.0).topk(modes, dim=1).indices
-    log_a_gm = log_a_gm.gather(1, kept_gm)
-    return Modes(log_a_gm, residues(log_a_gm, h_gl))
+    best: Modes | None = None
+    for zeros in (int(reach * h_gl.shape[1]) for reach in REACHES):
+        log_a_gm = _poles(F.pad(h_gl, (0, zeros)), modes, h_gl.shape[1])
+        residue_gm = residues(log_a_gm, h_gl)
+        energy_gm = residue_gm.abs().square() / -torch.expm1(2 * log_a_gm.real)
+        kept_gm = energy_gm.topk(modes, dim=1).indices
+        log_a_gm = log_a_gm.gather(1, kept_gm)
+        made = Modes(log_a_gm, residues(log_a_gm, h_gl))
+        if best is not None:
+            nearer_g1 = (_far(made, h_gl, "l2") < _far(best, h_gl, "l2"))[:, None]
+            made = Modes(*(torch.where(nearer_g1, x, y) for x, y in zip(made, best, strict=True)))
+        best = made
+    assert best is not None
+    return best
 
 
-def residues(log_a_gm: Tensor, h_gl: Tensor, there_gm: Tensor | None = None) -> Tensor:
-    """The residues by which these poles come nearest to the taps in l2, 0 where a pole doesn't count."""
+def _poles(h_gl: Tensor, modes: int, length: int) -> Tensor:
+    """Logarithms of poles, of conjugate ones the upper; as many more that stand for those that are not there."""
+    r = min(2 * modes, (h_gl.shape[1] + 1) // 2 - 1)
+    spare_gm = h_gl.new_full((len(h_gl), modes), -1.0, dtype=torch.complex128)
+    if r < 1:
+        return spare_gm
+    _, vector_gpr = singular(h_gl, r)
+    a_gr = torch.linalg.eigvals(torch.linalg.pinv(vector_gpr[:, :-1]) @ vector_gpr[:, 1:])
+    size_gr = a_gr.abs().clamp(1e-6, math.exp(-1 / (SLOWEST * length)))
+    # A lower one, like one too many, becomes a pole at 1/e, of which any number is no more than one.
+    log_a_gr = torch.complex(size_gr.log(), a_gr.angle())
+    return torch.cat((torch.where(a_gr.imag >= 0, log_a_gr, spare_gm[:, :1]), spare_gm), dim=1)
+
+
+def residues(log_a_gm: Tensor, h_gl: Tensor) -> Tensor:
+    """The residues by which these poles come nearest to the taps in l2, the smallest where there are several."""
     power_glm = _powers(log_a_gm, h_gl.shape[1])
-    power_glm = power_glm if there_gm is None else power_glm * there_gm[:, None]
     q_glx, triangle_gxx = torch.linalg.qr(torch.cat((power_glm.real, -power_glm.imag), dim=2))
     x_gx1 = torch.linalg.pinv(triangle_gxx, rtol=1e-13) @ (q_glx.mT @ h_gl[..., None])
     return torch.complex(*x_gx1[..., 0].chunk(2, dim=1))
