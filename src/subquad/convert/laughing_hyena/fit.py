@@ -24,8 +24,8 @@ REACHES = (0.0, 0.5, 1.0)
 HOPELESS = 10
 # Levenberg and Marquardt's: steps at most, and the damping at the start.
 STEPS, DAMPING = 40, 1e-3
-# Powers of the error whose mean stands for its maximum.
-POWER = 10
+# Rounds in which the largest errors get the larger weights.
+REWEIGHTED = 30
 # Bytes that a Jacobian may take.
 WORKSPACE = 2**28
 
@@ -142,19 +142,19 @@ def refine(start: Modes, h_gl: Tensor, norm: str) -> Modes:
     Args:
         start: of `realise`.
         h_gl: taps from 1 on.
-        norm: ``l2``, or ``linf``: there taps weigh by a power of their error, round after round.
+        norm: ``l2``, or ``linf``, the largest error of a tap.
     """
     weight_gl = torch.ones_like(h_gl)
-    best = _descend(start, h_gl, weight_gl)
+    best = _descend(start, h_gl, weight_gl, STEPS)
+    best = Modes(best.log_a_gm, residues(best.log_a_gm, h_gl))
     if norm == "l2":
-        return Modes(best.log_a_gm, residues(best.log_a_gm, h_gl))
+        return best
     modes, best_g = best, error(best, h_gl).abs().amax(1)
-    for _ in range(POWER):
-        size_gl = error(modes, h_gl).abs()
-        # The mean of what the weight was and what it should be, else it swings from one extreme to the other.
-        wanted_gl = (size_gl / size_gl.amax(1, keepdim=True).clamp(min=1e-300)) ** (POWER / 2 - 1)
-        weight_gl = (weight_gl + wanted_gl.clamp(min=1e-3)) / 2
-        modes = _descend(modes, h_gl, weight_gl)
+    for _ in range(REWEIGHTED):
+        # Lawson's rule: each tap's weight is multiplied by its error, until the largest errors are equal.
+        weight_gl = weight_gl * error(modes, h_gl).abs()
+        weight_gl = weight_gl / weight_gl.mean(1, keepdim=True).clamp(min=1e-300)
+        modes = _descend(modes, h_gl, weight_gl.sqrt(), 4)
         now_g = error(modes, h_gl).abs().amax(1)
         better_g1 = (now_g < best_g)[:, None]
         best = Modes(*(torch.where(better_g1, a, b) for a, b in zip(modes, best, strict=True)))
@@ -162,12 +162,12 @@ def refine(start: Modes, h_gl: Tensor, norm: str) -> Modes:
     return best
 
 
-def _descend(modes: Modes, h_gl: Tensor, weight_gl: Tensor) -> Modes:
+def _descend(modes: Modes, h_gl: Tensor, weight_gl: Tensor, steps: int) -> Modes:
     rate, angle = (-modes.log_a_gm.real).log(), modes.log_a_gm.imag
     x_gx = torch.cat((rate, angle, modes.residue_gm.real, modes.residue_gm.imag), dim=1)
     damping_g = torch.full_like(h_gl[:, 0], DAMPING)
     cost_g = (weight_gl * error(_modes(x_gx), h_gl)).square().sum(1)
-    for _ in range(STEPS):
+    for _ in range(steps):
         j_glx = _jacobian(x_gx, h_gl.shape[1]) * weight_gl[..., None]
         slope_gx = (j_glx.mT @ (weight_gl * error(_modes(x_gx), h_gl))[..., None])[..., 0]
         curve_gxx = j_glx.mT @ j_glx
