@@ -92,7 +92,7 @@ def test_every_filter_is_met_within_the_bound(teacher: Stack, made: Distillation
         off_l = mixer.filters.taps(LENGTH)[one.convolution, one.head] - k_l
         torch.testing.assert_close(off_l[0], torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-12)
         assert one.l2 == pytest.approx((off_l[1:].norm() / k_l[1:].norm()).item(), rel=1e-6) and one.l2 <= BOUND
-        assert one.linf == pytest.approx(float(off_l[1:].abs().max() / k_l[1:].abs().max()), rel=1e-6)
+        assert one.linf == pytest.approx((off_l[1:].abs().max() / k_l[1:].abs().max()).item(), rel=1e-6)
         assert one.modes <= mixer.config.modes <= 20
         assert one.hankel >= one.aak * (1 - 1e-9) - 1e-12
     assert len({one.modes for one in made.fits}) > 1  # each as many as it needs

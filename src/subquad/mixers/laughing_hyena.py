@@ -35,8 +35,12 @@ CARD = Card(
 )
 
 
+# Of the rate of a mode, so that no rounding puts its pole on the unit circle: a time constant of a million tokens.
+LEAST_RATE = 1e-6
+
+
 class ModalFilter(nn.Module):
-    """``h_t = Re sum_m residue_m a_m^t`` with ``a = exp(-exp(log_rate) + i angle)``: no pole can leave the unit disc.
+    """``h_t = Re sum_m residue_m a_m^t``, ``a = exp(-1e-6 - exp(log_rate) + i angle)``: no pole leaves the unit disc.
 
     To the first tap, which a state space passes on beside its state, `first` is added (section 3 of 2310.18780).
 
@@ -61,7 +65,8 @@ class ModalFilter(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Logarithms of the poles, and residues: complex, ``[convolutions, heads, modes]``."""
-        return torch.complex(-self.log_rate_ngm.exp(), self.angle_ngm), torch.view_as_complex(self.residue_ngmp)
+        rate_ngm = LEAST_RATE + self.log_rate_ngm.exp()
+        return torch.complex(-rate_ngm, self.angle_ngm), torch.view_as_complex(self.residue_ngmp)
 
     def taps(self, length: int) -> Tensor:
         """The filters as their first `length` taps, ``[convolutions, heads, length]``."""

@@ -31,8 +31,8 @@ def run(bench: Bench) -> None:
         few = [x[:, :200] for x in (u, gate, v)]
         wide = [x.double() for x in few]
         exact = flashconv.equation(wide[2], k_gl.double(), gate_in_btd=wide[0], gate_out_btd=wide[1])
-        naive = flashconv.equation(few[2], k_gl, gate_in_btd=few[0], gate_out_btd=few[1], dtype=bench.dtype)
-        bench.gate("the operator equals its sum", convolution(*few), exact, naive=naive)
+        # Sums of two hundred products, about as many roundings as its root.
+        bench.gate("the operator equals its sum", convolution(*few), exact, rtol=16 * torch.finfo(bench.dtype).eps)
         shape = {"b": 1, "t": t, "d": d, "h": h}
         with torch.no_grad():
             bench.compare(

@@ -15,7 +15,7 @@ from subquad.core.card import Card
 from subquad.core.config import config_to_dict
 from subquad.core.errors import ConfigError, nearest
 from subquad.mixers.hyena import Hyena
-from subquad.mixers.laughing_hyena import LaughingHyena
+from subquad.mixers.laughing_hyena import LEAST_RATE, LaughingHyena
 from subquad.models.stack import Block, Stack
 
 CARD = Card(
@@ -145,7 +145,7 @@ def _layer(block: Block, i: int, most: int, bound: float | None, norm: str) -> t
     log_a_gm, residue_gm = (x[:, :size] for x in found)
     made = mixer.filters
     for parameter, value_gx in (
-        (made.log_rate_ngm, (-log_a_gm.real).log()),
+        (made.log_rate_ngm, (-log_a_gm.real - LEAST_RATE).log()),
         (made.angle_ngm, log_a_gm.imag),
         (made.residue_ngmp, torch.view_as_real(residue_gm)),
         (made.first_ng, k_gl[:, 0] - residue_gm.real.sum(1)),

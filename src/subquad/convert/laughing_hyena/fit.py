@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.mixers.laughing_hyena import LEAST_RATE
+
 # More directions than asked for, and rounds, so that those asked for are exact to rounding.
 SPARE, ROUNDS = 10, 6
 # No mode lasts longer than so many lengths of its filter: what lies behind the filter's end is nobody's wish.
@@ -120,7 +122,7 @@ def _poles(h_gl: Tensor, modes: int, length: int) -> Tensor:
         return spare_gm
     _, vector_gpr = singular(h_gl, r)
     a_gr = torch.linalg.eigvals(torch.linalg.pinv(vector_gpr[:, :-1]) @ vector_gpr[:, 1:])
-    size_gr = a_gr.abs().clamp(1e-6, math.exp(-1 / (SLOWEST * length)))
+    size_gr = a_gr.abs().clamp(1e-6, math.exp(-_slowest(length)))
     # A lower one, like one too many, becomes a pole at 1/e, of which any number is no more than one.
     log_a_gr = torch.complex(size_gr.log(), a_gr.angle())
     return torch.cat((torch.where(a_gr.imag >= 0, log_a_gr, spare_gm[:, :1]), spare_gm), dim=1)
@@ -176,7 +178,7 @@ def _descend(modes: Modes, h_gl: Tensor, weight_gl: Tensor, steps: int) -> Modes
         damped_gxx = curve_gxx + torch.diag_embed(damping_g[:, None] * diagonal_gx + floor_g1)
         step_gx = torch.linalg.solve_ex(damped_gxx, slope_gx)[0].nan_to_num(0.0, 0.0, 0.0)
         rates_gm, rest_gx = (x_gx - step_gx).tensor_split([modes.log_a_gm.shape[1]], dim=1)
-        tried_gx = torch.cat((rates_gm.clamp(min=-math.log(SLOWEST * h_gl.shape[1])), rest_gx), dim=1)
+        tried_gx = torch.cat((rates_gm.clamp(min=math.log(_slowest(h_gl.shape[1]))), rest_gx), dim=1)
         tried_g = (weight_gl * error(_modes(tried_gx), h_gl)).square().sum(1)
         better_g = tried_g < cost_g
         gained_g = torch.where(better_g, 1 - tried_g / cost_g.clamp(min=1e-300), 0.0)
@@ -280,6 +282,10 @@ def _least(h_gl: Tensor, most: int, norm: str) -> Tensor:
     value_gr, _ = singular(h_gl, 2 * most + 1)
     value_gr = F.pad(value_gr, (0, 2 * most + 1 - value_gr.shape[1]))
     return value_gr[:, 2::2] / (math.sqrt(p) if norm == "l2" else p)
+
+
+def _slowest(length: int) -> float:
+    return max(1 / (SLOWEST * length), 2 * LEAST_RATE)
 
 
 def _rows(length: int, m: int) -> int:

@@ -10,6 +10,8 @@ from subquad.ops import chunks
 
 # Up to so many outputs, the product with a Toeplitz matrix is faster than transforms.
 DIRECT = 32
+# Up to so many, a history is multiplied where it lies.
+FEW = 4
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -43,12 +45,25 @@ def past(history_bsd: Tensor, seen_b: Tensor, k_gl: Tensor, length: int) -> Tens
     dtype = chunks.compute_dtype(history_bsd, k_gl)
     s = history_bsd.shape[1]
     with torch.autocast(history_bsd.device.type, enabled=False):
+        k_gl = F.pad(k_gl[:, : s + length].to(dtype), (0, max(0, s + length - k_gl.shape[1])))
+        if length <= FEW:
+            return _read(history_bsd, seen_b, k_gl, length).to(history_bsd.dtype)
         # Right-aligned, so that the newest input of every row stands next to the block.
         source_bs = torch.arange(s, device=seen_b.device) - (s - seen_b)[:, None]
-        index_bsd = source_bs.clamp(min=0)[..., None].expand_as(history_bsd)
-        u_bsd = history_bsd.gather(1, index_bsd).masked_fill((source_bs < 0)[..., None], 0)
+        row_b1 = torch.arange(len(seen_b), device=seen_b.device)[:, None]
+        u_bsd = history_bsd[row_b1, source_bs.clamp(min=0)].masked_fill((source_bs < 0)[..., None], 0)
         u_bgrs = u_bsd.to(dtype).mT.unflatten(1, (len(k_gl), -1))
-        return _onto(u_bgrs, k_gl.to(dtype), length).flatten(1, 2).mT.to(history_bsd.dtype)
+        return _onto(u_bgrs, k_gl, length).flatten(1, 2).mT.to(history_bsd.dtype)
+
+
+def _read(history_bsd: Tensor, seen_b: Tensor, k_gl: Tensor, length: int) -> Tensor:
+    """`past` for a few tokens: the history as it lies, times the filter laid beside it, row by row."""
+    s, d = history_bsd.shape[1:]
+    # The last row is of zeros, for what stands behind the tokens seen.
+    k_ld = F.pad(k_gl.mT.repeat_interleave(d // len(k_gl), dim=1), (0, 0, 0, 1))
+    lag_bs = seen_b[:, None] - torch.arange(s, device=seen_b.device)
+    taps = (k_ld[torch.where(lag_bs > 0, lag_bs + i, s + length)] for i in range(length))
+    return torch.stack([(history_bsd * tap_bsd).sum(1) for tap_bsd in taps], dim=1)
 
 
 def _alone(u_bgrt: Tensor, k_gl: Tensor) -> Tensor:
