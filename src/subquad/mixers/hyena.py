@@ -28,7 +28,6 @@ CARD = Card(
     claim="a Transformer's perplexity at a fifth less training compute; twice attention's speed at 8K, 100 x at 64K",
     measured="not reproduced: speeds against attention need a GPU",
     examples={
-        "paper": {"d_model": 12, "max_len": 8192, "bands": 4, "filter_width": 16},
         "third": {
             "d_model": 8,
             "max_len": 8192,

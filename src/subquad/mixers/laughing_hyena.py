@@ -28,7 +28,6 @@ CARD = Card(
     measured="not reproduced",
     constant_state=True,
     examples={
-        "paper": {"d_model": 12, "modes": 4},
         "third": {"d_model": 8, "modes": 3, "order": 3, "conv_width": 4},
         "heads": {"d_model": 8, "modes": 2, "n_heads": 2, "conv_width": 1},
     },
