@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from typing import Any
@@ -121,6 +122,21 @@ def test_heads_are_distilled_as_they_are() -> None:
     assert len(made.fits) == 2 and made.student.config.layers[0]["n_heads"] == 2
 
 
+def test_steps_in_float32_are_as_exact_as_the_whole_at_once() -> None:
+    """Filters like noise, met badly: no residues of millions that cancel in float64 and not in steps of float32."""
+    torch.manual_seed(0)
+    layer = LAYER | {"max_len": 128, "bands": 8, "frequency": 6.0}
+    model = Stack(ModelConfig(V, 8, 16, (layer,))).requires_grad_(False)
+    student = distil(model, modes=16, bound=None).student
+    tokens_bt, state, steps = torch.randint(V, (1, 128)), student.init_state(1), []
+    for t in range(128):
+        hidden_btd, update = student.read(tokens_bt[:, t : t + 1], state)
+        state = update.commit()
+        steps.append(student.head(hidden_btd))
+    want = copy.deepcopy(student).double()(tokens_bt)
+    assert (torch.cat(steps, 1) - want).norm() < 1e-3 * want.norm()
+
+
 def test_a_filter_beyond_the_bound_is_named(teacher: Stack) -> None:
     expected = (
         r"layer 0, convolution 0, filter \d+: expected a relative l2 error of at most 1e-06, got .* with 1 modes "
@@ -159,10 +175,10 @@ def test_singular_values_are_those_of_the_matrix() -> None:
 def test_modes_are_found_again_exactly(length: int) -> None:
     """Real poles, negative ones and pairs, slow and fast; fewer than there are fall short by what AAK says at least."""
     k_gl = modal([0.01, 0.3, 0.05, 0.1], [0.0, torch.pi, 1.0, 2.5], length)
-    (log_a_gm, residue_gm), used_g = fit.choose(k_gl, 8, 1e-8, "l2")
+    (log_a_gm, residue_gm), used_g = fit.choose(k_gl, 8, 1e-6, "l2")
     assert used_g.tolist() == [4, 4, 4]
     off_gl = fit.error(fit.Modes(log_a_gm, residue_gm), k_gl[:, 1:])
-    assert (off_gl.norm(dim=1) <= 1e-8 * k_gl[:, 1:].norm(dim=1)).all()
+    assert (off_gl.norm(dim=1) <= 1e-6 * k_gl[:, 1:].norm(dim=1)).all()
     few, _ = fit.choose(k_gl, 2, None, "l2")
     fitted_gl = F.pad(fit.error(few, k_gl[:, 1:]), (1, 0)) + k_gl
     off = fit.errors(k_gl, fitted_gl, torch.full((3,), 2))

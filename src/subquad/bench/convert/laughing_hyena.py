@@ -22,7 +22,7 @@ ORDERS = (4, 8, 16, 32)
 def run(bench: Bench) -> None:
     """Byte by byte on the manual that Python brings along; then greedy generation at growing lengths."""
     bench.name = "laughing_hyena"
-    d, depth, length, rows, steps = bench.size((64, 2, 1024, 4, 300), smoke=(16, 1, 32, 2, 3))
+    d, depth, length, rows, steps = bench.size((64, 2, 512, 4, 200), smoke=(16, 1, 32, 2, 3))
     text_n = manual()
     held_n, text_n = text_n[: 32 * length], text_n[32 * length :]
     layer = {"mixer": "hyena", "max_len": length}

@@ -1,6 +1,6 @@
 """Filters as sums of modes: Hankel singular values, the realisation they give, and its refinement by least squares.
 
-All of it is about taps 1, 2, ...: tap 0 passes a state space by. Filters are rows, in float64.
+All of it is about taps 1, 2, ...: tap 0 passes a state space by. Filters are rows of norm 1, in float64.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ SPARE, ROUNDS = 10, 6
 SLOWEST = 100
 # Zeros behind a filter, in its lengths, with which its poles are looked for.
 REACHES = (0.0, 0.5, 1.0)
+# What an error may be larger by for smaller residues. Large ones that cancel each other fit as well on paper, but each
+# mode's rounding in float32 is multiplied by them.
+RIDGE = 1e-5
 # What falls this far short of its bound at the start is not refined but given more modes.
 HOPELESS = 10
 # Levenberg and Marquardt's: steps at most, and the damping at the start.
@@ -129,10 +132,14 @@ def _poles(h_gl: Tensor, modes: int, length: int) -> Tensor:
 
 
 def residues(log_a_gm: Tensor, h_gl: Tensor) -> Tensor:
-    """The residues by which these poles come nearest to the taps in l2, the smallest where there are several."""
+    """The residues by which these poles come nearest to the taps in l2, and which are not large to little avail."""
     power_glm = _powers(log_a_gm, h_gl.shape[1])
-    q_glx, triangle_gxx = torch.linalg.qr(torch.cat((power_glm.real, -power_glm.imag), dim=2))
-    x_gx1 = torch.linalg.pinv(triangle_gxx, rtol=1e-13) @ (q_glx.mT @ h_gl[..., None])
+    design_glx = torch.cat((power_glm.real, -power_glm.imag), dim=2)
+    x = design_glx.shape[2]
+    ridge_gxx = RIDGE * torch.eye(x, dtype=h_gl.dtype, device=h_gl.device).expand(len(h_gl), -1, -1)
+    q_glx, triangle_gxx = torch.linalg.qr(torch.cat((design_glx, ridge_gxx), dim=1))
+    wanted_gx1 = q_glx.mT @ F.pad(h_gl, (0, x))[..., None]
+    x_gx1 = torch.linalg.solve_triangular(triangle_gxx, wanted_gx1, upper=True)
     return torch.complex(*x_gx1[..., 0].chunk(2, dim=1))
 
 
@@ -168,18 +175,24 @@ def _descend(modes: Modes, h_gl: Tensor, weight_gl: Tensor, steps: int) -> Modes
     rate, angle = (-modes.log_a_gm.real).log(), modes.log_a_gm.imag
     x_gx = torch.cat((rate, angle, modes.residue_gm.real, modes.residue_gm.imag), dim=1)
     damping_g = torch.full_like(h_gl[:, 0], DAMPING)
-    cost_g = (weight_gl * error(_modes(x_gx), h_gl)).square().sum(1)
+    # The residues stand behind the rates and the angles.
+    ridge_x = RIDGE**2 * (torch.arange(x_gx.shape[1], device=h_gl.device) >= x_gx.shape[1] // 2)
+
+    def cost(x_gx: Tensor) -> Tensor:
+        return (weight_gl * error(_modes(x_gx), h_gl)).square().sum(1) + (ridge_x * x_gx.square()).sum(1)
+
+    cost_g = cost(x_gx)
     for _ in range(steps):
         j_glx = _jacobian(x_gx, h_gl.shape[1]) * weight_gl[..., None]
-        slope_gx = (j_glx.mT @ (weight_gl * error(_modes(x_gx), h_gl))[..., None])[..., 0]
-        curve_gxx = j_glx.mT @ j_glx
+        slope_gx = (j_glx.mT @ (weight_gl * error(_modes(x_gx), h_gl))[..., None])[..., 0] + ridge_x * x_gx
+        curve_gxx = j_glx.mT @ j_glx + torch.diag_embed(ridge_x)
         diagonal_gx = curve_gxx.diagonal(dim1=1, dim2=2)
         floor_g1 = 1e-14 * diagonal_gx.amax(1, keepdim=True).clamp(min=1e-300)
         damped_gxx = curve_gxx + torch.diag_embed(damping_g[:, None] * diagonal_gx + floor_g1)
         step_gx = torch.linalg.solve_ex(damped_gxx, slope_gx)[0].nan_to_num(0.0, 0.0, 0.0)
         rates_gm, rest_gx = (x_gx - step_gx).tensor_split([modes.log_a_gm.shape[1]], dim=1)
         tried_gx = torch.cat((rates_gm.clamp(min=math.log(_slowest(h_gl.shape[1]))), rest_gx), dim=1)
-        tried_g = (weight_gl * error(_modes(tried_gx), h_gl)).square().sum(1)
+        tried_g = cost(tried_gx)
         better_g = tried_g < cost_g
         gained_g = torch.where(better_g, 1 - tried_g / cost_g.clamp(min=1e-300), 0.0)
         x_gx = torch.where(better_g[:, None], tried_gx, x_gx)
