@@ -58,6 +58,13 @@ def test_poles_stay_inside_the_disc_whatever_is_learned() -> None:
     assert (log_a_ngm.exp().abs() < 1).all() and (log_a_ngm.exp().abs() > 0.999).any()
 
 
+def test_a_mode_of_any_rate_is_finite() -> None:
+    mixer = LaughingHyena(LaughingHyena.Config(**TINY)).requires_grad_(False)
+    for rate in (-500.0, 500.0):
+        mixer.filters.log_rate_ngm[..., 0] = rate
+        assert mixer(torch.randn(1, 70, 6)).isfinite().all() and mixer.filters.taps(70).isfinite().all()
+
+
 @pytest.mark.parametrize("cast", ["bfloat16", "half"])
 def test_filters_and_modes_stay_in_float32(cast: str) -> None:
     mixer = LaughingHyena(LaughingHyena.Config(**TINY))

@@ -64,7 +64,8 @@ class ModalFilter(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Logarithms of the poles, and residues: complex, ``[convolutions, heads, modes]``."""
-        rate_ngm = LEAST_RATE + self.log_rate_ngm.exp()
+        # Above a rate of a hundred a mode leaves nothing, and far above it there would be an infinity.
+        rate_ngm = LEAST_RATE + self.log_rate_ngm.clamp(max=math.log(100.0)).exp()
         return torch.complex(-rate_ngm, self.angle_ngm), torch.view_as_complex(self.residue_ngmp)
 
     def taps(self, length: int) -> Tensor:

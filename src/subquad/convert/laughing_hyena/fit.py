@@ -20,6 +20,8 @@ from subquad.mixers.laughing_hyena import LEAST_RATE
 SPARE, ROUNDS = 10, 6
 # No mode lasts longer than so many lengths of its filter: what lies behind the filter's end is nobody's wish.
 SLOWEST = 100
+# A mode of this rate is gone with its first token.
+FASTEST = 20.0
 # Zeros behind a filter, in its lengths, with which its poles are looked for.
 REACHES = (0.0, 0.5, 1.0)
 # What an error may be larger by for smaller residues. Large ones that cancel each other fit as well on paper, but each
@@ -191,7 +193,7 @@ def _descend(modes: Modes, h_gl: Tensor, weight_gl: Tensor, steps: int) -> Modes
         damped_gxx = curve_gxx + torch.diag_embed(damping_g[:, None] * diagonal_gx + floor_g1)
         step_gx = torch.linalg.solve_ex(damped_gxx, slope_gx)[0].nan_to_num(0.0, 0.0, 0.0)
         rates_gm, rest_gx = (x_gx - step_gx).tensor_split([modes.log_a_gm.shape[1]], dim=1)
-        tried_gx = torch.cat((rates_gm.clamp(min=math.log(_slowest(h_gl.shape[1]))), rest_gx), dim=1)
+        tried_gx = torch.cat((rates_gm.clamp(math.log(_slowest(h_gl.shape[1])), math.log(FASTEST)), rest_gx), dim=1)
         tried_g = cost(tried_gx)
         better_g = tried_g < cost_g
         gained_g = torch.where(better_g, 1 - tried_g / cost_g.clamp(min=1e-300), 0.0)
