@@ -41,7 +41,7 @@ def test_a_refusal_falls_back_and_is_said_once(family: backends.Backends) -> Non
     family._loaded["fast"] = Fake(None)
     assert family.choose(x) is family._loaded["fast"]
     family._loaded["fast"] = Fake("it is too wide")
-    with pytest.warns(UserWarning, match="ssd: it is too wide; PyTorch's chunked form runs instead"):
+    with pytest.warns(UserWarning, match="ssd: it is too wide; PyTorch's form runs instead"):
         assert family.choose(x) is family._loaded["torch"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -76,7 +76,7 @@ class Backends:
                 reason = self._loaded[name].refusal(*tensors)
                 if reason is None:
                     return self._loaded[name]
-                _say(f"{self.operation}: {reason}; PyTorch's chunked form runs instead, more slowly")
+                _say(f"{self.operation}: {reason}; PyTorch's form runs instead")
         return self._loaded["torch"]
 
 

@@ -1,0 +1,167 @@
+"""The long convolution's Triton kernels, on a GPU or interpreted: outputs and gradients against the sum."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad.core.errors import UnsupportedError
+from subquad.ops import backends, flashconv, launch
+
+if importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or backends.interpreted()):
+    pytest.skip("needs Triton, on a GPU or interpreted", allow_module_level=True)
+
+from subquad.ops.flashconv import on_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("u_btd", "k_gl", "bias_d", "gate_in_btd", "gate_out_btd")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scratch holds NaN: what no kernel writes shows."""
+    monkeypatch.setattr(launch, "poison", True)
+    with backends.use("triton"):
+        yield
+
+
+def arguments(
+    t: int, length: int | None = None, *, b: int = 2, d: int = 3, g: int = 3, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    shapes = ((b, t, d), (g, length or t), (d,), (b, t, d), (b, t, d))
+    made = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
+    return dict(zip(NAMES, made, strict=True))
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def results(function: Any, values: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Outputs and the gradients of all inputs."""
+    leaves = {name: x.detach().requires_grad_() for name, x in values.items()}
+    y = function(**leaves, **options)
+    rng = torch.Generator().manual_seed(1)
+    weight = torch.randn(y.shape, generator=rng, dtype=torch.float64).to(DEVICE)
+    return [y, *torch.autograd.grad((y.double() * weight).sum(), list(leaves.values()))]
+
+
+def compare(values: dict[str, Tensor], **options: Any) -> None:
+    """At most twice the error of the sum in the dtype of the values, or that of 64 float32 roundings."""
+    cut = DEVICE == "cpu" and values["u_btd"].dtype == torch.bfloat16
+    # The interpreter cuts off the bits of a float32 that bfloat16 has no place for, where the device rounds: packed
+    # inputs, packed sums and outputs are each too small, by half a spacing of 2^-7 in the mean.
+    floor = 3 * 2**-8 if cut else 8 * 2**-24
+    got = results(flashconv.parallel, values, **options)
+    want = results(flashconv.equation, {name: x.double() for name, x in values.items()}, **options)
+    naive = results(flashconv.equation, values, **options, dtype=values["u_btd"].dtype)
+    for name, a, n, w in zip(("y", *values), got, naive, want, strict=True):
+        assert a.dtype == n.dtype, name
+        assert error(a, w) <= max(2 * error(n, w), floor), name
+
+
+@pytest.mark.parametrize("t", [1, 15, 63, 65, 130])
+def test_lengths(t: int) -> None:
+    compare(arguments(t))
+
+
+@pytest.mark.parametrize("length", [1, 2, 64, 65, 300])
+def test_filters_of_other_lengths(length: int) -> None:
+    compare(arguments(130, length, b=1, d=2, g=2))
+
+
+@pytest.mark.parametrize("left_out", [(), ("bias_d",), ("gate_in_btd",), ("gate_out_btd",), NAMES[2:]], ids=str)
+def test_groups_and_what_may_be_left_out(left_out: tuple[str, ...]) -> None:
+    compare({name: x for name, x in arguments(70, d=4, g=2).items() if name not in left_out})
+
+
+def test_many_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a block has, which ends within a tile's rows."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(on_triton, "PRODUCT", on_triton.PRODUCT._replace(width=16))
+        monkeypatch.setattr(on_triton, "CORRELATION", on_triton.CORRELATION._replace(width=16))
+    compare(arguments(200, b=5 if DEVICE == "cpu" else 70, d=1, g=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype) -> None:
+    compare(arguments(130, dtype=dtype))
+
+
+@pytest.mark.parametrize("length", [140, 70])
+def test_documents(length: int) -> None:
+    values = arguments(140, length, d=2, g=1)
+    documents_bt = torch.zeros(2, 140, dtype=torch.int64, device=DEVICE)
+    for row, starts in enumerate(([3, 4, 40, 64, 65, 100], [70])):
+        for start in starts:
+            documents_bt[row, start:] += 1
+    compare(values, documents_bt=documents_bt)
+    clean = flashconv.parallel(**values, documents_bt=documents_bt)
+    values["u_btd"][0, 65:100] *= 1e6
+    got = flashconv.parallel(**values, documents_bt=documents_bt)
+    assert torch.equal(got[0, :64], clean[0, :64]) and torch.equal(got[0, 100:], clean[0, 100:])
+
+
+def test_a_token_changes_nothing_before_it() -> None:
+    values = arguments(130)
+    before = flashconv.parallel(**values)
+    values["u_btd"][:, 100:] *= 100
+    after = flashconv.parallel(**values)
+    assert torch.equal(after[:, :100], before[:, :100]) and not torch.equal(after[:, 100:], before[:, 100:])
+
+
+def test_views_are_not_copied_and_columns_are() -> None:
+    values = arguments(20)
+    one = torch.randn(2, 20, 9, device=DEVICE)
+    values["u_btd"], values["gate_in_btd"], values["gate_out_btd"] = one.split(3, dim=-1)
+    compare(values)
+    values["u_btd"] = torch.randn(2, 3, 20, device=DEVICE).mT
+    compare(values)
+
+
+def test_the_same_twice() -> None:
+    values = arguments(130)
+    for a, b in zip(results(flashconv.parallel, values), results(flashconv.parallel, values), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_it_does_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = arguments(5)
+    with pytest.raises(UnsupportedError, match="float64"):
+        flashconv.parallel(**{name: x.double() for name, x in values.items()})
+    monkeypatch.setattr(on_triton, "LONGEST", 4)
+    with pytest.raises(UnsupportedError, match="beyond 4 tokens Fourier transforms are faster, got 5"):
+        flashconv.parallel(**values)
+
+
+def test_operators_keep_their_contract() -> None:
+    """Schemas, fakes and autograd registrations, as `torch.library.opcheck` sees them."""
+    launch.poison = False  # NaN scratch is an output here, and NaN equals no NaN
+    u, k, bias, *gates = (x.requires_grad_() for x in arguments(20, d=2, g=1).values())
+    documents = (torch.arange(20, device=DEVICE) > 7).int().expand(2, -1).contiguous()
+    torch.library.opcheck(on_triton._forward, (u, k, bias, *gates, documents))
+    torch.library.opcheck(on_triton._forward, (u, k, None, None, None, None))
+
+
+def test_compiles_into_one_graph() -> None:
+    values = arguments(20)
+    torch._dynamo.reset()
+
+    def training(*leaves: Tensor) -> Tensor:
+        u, k, bias, gate_in, gate_out = leaves
+        return flashconv.parallel(u, k, bias, gate_in_btd=gate_in, gate_out_btd=gate_out).square().sum()
+
+    compiled = torch.compile(training, fullgraph=True, backend="aot_eager")
+    gradients: list[list[Any]] = []
+    for function in (training, compiled):
+        leaves = [x.detach().requires_grad_() for x in values.values()]
+        function(*leaves).backward()
+        gradients.append([x.grad for x in leaves])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
