@@ -1,4 +1,4 @@
-"""Induction heads: a mark stands somewhere among random tokens and again at the end; the answer is what stood behind it.
+"""Induction heads: a mark stands among random tokens, and again at the end; the answer is what stood behind it.
 
 ``a b c => f g h ... => -> f``. The mark is the last token id.
 """

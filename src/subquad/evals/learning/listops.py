@@ -75,7 +75,7 @@ class ListOps(Task):
             """Refuse what no expression fits."""
             if self.depth < 2 or self.arguments < 2 or self.longer < 0 or self.shorter - self.longer < 5:
                 raise ConfigError(
-                    f"listops: expected depth and arguments from 2 and shorter at least longer + 5, got {self}; widen it"
+                    f"listops: expected depth and arguments from 2 and shorter from longer + 5, got {self}; widen it"
                 )
             if self.longer >= (largest := self._largest()) - 1:
                 raise ConfigError(

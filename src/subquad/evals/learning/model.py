@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -56,8 +57,26 @@ def fitted(slug: str, d_model: int, options: Mapping[str, Any]) -> dict[str, Any
     return layer
 
 
+def checked(slugs: Sequence[str], task: Task) -> list[str]:
+    """The mixers named, each once, of which every one can serve `task`.
+
+    Raises:
+        ConfigError: an unknown mixer, or one that looks ahead where the task asks what comes next.
+    """
+    cards = methods("mixers")
+    for slug in slugs:
+        if slug not in cards:
+            raise ConfigError(f"--mixer: unknown mixer {slug!r}{nearest(slug, cards)}")
+        if not (cards[slug].causal or task.pooled):
+            raise ConfigError(
+                f"--mixer {slug}: expected a causal mixer, for the task asks what comes next, got one that looks "
+                "ahead; take another mixer, or a task with one class a row"
+            )
+    return list(dict.fromkeys(slugs))
+
+
 def layers_of(
-    mixers: Sequence[str], n_layers: int, d_model: int, options: Mapping[str, Mapping[str, Any]], *, task: Task
+    mixers: Sequence[str], n_layers: int, d_model: int, options: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, Any], ...]:
     """The layers of a model, `mixers` in turns.
 
@@ -66,25 +85,15 @@ def layers_of(
         n_layers: 0 is a model that looks at each token alone.
         d_model: width.
         options: by slug, fields of the mixers' configs.
-        task: a mixer that looks ahead serves only a task with one class a row.
 
     Raises:
-        ConfigError: an unknown mixer, one that does not serve, or more mixers than layers.
+        ConfigError: more mixers than layers, or as in `fitted`.
     """
-    cards = methods("mixers")
-    for slug in mixers:
-        if slug not in cards:
-            raise ConfigError(f"--mixer: unknown mixer {slug!r}{nearest(slug, cards)}")
-        if not (cards[slug].causal or task.pooled):
-            raise ConfigError(
-                f"--mixer {slug}: expected a causal mixer, for the task asks what comes next, got one that looks "
-                "ahead; take another mixer, or a task with one class a row"
-            )
     if len(mixers) > n_layers > 0:
-        raise ConfigError(f"--layers: expected at least {len(mixers)} for {', '.join(mixers)}, got {n_layers}; add some")
-    return tuple(
-        fitted(slug, d_model, options.get(slug, {})) for slug in (mixers[i % len(mixers)] for i in range(n_layers))
-    )
+        raise ConfigError(
+            f"--layers: expected at least {len(mixers)} for {', '.join(mixers)}, got {n_layers}; add some"
+        )
+    return tuple(fitted(slug, d_model, options.get(slug, {})) for slug in islice(cycle(mixers), n_layers))
 
 
 class Learner(nn.Module):

@@ -55,7 +55,7 @@ class MQAR(Task):
             """Refuse what does not fit."""
             if self.pairs < 1 or self.length % 2 or self.length < 4 * self.pairs:
                 raise ConfigError(
-                    f"mqar: expected pairs from 1 and an even length of at least 4 a pair, got {self}; give a longer one"
+                    f"mqar: expected pairs and an even length from 4 a pair, got {self}; give a longer one"
                 )
             if self.vocab % 2 or self.vocab // 2 <= self.pairs:
                 raise ConfigError(f"mqar: expected an even vocab above {2 * self.pairs}, got {self.vocab}; give more")

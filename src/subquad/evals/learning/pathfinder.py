@@ -305,7 +305,7 @@ class Pathfinder(Task):
             try_ip = rng.integers(0, len(self.ways_k2), (len(left), PLACES))
             cells_ipm = self._flat(place_ip2)[..., None] + self._line_km[try_ip]
             free_ip = ~taken[left[:, None, None], cells_ipm].any(-1)
-            some_i, first_i = free_ip.any(1), free_ip.argmax(1)
+            some_i, first_i = free_ip.any(-1), free_ip.argmax(-1)
             left, i = left[some_i], np.flatnonzero(some_i)
             field, alive = taken[left], np.arange(len(left))
             self._take(field, alive, place_ip2[i, first_i[i]], try_ip[i, first_i[i]])
@@ -326,9 +326,7 @@ class Pathfinder(Task):
         shade_kyx = np.clip(0.5 + self.config.thickness / 2 - self._distance_kyx, 0, 1)
         offsets_km, is_any = self._cells(shade_kyx > 0)
         y, x = np.divmod(offsets_km + self._reach * (self._wide + 1), self._wide)
-        shade_km = np.take_along_axis(
-            shade_kyx.reshape(len(shade_kyx), -1), y * (2 * self._reach + 1) + x, 1
-        )
+        shade_km = np.take_along_axis(shade_kyx.reshape(len(shade_kyx), -1), y * (2 * self._reach + 1) + x, 1)
         return offsets_km, np.where(is_any, shade_km, 0) / shade_kyx.max()
 
     def picture(self, paths: Paths, start_b: Ints, end_b: Ints) -> Floats:

@@ -70,6 +70,11 @@ class Settings:
                 raise ConfigError(f"--{name}: expected more than 0, got {value:g}; nothing would be learned")
         if self.held_out < 1 or self.d_model < 2:
             raise ConfigError(f"expected held-out rows and a width from 2, got {self.held_out} and {self.d_model}")
+        self.rate()
+
+    def rate(self) -> Rate:
+        """The learning rate's course, which refuses what is none."""
+        return Rate(self.lr, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
@@ -252,6 +257,22 @@ def accuracy_of(right_n: Tensor, asked_n: Tensor) -> Interval:
     return bootstrap_ratio(right_n, asked_n)
 
 
+def check_folder(settings: Settings, folder: RunFolder, *, resume: bool) -> dict[str, Any]:
+    """What is known of the run in `folder`, nothing where there is none.
+
+    Raises:
+        ConfigError: it holds a run and `resume` is not given, or one with other settings.
+    """
+    facts, now = folder.facts(), config_to_dict(settings)
+    if not resume and (facts or folder.checkpoint.exists()):
+        raise ConfigError(f"--out {folder.path}: holds a run already; give --resume to go on, or another folder")
+    was = facts.get("settings", now)
+    changed = ", ".join(f"{k} {was.get(k)} (now {now.get(k)})" for k in now if was.get(k) != now.get(k))
+    if changed:
+        raise ConfigError(f"--resume: expected the settings of the run in {folder.path}, got {changed}; give the same")
+    return facts
+
+
 def learn(
     settings: Settings,
     task: Task,
@@ -279,28 +300,24 @@ def learn(
         habits, display, say: as in `Loop`.
 
     Raises:
-        ConfigError: the folder holds a run and `resume` is not given, or one with other settings.
+        ConfigError: as in `check_folder`.
         DivergenceError, StoppedError: as in `Loop.run`.
     """
-    facts, now = folder.facts(), config_to_dict(settings)
-    if not resume and (facts or folder.checkpoint.exists()):
-        raise ConfigError(f"--out {folder.path}: holds a run already; give --resume to go on, or another folder")
-    if facts and facts["settings"] != now:
-        was = facts["settings"]
-        changed = ", ".join(f"{k} {was.get(k)} (now {now.get(k)})" for k in now if was.get(k) != now.get(k))
-        raise ConfigError(f"--resume: expected the settings of the run in {folder.path}, got others: {changed}; give the same")
+    facts = check_folder(settings, folder, resume=resume)
     if "learned" in facts:
         found = facts["learned"]
-        return Learned(**found | {"accuracy": Interval(**found["accuracy"]), "course": [tuple(x) for x in found["course"]]})
+        return Learned(
+            **found | {"accuracy": Interval(**found["accuracy"]), "course": [tuple(x) for x in found["course"]]}
+        )
     device = device or torch.device("cpu")
     torch.manual_seed(settings.seed)
     model = Learner(task, settings.layers, settings.d_model).to(device)
     batches = Batches(task, settings.seed, settings.batch, workers)
     stage = TaskStage(task, model, batches)
     tokens = None if settings.steps is None else settings.steps * stage.tokens_per_step
-    rate = Rate(settings.lr, weight_decay=settings.weight_decay)
-    loop = Loop(stage, Budget(tokens, settings.minutes), rate, folder, habits=habits, display=display, say=say)
-    folder.note(settings=now)
+    budget = Budget(tokens, settings.minutes)
+    loop = Loop(stage, budget, settings.rate(), folder, habits=habits, display=display, say=say)
+    folder.note(settings=config_to_dict(settings))
     if folder.checkpoint.exists():
         checkpoint = folder.load()
         folder.rewind([stage.name], stage.name, checkpoint["step"])
