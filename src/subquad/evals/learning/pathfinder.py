@@ -148,8 +148,8 @@ class Pathfinder(Task):
     def paths(self, rng: np.random.Generator, rows: int) -> Paths:
         """So many images' dashes; those that ran into a dead end are thrown away."""
         found: list[Paths] = []
-        while sum(len(p.way_bs) for p in found) < rows:
-            found.append(self._grown(rng, rows + rows // 2 + 1))
+        while (missing := rows - sum(len(p.way_bs) for p in found)) > 0:
+            found.append(self._grown(rng, 3 * missing + 8))  # about a third come to their end
         whole = Paths(*(np.concatenate([getattr(p, name) for p in found]) for name in Paths.__annotations__))
         return whole.rows(slice(rows))
 
