@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import statistics
-import subprocess
 import sys
 
 import numpy as np
@@ -84,10 +83,10 @@ def test_batches_fit_what_the_task_says(name, mnist):
     if task.vocab_size is None:
         assert batch.inputs.shape == (6, task.length, task.channels) and batch.inputs.abs().max() <= 1
     else:
-        assert 0 <= batch.inputs.min() and batch.inputs.max() < task.vocab_size
+        assert batch.inputs.min() >= 0 and batch.inputs.max() < task.vocab_size
     assert batch.targets.shape == ((6,) if task.pooled else batch.inputs.shape)
     asked = batch.targets[batch.targets != IGNORE]
-    assert len(asked) and 0 <= asked.min() and asked.max() < task.outputs
+    assert len(asked) and asked.min() >= 0 and asked.max() < task.outputs
 
 
 @pytest.mark.parametrize(("size", "keys"), [("h3", 4), ("h3_40", 9)])
@@ -257,3 +256,54 @@ def test_the_dots_of_pathfinder_are_connected_as_the_label_says(size, rows):
         assert bright(pictures[b], start, task.config.dot)
         assert bright(pictures[b], dot if label_b[b] else other, task.config.dot)
         assert not bright(pictures[b], other if label_b[b] else dot, task.config.dot)
+
+
+def test_digits_come_pixel_by_pixel_and_every_epoch_anew(mnist):
+    task = load_task("digits", [f"path={mnist}"])
+    assert (task.length, task.held_out) == (12, 12)
+    first = torch.cat([task.batch("train", 0, step, 10).targets for step in range(3)])
+    second = torch.cat([task.batch("train", 0, step, 10).targets for step in range(3, 6)])
+    # Three of every digit in each epoch, in another order.
+    assert first.bincount().tolist() == second.bincount().tolist() == [3] * 10 and first.tolist() != second.tolist()
+    batch = task.batch("train", 0, 0, 10)
+    pixel_b = (batch.inputs[:, 0, 0] + 1) / 2 * 255
+    torch.testing.assert_close(pixel_b.round().long(), batch.targets)
+    permuted = load_task("digits", [f"path={mnist}", "permuted=true"]).batch("train", 0, 0, 10)
+    assert not torch.equal(permuted.inputs, batch.inputs)
+    torch.testing.assert_close(permuted.inputs.sort(1).values, batch.inputs.sort(1).values)
+
+
+def test_broken_files_of_digits_are_named(mnist, tmp_path):
+    path = tmp_path / "images"
+    idx(np.zeros((2, 3)), path)
+    assert read_idx(path).shape == (2, 3)
+    for content in (path.read_bytes()[:-1], b"\0\0\x0d\x01", b"", b"not an image"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="expected unsigned bytes in the IDX format"):
+            read_idx(path)
+    for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
+        idx(np.zeros((5, 2, 2)), tmp_path / name)
+    for name in ("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"):
+        idx(np.zeros(4), tmp_path / name)
+    with pytest.raises(DataError, match="expected images and a digit for each"):
+        load_task("digits", [f"path={tmp_path}"])
+
+
+def test_digits_without_files_say_what_would_bring_some(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ConfigError, match=r'pip install "subquad\[digits\]"'):
+        load_task("digits")
+
+
+def test_characters_are_the_bytes_of_the_text(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i:04d} äß\n" for i in range(300)))
+    task = load_task("characters", [f"text={text}", "length=20"])
+    whole = text.read_bytes()
+    split = len(whole) - len(whole) // 10
+    batch = task.batch("train", 0, 0, 16)
+    for row, target in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        assert row[1:] == target[:-1] and bytes([*row, target[-1]]) in whole[:split]
+    test = task.batch("test", 0, 0, task.held_out)
+    read = b"".join(bytes(row) for row in test.inputs.tolist())
+    assert whole[split:].startswith(read) and len(whole) - split - len(read) <= 20
