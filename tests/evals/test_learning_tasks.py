@@ -307,3 +307,9 @@ def test_characters_are_the_bytes_of_the_text(tmp_path):
     test = task.batch("test", 0, 0, task.held_out)
     read = b"".join(bytes(row) for row in test.inputs.tolist())
     assert whole[split:].startswith(read) and len(whole) - split - len(read) <= 20
+
+
+def test_the_digits_of_scikit_learn_are_split():
+    pytest.importorskip("sklearn")
+    task = load_task("digits")
+    assert task.length == 64 and task.held_out == 359 and len(task.data["train"][1]) == 1797 - 359
