@@ -59,7 +59,7 @@ def _over_tokens(result: Result) -> dict[str, Chart]:
 
 
 def _over_steps(result: Result) -> dict[str, Chart]:
-    """The accuracy of every run over the steps that it was trained for, and what needs no training beside it."""
+    """The accuracy of every run over the steps that it was trained for, and that of always the commonest answer."""
     rows = {row.id.removeprefix(f"{result.bench}."): row for row in result.rows}
     series: dict[str, list[Point]] = {}
     for id, row in rows.items():
@@ -72,7 +72,7 @@ def _over_steps(result: Result) -> dict[str, Chart]:
     for run in list(series):
         row = rows.get(run)
         if row is not None and row.baseline_value is not None:
-            series.setdefault(row.baseline, [(0.0, row.baseline_value), (most, row.baseline_value)])
+            series.setdefault("commonest", [(0.0, row.baseline_value), (most, row.baseline_value)])
     return {"accuracy": Chart(f"Held-out accuracy in {result.bench}", "steps", "share right", series)}
 
 

@@ -95,7 +95,7 @@ def run(
         run: Settings(
             task=name,
             sizes=config_to_dict(built.config),
-            layers=layers_of(slugs, layers, d_model, options),
+            layers=layers_of(slugs, layers, d_model, options, built),
             d_model=d_model,
             batch=batch,
             lr=lr,

@@ -24,20 +24,20 @@ COUNTS = ("n_heads", "n_kv_heads")
 WIDTHS = ("head_dim", "key_dim", "value_dim")
 
 
-def fitted(slug: str, d_model: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A layer of a `ModelConfig` with `options`, and what the mixer must be told besides taken from the width.
+def fitted(slug: str, d_model: int, length: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer of a `ModelConfig` with `options`, and what else the mixer must be told from width and `length` of a row.
 
     Heads are `HEAD` wide and together as wide as the model. A mixer whose heads are plain attention's
     (``head_dim``) knows nothing of order by itself and gets rotary embeddings.
 
     Raises:
-        ConfigError: no such mixer, or one that must be told what does not follow from the width.
+        ConfigError: no such mixer, or one that must be told what does not follow from them.
     """
     kind: Any = load("mixers", slug).Config
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name != "d_model"}
     heads = int(options.get("n_heads", max(1, d_model // HEAD)))
     width = int(options.get("head_dim", d_model // max(heads, 1)))
-    follows = dict.fromkeys(COUNTS, heads) | dict.fromkeys(WIDTHS, width)
+    follows = dict.fromkeys(COUNTS, heads) | dict.fromkeys(WIDTHS, width) | {"max_len": length}
     layer: dict[str, Any] = {"mixer": slug}
     for name, field in fields.items():
         must = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -76,7 +76,7 @@ def checked(slugs: Sequence[str], task: Task) -> list[str]:
 
 
 def layers_of(
-    mixers: Sequence[str], n_layers: int, d_model: int, options: Mapping[str, Mapping[str, Any]]
+    mixers: Sequence[str], n_layers: int, d_model: int, options: Mapping[str, Mapping[str, Any]], task: Task
 ) -> tuple[dict[str, Any], ...]:
     """The layers of a model, `mixers` in turns.
 
@@ -85,15 +85,23 @@ def layers_of(
         n_layers: 0 is a model that looks at each token alone.
         d_model: width.
         options: by slug, fields of the mixers' configs.
+        task: what is to be learned.
 
     Raises:
-        ConfigError: more mixers than layers, or as in `fitted`.
+        ConfigError: more mixers than layers, one told to look ahead where the task asks what comes next, or as in
+            `fitted`.
     """
     if len(mixers) > n_layers > 0:
         raise ConfigError(
             f"--layers: expected at least {len(mixers)} for {', '.join(mixers)}, got {n_layers}; add some"
         )
-    return tuple(fitted(slug, d_model, options.get(slug, {})) for slug in islice(cycle(mixers), n_layers))
+    for slug in mixers:
+        if options.get(slug, {}).get("bidirectional") and not task.pooled:
+            raise ConfigError(
+                f"--set {slug}.bidirectional=true: expected false, for the task asks what comes next, got true; leave "
+                "it out, or take a task with one class a row"
+            )
+    return tuple(fitted(slug, d_model, task.length, options.get(slug, {})) for slug in islice(cycle(mixers), n_layers))
 
 
 class Learner(nn.Module):

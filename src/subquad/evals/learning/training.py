@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from subquad.core.config import config_to_dict
 from subquad.core.errors import ConfigError
 from subquad.core.state import precise
+from subquad.evals.learning.batches import Batches
 from subquad.evals.learning.model import Learner
 from subquad.evals.learning.task import IGNORE, Batch, Task
 from subquad.evals.stats import Interval, bootstrap_ratio, wilson
@@ -27,8 +25,6 @@ from subquad.train.precision import autocast
 
 # Held-out rows that are looked at on the way, and how often, in steps.
 PROBE_ROWS, PROBE_STEPS = 256, 100
-# Batches that each worker makes ahead.
-AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -99,52 +95,6 @@ class Learned:
     minutes: float
     parameters: int
     rows: int
-
-
-class Batches:
-    """Batches of a task by step; with workers the next ones are made ahead, and are the same.
-
-    Args:
-        task: makes them.
-        seed, rows: as in `Task.batch`.
-        workers: processes that make them.
-    """
-
-    def __init__(self, task: Task, seed: int, rows: int, workers: int = 0) -> None:
-        self.task, self.seed, self.rows = task, seed, rows
-        self.ahead = AHEAD * workers
-        # A fork would copy the threads of a device.
-        self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _remember, (task,)) if workers else None
-        self._waiting: dict[int, Future[Batch]] = {}
-
-    def __call__(self, step: int) -> Batch:
-        """The batch of training's `step`."""
-        if self._pool is None:
-            return self.task.batch("train", self.seed, step, self.rows)
-        for i in range(step, step + self.ahead + 1):
-            if i not in self._waiting:
-                self._waiting[i] = self._pool.submit(_made, self.seed, i, self.rows)
-        return self._waiting.pop(step).result()
-
-    def close(self) -> None:
-        """End the workers."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-
-_tasks: list[Task] = []
-
-
-def _remember(task: Task) -> None:
-    """In a worker: hold the task, which may be large."""
-    # Ctrl-C is the business of the process that asked.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    _tasks.append(task)
-
-
-def _made(seed: int, step: int, rows: int) -> Batch:
-    return _tasks[0].batch("train", seed, step, rows)
 
 
 class TaskStage(Stage):
