@@ -18,6 +18,7 @@ GUIDE = (
     "ideas",
     "convert",
     "evaluate",
+    "tasks",
     "generate",
     "serve",
     "checkpoints",

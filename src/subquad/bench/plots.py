@@ -17,14 +17,17 @@ TITLES = {"fwd": "Forward", "fwdbwd": "Forward and backward"}
 # Of a study: a run's name without what it counts, which several runs share, and a figure that stands for its quality.
 OF_RUN = re.compile(r"(?P<kind>[a-z_]*[a-z])_?\d*\.(?P<what>\w+)")
 QUALITIES = {"ppl_ratio": "Perplexity", "zeroshot_retention": "Tasks", "needle_retention": "Needles found"}
+# Of a task that mixers learn: the run, and the step of its course.
+OVER_STEPS = re.compile(r"(?P<run>[\w+]+)\.step(?P<n>\d+)")
 COURSE = re.compile(r"(?P<run>\w+)\.kl\.t(?P<t>\d+)")
 
 
 def plots(result: Result) -> dict[str, Chart]:
     """All charts that the rows of a result make, by their short names."""
-    return (
-        _over_length(result) | _over_context(result) | _over_rows(result) | _over_bytes(result) | _over_tokens(result)
-    )
+    charts: dict[str, Chart] = {}
+    for made in (_over_length, _over_context, _over_rows, _over_bytes, _over_tokens, _over_steps):
+        charts |= made(result)
+    return charts
 
 
 def _over_bytes(result: Result) -> dict[str, Chart]:
@@ -56,6 +59,24 @@ def _over_tokens(result: Result) -> dict[str, Chart]:
             series.setdefault(match["run"], []).append((float(match["t"]), row.value))
     title = f"KL to the teacher in {result.bench}"
     return {"kl": Chart(title, "tokens", "nats a token", series, log_y=True)} if series else {}
+
+
+def _over_steps(result: Result) -> dict[str, Chart]:
+    """The accuracy of every run over the steps that it was trained for, and that of always the commonest answer."""
+    rows = {row.id.removeprefix(f"{result.bench}."): row for row in result.rows}
+    series: dict[str, list[Point]] = {}
+    for id, row in rows.items():
+        match = OVER_STEPS.fullmatch(id)
+        if match is not None:
+            series.setdefault(match["run"], []).append((float(match["n"]), row.value))
+    if not series:
+        return {}
+    most = max(x for points in series.values() for x, _ in points)
+    for run in list(series):
+        row = rows.get(run)
+        if row is not None and row.baseline_value is not None:
+            series.setdefault("commonest", [(0.0, row.baseline_value), (most, row.baseline_value)])
+    return {"accuracy": Chart(f"Held-out accuracy in {result.bench}", "steps", "share right", series)}
 
 
 def _over_length(result: Result) -> dict[str, Chart]:

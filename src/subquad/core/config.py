@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from subquad.core.errors import ConfigError, nearest
@@ -39,6 +40,31 @@ def config_from_dict(cls: type[T], values: Mapping[str, Any], *, where: str = ""
         if expected := misfit(value, kinds[key]):
             raise ConfigError(f"{label}: {key}: expected {expected}, got {value!r}; correct it")
     return cls(**values)
+
+
+def parse_field(cls: type[Any], key: str, text: str, *, where: str, but: Collection[str] = ()) -> Any:
+    """The value of the field `key` of the dataclass `cls` that `text` writes: JSON, or else a word.
+
+    Args:
+        cls: a dataclass type.
+        key: the field.
+        text: as it was typed.
+        where: what was typed, for the message.
+        but: fields that can't be set so.
+
+    Raises:
+        ConfigError: no such field, with the nearest one, or a value of another type.
+    """
+    fields = [f.name for f in dataclasses.fields(cls) if f.name not in but]
+    if key not in fields:
+        raise ConfigError(f"{where}: unknown option {key!r}{nearest(key, fields)}")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if expected := misfit(value, typing.get_type_hints(cls)[key]):
+        raise ConfigError(f"{where}: expected {expected}, got {text!r}; write a value of that type")
+    return value
 
 
 def misfit(value: Any, kind: Any) -> str:

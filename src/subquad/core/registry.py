@@ -16,11 +16,14 @@ PACKAGE = Path(__file__).resolve().parent.parent
 FAMILIES = ("mixers", "convert", "decode", "compress", "retrieve", "inspect")
 
 
-def read_card(source: Path) -> Card | None:
-    """The ``CARD = Card(...)`` of a source file, read without running it; None where there is none.
+def read_literals(source: Path) -> dict[str, Any] | None:
+    """The keywords of the ``CARD = Name(key=literal, ...)`` of a source file, read without running it.
+
+    Returns:
+        None where the file has no card.
 
     Raises:
-        ConfigError: the card has positional arguments, an unknown field or status, or a value that is no literal.
+        ConfigError: the card has positional arguments, or a value that is no literal.
     """
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if not (isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "CARD" for t in node.targets)):
@@ -29,14 +32,25 @@ def read_card(source: Path) -> Card | None:
         if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             raise ConfigError(f"{source}: expected CARD = Card(key=literal, ...); write it so")
         try:
-            values = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+            return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
         except ValueError as error:
             raise ConfigError(f"{source}: a card holds literals only, got {error}; write the value out") from error
-        card = config_from_dict(Card, values, where=f"{source}: CARD")
-        if card.status not in STATUSES:
-            raise ConfigError(f"{source}: status {card.status!r}{nearest(card.status, STATUSES)}")
-        return card
     return None
+
+
+def read_card(source: Path) -> Card | None:
+    """The ``CARD = Card(...)`` of a source file, read without running it; None where there is none.
+
+    Raises:
+        ConfigError: as in `read_literals`, or the card has an unknown field or status.
+    """
+    values = read_literals(source)
+    if values is None:
+        return None
+    card = config_from_dict(Card, values, where=f"{source}: CARD")
+    if card.status not in STATUSES:
+        raise ConfigError(f"{source}: status {card.status!r}{nearest(card.status, STATUSES)}")
+    return card
 
 
 @cache

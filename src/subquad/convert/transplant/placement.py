@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from subquad.convert.transplant.measure import attention_of
 from subquad.convert.transplant.settings import Settings
-from subquad.core.config import misfit
+from subquad.core.config import parse_field
 from subquad.core.errors import ConfigError, UnsupportedError, nearest
 from subquad.core.registry import load, methods
 from subquad.mixers.attention import Attention
@@ -212,19 +209,6 @@ def parse_options(settings: Sequence[str], slugs: Collection[str]) -> dict[str, 
         if dot and slug not in out:
             raise ConfigError(f"--set {setting}: mixer {slug!r} is not in use{nearest(slug, out)}")
         for target in [slug] if dot else out:
-            out[target][key] = _value(setting, key, text, load("mixers", target).Config)
+            config = load("mixers", target).Config
+            out[target][key] = parse_field(config, key, text, where=f"--set {setting}", but=("d_model",))
     return out
-
-
-def _value(setting: str, key: str, text: str, config: type[Any]) -> Any:
-    kinds = typing.get_type_hints(config)
-    fields = [f.name for f in dataclasses.fields(config) if f.name != "d_model"]
-    if key not in fields:
-        raise ConfigError(f"--set {setting}: unknown option {key!r}{nearest(key, fields)}")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    if expected := misfit(value, kinds[key]):
-        raise ConfigError(f"--set {setting}: expected {expected}, got {text!r}; write a value of that type")
-    return value

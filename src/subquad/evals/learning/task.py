@@ -1,0 +1,106 @@
+"""What every task gives: batches that follow from a seed and a step, so that a run can be repeated and resumed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subquad.core.layout import Layout
+
+# A target of this value is none: nothing is learned there, and nothing counts.
+IGNORE = -1
+# Streams of random numbers that never meet, whatever the seed.
+SPLITS = {"train": 0, "test": 1}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one task.
+
+    Attributes:
+        inputs: int64 ``[b, t]``, token ids, or float32 ``[b, t, c]``, values.
+        targets: int64, `IGNORE` where there is none: ``[b, t]``, what comes out at each position, or ``[b]``, the
+            class of each row.
+        lengths_b: int64 ``[b]``, tokens of each row; the rest is padding.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    lengths_b: Tensor
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.lengths_b)
+
+    @property
+    def layout(self) -> Layout:
+        """Where the tokens stand."""
+        b, t = self.inputs.shape[:2]
+        if bool((self.lengths_b == t).all()):
+            return Layout.dense(b, t, device=self.inputs.device)
+        return Layout.ragged(self.lengths_b, t)
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Some of the rows, without the columns that none of them needs."""
+        lengths_b = self.lengths_b[start:stop]
+        t = int(lengths_b.max())
+        targets = self.targets[start:stop]
+        return Batch(self.inputs[start:stop, :t], targets if targets.ndim == 1 else targets[:, :t], lengths_b)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        return Batch(self.inputs.to(device), self.targets.to(device), self.lengths_b.to(device))
+
+
+class Task(ABC):
+    """One task at one size, built from a frozen ``Config`` that it owns.
+
+    Attributes:
+        vocab_size: token ids of the inputs, or None where they are values.
+        channels: values of a position, where the inputs are values.
+        outputs: classes, or tokens that may come out.
+        pooled: one class a row, from the mean over its tokens; else something comes out at each position, and no
+            mixer may look ahead.
+        length: most tokens of a row.
+        held_out: rows that there are for the test, or None where they never end.
+    """
+
+    Config: ClassVar[type[Any]]
+    config: Any
+    vocab_size: int | None
+    channels: int = 1
+    outputs: int
+    pooled: bool = False
+    length: int
+    held_out: int | None = None
+
+    def batch(self, split: str, seed: int, step: int, rows: int) -> Batch:
+        """The batch of a step: the same whenever it is asked for.
+
+        Args:
+            split: ``train`` or ``test``, which have no random number in common.
+            seed: of the run.
+            step: from 0.
+            rows: of the batch; the last one of a test that ends may have fewer.
+        """
+        rng = np.random.default_rng((SPLITS[split], seed, step))
+        return self.draw(rng, rows)
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator, rows: int) -> Batch:
+        """So many rows of random numbers' making."""
+
+
+def token_batch(inputs_bt: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> Batch:
+    """A batch of rows of full length from NumPy's arrays of token ids and targets."""
+    b, t = inputs_bt.shape
+    return Batch(
+        torch.from_numpy(inputs_bt.astype(np.int64)),
+        torch.from_numpy(targets.astype(np.int64)),
+        torch.full((b,), t),
+    )
