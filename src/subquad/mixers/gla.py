@@ -16,6 +16,7 @@ from subquad.core.card import Card
 from subquad.core.config import config_from_dict
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
+from subquad.core.precise import Precise
 from subquad.core.state import State, precise
 from subquad.ops import chunks, gla, norm, replay, short_conv, skinny
 from subquad.ops.conv_qkv import ConvQKV, RecurrentState, copy_, fields_of
@@ -60,7 +61,7 @@ CARD = Card(
 )
 
 
-class ChannelDecay(nn.Module):
+class ChannelDecay(Precise):
     """``g = logsigmoid(up(down(x)) + bias) / temperature`` per head and key channel (section 4.4 of 2312.06635).
 
     The bias stays in at least float32 whatever the module is cast to, and so does g: bfloat16 has no numbers between
@@ -101,16 +102,11 @@ class ChannelDecay(nn.Module):
         self.bias.copy_(-y_h.expm1().log()[:, None].expand_as(self.bias))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every cast and move of a module comes through here; of the bias, casts below float32 are not followed."""
-
-        def keep(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == precise(moved.dtype) else x.to(moved.device)
-
+        """The projections are cast as any others."""
         if recurse:
             for linear in (self.down, self.up):
                 linear._apply(fn)
-        return super()._apply(keep, recurse=False)
+        return super()._apply(fn, recurse=False)
 
 
 @dataclass(frozen=True)

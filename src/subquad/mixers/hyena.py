@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from subquad.core.card import Card
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
+from subquad.core.precise import Precise
 from subquad.core.state import State, axes, precise
 from subquad.ops import cached, chunks, flashconv, short_conv
 from subquad.ops.hyena import Recurrence
@@ -49,7 +49,7 @@ CARD = Card(
 TARGET, SLOWEST, FASTEST = 1e-2, 1.5, 0.3
 
 
-class ImplicitFilter(nn.Module):
+class ImplicitFilter(Precise):
     """``h_t = exp(-rate t / max_len) FFN(features(t))``, a value for each filter (section 3.3 of 2302.10866).
 
     The features of a position are ``t / max_len`` and its sines and cosines at `bands` frequencies; the network is
@@ -115,15 +115,6 @@ class ImplicitFilter(nn.Module):
                 x = (self.frequency_w * layer(x)).sin()
             k_ngl = self.layers[-1](x).mT.unflatten(0, self.shape)
             return k_ngl * (-self.log_rate_ng.exp()[..., None] * t_l[:, 0].to(dtype)).exp()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every cast and move of a module comes through here; casts below float32 are not followed."""
-
-        def keep(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == precise(moved.dtype) else x.to(moved.device)
-
-        return super()._apply(keep, recurse)
 
 
 @dataclass(frozen=True)

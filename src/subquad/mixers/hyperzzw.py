@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, Self, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from subquad.core.card import Card
 from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared
+from subquad.core.precise import Precise
 from subquad.core.state import State, precise
 from subquad.ops import chunks
 
@@ -36,7 +36,7 @@ CARD = Card(
 )
 
 
-class SlowNet(nn.Module):
+class SlowNet(Precise):
     """A hyper-kernel from coordinates x: ``h_1 = f_1``, ``h_i = (W_i h_{i-1} + b_i) f_i``, ``f_i = sin(R_i x + s_i)``.
 
     A multiplicative filter network (ICLR 2021, Fathony et al.); x runs from -1 to 1 along each axis. Parameters stay in
@@ -69,15 +69,6 @@ class SlowNet(nn.Module):
         for linear, f in zip(self.mix, filters[1:], strict=True):
             h = linear(h) * f
         return self.out(h).movedim(-1, 0)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every cast and move of a module comes through here; moves are followed, casts below float32 are not."""
-
-        def keep(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == precise(moved.dtype) else x.to(moved.device)
-
-        return super()._apply(keep, recurse)
 
 
 class HyperZZW(Mixer):

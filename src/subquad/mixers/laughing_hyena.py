@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from subquad.core.card import Card
 from subquad.core.errors import CheckpointError, ConfigError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
+from subquad.core.precise import Precise
 from subquad.core.state import State, axes, precise
 from subquad.ops import chunks, modal, short_conv
 from subquad.ops.hyena import Recurrence
@@ -39,7 +39,7 @@ CARD = Card(
 LEAST_RATE = 1e-6
 
 
-class ModalFilter(nn.Module):
+class ModalFilter(Precise):
     """``h_t = Re sum_m residue_m a_m^t``, ``a = exp(-1e-6 - exp(log_rate) + i angle)``: no pole leaves the unit disc.
 
     To the first tap, which a state space passes on beside its state, `first` is added (section 3 of 2310.18780).
@@ -74,15 +74,6 @@ class ModalFilter(nn.Module):
         log_a_ngm, residue_ngm = (x.flatten(0, 1) for x in self())
         k_ngl = modal.impulse(log_a_ngm, residue_ngm, length).unflatten(0, self.first_ng.shape)
         return torch.cat((k_ngl[..., :1] + self.first_ng[..., None], k_ngl[..., 1:]), dim=-1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every cast and move of a module comes through here; casts below float32 are not followed."""
-
-        def keep(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == precise(moved.dtype) else x.to(moved.device)
-
-        return super()._apply(keep, recurse)
 
 
 def _check_loaded(module: nn.Module, _: Any) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.core.mixer import Update
+from subquad.core.precise import Precise
 from subquad.core.state import State, axes, precise
 from subquad.ops import chunks, selective_scan, short_conv
 
@@ -26,7 +26,7 @@ class SelectiveState(State):
     conv_bdw: Tensor = axes("b d w", shard="d")
 
 
-class Rates(nn.Module):
+class Rates(Precise):
     """The parameters that stay in at least float32 whatever the module is cast to: rates, bias of the step, skip.
 
     Rates near each other tell memories of different length apart, and bfloat16 would make them equal.
@@ -47,15 +47,6 @@ class Rates(nn.Module):
     def forward(self) -> Tensor:
         """``A = -exp(A_log)``, ``[d, n]``."""
         return -self.A_log.exp()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every cast and move of a module comes through here; moves are followed, casts below float32 are not."""
-
-        def keep(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == precise(moved.dtype) else x.to(moved.device)
-
-        return super()._apply(keep, recurse)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from subquad.core.errors import CheckpointError, ConfigError, UnsupportedError
 from subquad.core.layout import Layout
 from subquad.core.mixer import Update
+from subquad.core.precise import Precise
 from subquad.core.state import State, axes, precise
 from subquad.ops import chunks, flashconv
 
@@ -26,7 +27,7 @@ class ModalState(State):
     modes_bdnp: Tensor = axes("b d n p", shard="d", precision="high")
 
 
-class System(nn.Module, ABC):
+class System(Precise, ABC):
     """A linear time-invariant system for each of g groups of channels, with learned parameters.
 
     These stay in at least float32 whatever the model is cast to: a decay of 0.9999 is 1 in bfloat16. They are built
@@ -55,15 +56,6 @@ class System(nn.Module, ABC):
     @abstractmethod
     def poles(self) -> Tensor:
         """Complex ``[g, n]`` of the continuous system's diagonal part, times the step."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every cast and move of a module comes through here; moves are followed, casts below float32 are not."""
-
-        def keep(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == precise(moved.dtype) else x.to(moved.device)
-
-        return super()._apply(keep, recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Every checkpoint is read through here."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from subquad.core.precise import Precise
 from subquad.core.state import precise
 from subquad.ops.backends import Backends
 from subquad.ops.decay import on_torch
@@ -16,7 +15,7 @@ from subquad.ops.decay import on_torch
 _backends = Backends(__name__)
 
 
-class Decay(nn.Module):
+class Decay(Precise):
     """``dt = softplus(raw + dt_bias)``, ``g = -exp(A_log) dt`` per head.
 
     Of Mamba-2 (arXiv 2405.21060, section 7) and, by the same formula, Gated DeltaNet.
@@ -53,12 +52,3 @@ class Decay(nn.Module):
             half_life_h = 2.0 ** torch.linspace(5, 11, len(self.A_log))
         self.dt_bias.fill_(math.log(math.expm1(1.0)))
         self.A_log.copy_((math.log(2.0) / half_life_h.to(self.A_log).clamp(min=1.0)).log())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every cast and move of a module comes through here; moves are followed, casts below float32 are not."""
-
-        def keep(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == precise(moved.dtype) else x.to(moved.device)
-
-        return super()._apply(keep, recurse)
