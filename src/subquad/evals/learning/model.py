@@ -37,7 +37,7 @@ def fitted(slug: str, d_model: int, length: int, options: Mapping[str, Any]) -> 
     fields = {f.name: f for f in dataclasses.fields(kind) if f.name != "d_model"}
     heads = int(options.get("n_heads", max(1, d_model // HEAD)))
     width = int(options.get("head_dim", d_model // max(heads, 1)))
-    follows = dict.fromkeys(COUNTS, heads) | dict.fromkeys(WIDTHS, width) | {"max_len": length}
+    follows = dict.fromkeys(COUNTS, heads) | dict.fromkeys(WIDTHS, width) | {"max_len": length, "shape": (length,)}
     layer: dict[str, Any] = {"mixer": slug}
     for name, field in fields.items():
         must = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
