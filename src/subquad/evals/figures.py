@@ -112,7 +112,7 @@ def draw(chart: Chart) -> Any:
             axes.bar(xs, ys, width * 0.92, color=colour, label=name)
         else:
             # With more series than colours, a colour that comes again has another marker and dash.
-            style = i + i // len(SERIES)
+            style = i + 2 * (i // len(SERIES))
             marker = MARKERS[style % len(MARKERS)] if len(points) <= 16 else ""
             dash = DASHES[style % len(DASHES)]
             axes.plot(xs, ys, color=colour, linestyle=dash, linewidth=1.8, marker=marker, markersize=5, label=name)
