@@ -228,6 +228,14 @@ def test_requests_that_come_at_once_are_answered_in_turn(running: Running) -> No
     assert answers.count(b"HTTP/1.1 200 OK") == 3 and answers.count(b"text_completion") == 2
 
 
+def test_who_asks_on_and_on_before_an_answer_is_cut_off(running: Running) -> None:
+    try:
+        answers = talk(running, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 1000, 30)
+    except ConnectionError:
+        answers = b""
+    assert answers.count(b"HTTP/1.1 200 OK") <= 17 and ok(running)
+
+
 def test_a_request_that_takes_too_long_ends(locked: Running) -> None:
     client = locked.client().with_options(api_key="first")
     asked: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 8000, "temperature": 1}

@@ -24,6 +24,9 @@ HEADER_SECONDS = 10.0
 HEADER_BYTES = 32 * 2**10
 """Of a request, beside its body."""
 
+MOST_PIPELINED = 16
+"""Requests on a connection that wait for the answer before them; each is held whole."""
+
 FLUSH_SECONDS = 5
 """For answers to leave once the last request has ended."""
 
@@ -51,7 +54,11 @@ class Patient(HttpToolsProtocol):
         """A request may be answered."""
         self._in_headers = False
         self._relax()
-        super().on_headers_complete()
+        if len(self.pipeline) >= MOST_PIPELINED:
+            # The rest of what has come is read, and makes nothing.
+            self.transport.abort()
+        else:
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """A part of its body."""
