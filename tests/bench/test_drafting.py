@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from subquad import cli
-from subquad.bench import drafting, harness, prompts
+from subquad.bench import drafting, prompts, rooms
 from subquad.bench.drafting import ALONE, HOW, NEW_TOKENS, PASSES, loops, run_drafter, same
 from subquad.bench.harness import Bench, GateError
 from subquad.bench.prompts import KINDS, prompt_file, prompt_texts, prompt_tokens, spread
@@ -237,7 +237,7 @@ def test_the_command_tells_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         told.update(settings)
         raise ConfigError("enough")
 
-    monkeypatch.setattr(harness, "run_room", run_room)
+    monkeypatch.setattr(rooms, "run_room", run_room)
     options = ["--drafter", str(tmp_path / "head"), "--hybrid", "h", "--hybrid-rows", "8"]
     assert cli.main(["bench", "decode/draft_head", "--device", "cpu", *options]) == 2
     assert (told["drafter"], told["hybrid"], told["hybrid_rows"]) == (tmp_path / "head", "h", 8)

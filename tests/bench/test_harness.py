@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from subquad.bench import harness
-from subquad.bench.harness import Bench, GateError, find_rooms, missing, rooms, run_room
+from subquad.bench.harness import Bench, GateError
 from subquad.bench.results import Result, environment, load_result, ratio
+from subquad.bench.rooms import find_rooms, missing, rooms, run_room
 from subquad.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +30,7 @@ def proved(**kwargs):
     "got", [torch.tensor([1.0, 2.1]), torch.tensor([1.0, float("nan")]), torch.tensor([[1.0, 2.0]])]
 )
 def test_red_gate_raises(got):
+    # Of the gate under test, not of this test: 5 %, a NaN and another shape are no rounding.
     with pytest.raises(GateError, match="red"):
         Bench("a.b").gate("equal", got, torch.tensor([1.0, 2.0]), rtol=1e-3)
 
@@ -60,7 +62,7 @@ def test_red_gate_leaves_no_result(tmp_path, monkeypatch):
             bench.value("size", 1, "bytes", "lower")
             bench.gate("equal", torch.ones(1), torch.zeros(1), rtol=1e-3)
 
-    monkeypatch.setattr(harness.importlib, "import_module", lambda name: Red)
+    monkeypatch.setattr("subquad.bench.rooms.importlib.import_module", lambda name: Red)
     with pytest.raises(GateError):
         run_room("mixers/red", smoke=True)
 
@@ -126,13 +128,15 @@ def test_a_room_is_told_what_to_measure_and_the_command_says_so(tmp_path, monkey
             bench.say(f"{bench.hybrid} {bench.hybrid_rows} {bench.drafter} {bench.data}")
 
     said = []
-    monkeypatch.setattr(harness.importlib, "import_module", lambda name: Told)
+    monkeypatch.setattr("subquad.bench.rooms.importlib.import_module", lambda name: Told)
     told = {"hybrid": "runs/small", "hybrid_rows": 8, "drafter": tmp_path / "head", "data": tmp_path / "texts"}
-    made = run_room("decode/some", smoke=True, say=said.append, **told)
+    threads = torch.get_num_threads()
+    made = run_room("decode/some", smoke=True, say=said.append, threads=threads, **told)
     made.check("some")
     assert said == [f"runs/small 8 {tmp_path / 'head'} {tmp_path / 'texts'}"]
     # Folders of this machine are nobody else's business.
-    assert made.command.endswith("--smoke --hybrid small --hybrid-rows 8 --drafter head --data texts")
+    settings = "--smoke --hybrid small --hybrid-rows 8 --drafter head --data texts"
+    assert made.command.endswith(f"{settings} --threads {threads}")
     assert made.bench == "spec.some" and made.rows[0].id == "spec.some.speed" and made.rows[0].reps == [[3, 2]]
 
 

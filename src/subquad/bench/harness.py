@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import statistics
 import time
@@ -15,12 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from subquad.bench.results import Result, Row, dtype_name, environment, make_row
+from subquad.bench.results import Row, dtype_name, make_row
 from subquad.bench.timing import Call, Times, copies_of, race
-from subquad.core.errors import ConfigError, SubquadError, nearest
+from subquad.core.errors import ConfigError, SubquadError
 
 T = TypeVar("T")
-HERE = Path(__file__).resolve().parent
 MEASURES: tuple[str, ...] = ("largest", "norm")
 
 
@@ -347,93 +344,3 @@ def peak(device: torch.device, dtype: torch.dtype, smoke: bool = False) -> float
 def _best(device: torch.device, fn: Call) -> float:
     fn()
     return min(_seconds(fn, [()], 3, device) for _ in range(7))
-
-
-def rooms() -> list[str]:
-    """``family/slug`` of every bench room there is, sorted."""
-    found: list[str] = []
-    for folder in HERE.iterdir():
-        if folder.is_dir() and folder.name != "__pycache__":
-            for room in folder.iterdir():
-                if (room.suffix == ".py" and room.stem != "__init__") or (room / "__init__.py").exists():
-                    found.append(f"{folder.name}/{room.stem}")
-    return sorted(found)
-
-
-def find_rooms(names: list[str]) -> list[str]:
-    """The rooms that `names` mean: a ``family/slug``, or a family for all of its own; every room for an empty list.
-
-    Raises:
-        ConfigError: no such room, with the nearest name.
-    """
-    known = rooms()
-    families = {room.split("/")[0] for room in known}
-    chosen: list[str] = []
-    for name in names or sorted(families):
-        if name in known:
-            chosen.append(name)
-        elif name in families:
-            chosen.extend(room for room in known if room.startswith(f"{name}/"))
-        else:
-            raise ConfigError(f"unknown bench {name!r}{nearest(name, [*known, *families])}")
-    return list(dict.fromkeys(chosen))
-
-
-def missing(room: str) -> tuple[str, str] | None:
-    """A package that a room's ``NEEDS`` names and that is not installed, and what brings it; None where none lacks."""
-    module = importlib.import_module(f"subquad.bench.{room.replace('/', '.')}")
-    needs: Mapping[str, str] = getattr(module, "NEEDS", {})
-    return next((each for each in needs.items() if importlib.util.find_spec(each[0]) is None), None)
-
-
-def run_room(
-    room: str,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    smoke: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-    hybrid: str = "",
-    hybrid_rows: int = 0,
-    drafter: Path | None = None,
-    data: Path | None = None,
-) -> Result:
-    """Run one bench room and return its result.
-
-    Args:
-        room: ``family/slug``.
-        device: where to measure.
-        dtype: the dtype to measure in.
-        smoke: tiny sizes, one repetition.
-        say: told one line about each step, where the room has something to say.
-        hybrid, hybrid_rows, drafter, data: see `Bench`.
-
-    Raises:
-        GateError: what was to be timed computes something else than it should.
-        ConfigError: a package is missing.
-    """
-    device = torch.device(device)
-    bench = Bench(
-        room.replace("/", "."),
-        device=device,
-        dtype=dtype,
-        smoke=smoke,
-        say=say,
-        hybrid=hybrid,
-        hybrid_rows=hybrid_rows,
-        drafter=drafter,
-        data=data,
-    )
-    module = importlib.import_module(f"subquad.bench.{bench.name}")
-    if (needed := missing(room)) is not None:
-        raise ConfigError(f"bench {room}: expected the package {needed[0]}, got none; pip install {needed[1]}")
-    torch.manual_seed(0)
-    module.run(bench)
-    command = f"subquad bench {room} --device {device.type} --dtype {dtype_name(dtype)}" + (" --smoke" if smoke else "")
-    # Where they lie is this machine's own affair.
-    command += f" --hybrid {Path(hybrid).name}" if hybrid else ""
-    command += f" --hybrid-rows {hybrid_rows}" if hybrid_rows else ""
-    command += f" --drafter {drafter.name}" if drafter is not None else ""
-    command += f" --data {data.name}" if data is not None else ""
-    env = environment(device, dtype) | ({"limits": bench.limits} if bench.limits else {})
-    return Result(bench.name, command, env, bench.rows, bench.gates)

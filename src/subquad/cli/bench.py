@@ -61,14 +61,12 @@ def run(
 
     import torch
 
-    from subquad.bench.harness import find_rooms, run_room
     from subquad.bench.plots import refresh_plots
     from subquad.bench.results import result_path
+    from subquad.bench.rooms import find_rooms, run_room
     from subquad.bench.tables import terminal_table
 
     where, kind = placement(device, dtype)
-    if threads:
-        torch.set_num_threads(threads)
     for room in find_rooms(names or []):
         result = run_room(
             room,
@@ -80,6 +78,7 @@ def run(
             hybrid_rows=hybrid_rows,
             drafter=drafter,
             data=data,
+            threads=threads,
         )
         typer.echo(terminal_table(result))
         if not smoke:

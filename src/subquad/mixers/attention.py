@@ -77,15 +77,7 @@ class CacheUpdate(Update):
     def commit(self, n_b: Tensor | None = None) -> State:
         """Copy the buffers and write the kept tokens behind what they hold."""
         n_b = self.layout.lengths_b if n_b is None else n_b
-        capacity = self.state.k_bgnk.shape[2]
-        kept_bt, continues_b = self.layout.tail(n_b)
-        needed_b = torch.where(continues_b, self.state.seen_b, 0) + kept_bt.sum(1)
-        needed = int(needed_b.max()) if len(n_b) else 0
-        if needed > capacity:
-            raise ConfigError(
-                f"attention cache: expected at most capacity={capacity} tokens, got {needed}; "
-                "call init_state with a larger capacity"
-            )
+        cached.check_room(self.layout, self.state.seen_b, n_b, self.state.k_bgnk.shape[2], "attention cache")
         new = self.state.map(lambda t, _: t.clone())
         self._write_(new, None, n_b, self.k_bgtk, self.v_bgtk)
         return new
@@ -100,11 +92,7 @@ class CacheUpdate(Update):
         self._write_(pool, rows, n_b, self.k_bgtk.detach(), self.v_bgtk.detach())
 
     def _write_(self, pool: CacheState, rows: Tensor | None, n_b: Tensor, k_bgtk: Tensor, v_bgtk: Tensor) -> None:
-        where: dict[str, Tensor] = {}
-        if self.layout.documents_bt is not None:
-            kept_bt, continues_b = self.layout.tail(n_b)
-            seen_b = pool.seen_b[: len(n_b)] if rows is None else pool.seen_b[rows]
-            where = {"first_b": n_b - kept_bt.sum(1), "start_b": torch.where(continues_b, seen_b, 0)}
+        where = cached.places(self.layout, pool.seen_b, n_b, rows)
         cached.append_(pool.k_bgnk, pool.v_bgnk, pool.seen_b, k_bgtk, v_bgtk, n_b, rows, **where)
 
 

@@ -139,15 +139,7 @@ class HyenaUpdate(Update):
     def commit(self, n_b: Tensor | None = None) -> State:
         """Copy the buffers and write the kept tokens behind what they hold."""
         n_b = self.layout.lengths_b if n_b is None else n_b
-        capacity = self.state.inputs_bnsd.shape[2]
-        kept_bt, continues_b = self.layout.tail(n_b)
-        needed_b = torch.where(continues_b, self.state.seen_b, 0) + kept_bt.sum(1)
-        needed = int(needed_b.max()) if len(n_b) else 0
-        if needed > capacity:
-            raise ConfigError(
-                f"hyena's history: expected at most capacity={capacity} tokens, got {needed}; "
-                "call init_state with a larger capacity"
-            )
+        cached.check_room(self.layout, self.state.seen_b, n_b, self.state.inputs_bnsd.shape[2], "hyena's history")
         new = HyenaState(self.state.inputs_bnsd.clone(), self._conv_bdw(n_b), self.state.seen_b.clone())
         self._write_(new, None, n_b, self._blocks())
         return new
@@ -172,11 +164,7 @@ class HyenaUpdate(Update):
         return short_conv.final_state(self.inputs_btd, self.state.conv_bdw, **where)
 
     def _write_(self, pool: HyenaState, rows: Tensor | None, n_b: Tensor, block_bntd: Tensor) -> None:
-        where: dict[str, Tensor] = {}
-        if self.layout.documents_bt is not None:
-            kept_bt, continues_b = self.layout.tail(n_b)
-            seen_b = pool.seen_b[: len(n_b)] if rows is None else pool.seen_b[rows]
-            where = {"first_b": n_b - kept_bt.sum(1), "start_b": torch.where(continues_b, seen_b, 0)}
+        where = cached.places(self.layout, pool.seen_b, n_b, rows)
         # A cache is written two buffers at a time: here they are two halves of the channels.
         half = block_bntd.shape[3] // 2
         cached.append_(

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
+from subquad.core.layout import Layout
 from subquad.ops import launch
 from subquad.ops.backends import Backends
 from subquad.ops.cached import on_torch
 from subquad.ops.cached.equation import equation, visible
 
-__all__ = ["append_", "attend", "attend_", "equation", "visible"]
+__all__ = ["append_", "attend", "attend_", "check_room", "equation", "places", "visible"]
 
 _backends = Backends(__name__)
 
@@ -111,3 +112,41 @@ def append_(
     of_torch = g * t * k > MOST_COPIED or (torch.is_grad_enabled() and k_bgtk.requires_grad)
     chosen = on_torch if of_torch else _backends.choose(k_bgnk, v_bgnv, *block)
     chosen.append_(k_bgnk, v_bgnv, seen_b, *block, n_b, rows_b, first_b, start_b)
+
+
+def check_room(layout: Layout, seen_b: Tensor, n_b: Tensor, capacity: int, what: str) -> None:
+    """Refuse a commit of the first `n_b` tokens of a block that a cache has no room for.
+
+    Args:
+        layout: of the block.
+        seen_b: tokens that each row's cache holds.
+        n_b: int64 ``[b]``, tokens kept.
+        capacity: tokens that a row has room for.
+        what: the cache's name in the message.
+
+    Raises:
+        ConfigError: more tokens of the last document than that.
+    """
+    kept_bt, continues_b = layout.tail(n_b)
+    needed_b = torch.where(continues_b, seen_b, 0) + kept_bt.sum(1)
+    needed = int(needed_b.max()) if len(n_b) else 0
+    if needed > capacity:
+        raise ConfigError(
+            f"{what}: expected at most capacity={capacity} tokens, got {needed}; call init_state with a larger capacity"
+        )
+
+
+def places(layout: Layout, seen_b: Tensor, n_b: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
+    """``first_b`` and ``start_b`` of `append_` where a block holds several documents: only the last one's tokens stay.
+
+    Args:
+        layout: of the block.
+        seen_b: tokens that each row of the cache holds.
+        n_b: int64 ``[b]``, tokens kept.
+        rows: of the cache, aligned with the block's; None is the first.
+    """
+    if layout.documents_bt is None:
+        return {}
+    kept_bt, continues_b = layout.tail(n_b)
+    seen_b = seen_b[: len(n_b)] if rows is None else seen_b[rows]
+    return {"first_b": n_b - kept_bt.sum(1), "start_b": torch.where(continues_b, seen_b, 0)}

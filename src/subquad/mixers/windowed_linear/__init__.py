@@ -16,7 +16,8 @@ from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State, axes, precise
-from subquad.ops import attention, kmeans, linear_attention, ring, rope, skinny, window, windowed
+from subquad.mixers.windowed_linear import start
+from subquad.ops import attention, linear_attention, ring, rope, skinny, window, windowed
 from subquad.ops.qkv import QKV
 from subquad.ops.ring import RingState, RingUpdate
 from subquad.ops.window import Far, WindowState
@@ -51,9 +52,6 @@ CARD = Card(
 
 # Log weight of a feature when nothing is known of the text: a few hundred old tokens count as much as one near one.
 QUIET = -5.0
-# Key features start as a softmax of this times minus half the squared distance to each centroid, in units of spread.
-SHARPNESS = 4.0
-PROBES = 64
 
 
 @dataclass(frozen=True)
@@ -345,7 +343,7 @@ class WindowedLinear(Mixer):
     def _weights(self, q_bthk: Tensor, far_bt: Tensor) -> Tensor:
         weight_hkf = self.q_map_weight * self.config.head_dim**-0.5
         weight_bthf = torch.einsum("bthk,hkf->bthf", q_bthk, weight_hkf)
-        fade_bth = self._length(far_bt)[..., None] * self.q_map_fade
+        fade_bth = self.far_length(far_bt)[..., None] * self.q_map_fade
         return (weight_bthf - fade_bth[..., None]).to(weight_bthf.dtype)
 
     def _far_bt(self, layout: Layout, seen_b: Tensor | None = None) -> Tensor:
@@ -353,7 +351,7 @@ class WindowedLinear(Mixer):
         seen_b = torch.zeros_like(layout.lengths_b) if seen_b is None else seen_b
         return (layout.index_bt(seen_b) - (self.config.window + self.config.sinks - 1)).clamp(min=0)
 
-    def _length(self, far: Tensor) -> Tensor:
+    def far_length(self, far: Tensor) -> Tensor:
         """``log(1 + n / w)`` of numbers of far tokens."""
         return torch.log1p(far.to(precise(self.q_map_fade.dtype)) / self.config.window)
 
@@ -391,59 +389,7 @@ class WindowedLinear(Mixer):
         Raises:
             ConfigError: in rows that short no token is ever far, and the maps would have nothing to learn from.
         """
-        config = self.config
-        if x_btd.shape[1] <= config.window + config.sinks + 1:
-            raise ConfigError(
-                f"windowed_linear: expected text in rows of more than window + sinks + 1 = "
-                f"{config.window + config.sinks + 1} tokens, got {x_btd.shape[1]}; "
-                "take longer sequences or a smaller window"
-            )
-        layout = Layout.dense(*x_btd.shape[:2], device=x_btd.device)
-        q_bthk, k_btgk, _ = self.qkv.project(x_btd)
-        keys_gnk = k_btgk.flatten(0, 1).transpose(0, 1).float()
-        mean_g1k = keys_gnk.mean(1, keepdim=True)
-        spread_g11 = (keys_gnk - mean_g1k).norm(dim=-1).square().mean(1).sqrt()[:, None, None].clamp(min=1e-6)
-        centres_gfk = kmeans.lloyd((keys_gnk - mean_g1k) / spread_g11, config.features, iterations=8)
-        temper = config.head_dim**0.5
-        self.k_map_weight.copy_(SHARPNESS * temper / spread_g11 * centres_gfk.mT)
-        logits_gf = -SHARPNESS * (0.5 * centres_gfk.square().sum(-1) + (centres_gfk @ mean_g1k.mT / spread_g11)[..., 0])
-        self.k_map_bias.copy_(logits_gf)
-        r = config.n_heads // config.n_kv_heads
-        kept_k = self._slow_channels(config.window).to(centres_gfk)
-        scores_gkf = ((centres_gfk * spread_g11 + mean_g1k) * kept_k).mT * (self.scale * temper)
-        self.q_map_weight.copy_(scores_gkf.repeat_interleave(r, 0))
-        self.q_map_bias.zero_()
-        self.q_map_fade.zero_()
-
-        rotated_q, rotated_k = self.qkv.rotate(q_bthk, k_btgk, layout)
-        # Some queries of a row, never more than about PROBES: each is scored against every key.
-        t = x_btd.shape[1]
-        probes_t = torch.arange(config.window + config.sinks, t, max(37, t // PROBES | 1), device=x_btd.device)
-        columns_n = torch.arange(t, device=x_btd.device)
-        far_tn = (probes_t[:, None] - columns_n >= config.window) & (columns_n >= config.sinks)
-        turned_bhtk, turned_bgnk = rotated_q[:, probes_t].transpose(1, 2).float(), rotated_k.transpose(1, 2).float()
-        scores_bhtn = self.scale * turned_bhtk @ turned_bgnk.repeat_interleave(r, 1).mT
-        true_bht = scores_bhtn.masked_fill(~far_tn, -torch.inf).logsumexp(-1)
-        features_bhnf = self.key_features(k_btgk).transpose(1, 2).repeat_interleave(r, 1).float()
-        n_t = far_tn.sum(1)
-        weights_bhtf = self.query_weights(q_bthk[:, probes_t], n_t[None]).transpose(1, 2).float()
-        top_bht1 = weights_bhtf.amax(-1, keepdim=True)
-        mass_bhtn = (weights_bhtf - top_bht1).exp() @ features_bhnf.mT * far_tn
-        ours_bht = mass_bhtn.sum(-1).log() + top_bht1[..., 0]
-        lack_ht, length_t = (true_bht - ours_bht).mean(0), self._length(n_t)
-        centred_t = length_t - length_t.mean()
-        # A sample whose queries have about as many far tokens each tells no slope: one probe's weight holds it at 0.
-        fade_h = -(lack_ht * centred_t).sum(1) / (centred_t.square().sum() + 1 / x_btd.shape[0])
-        self.q_map_fade.copy_(fade_h)
-        self.q_map_bias.add_((lack_ht.mean(1) + fade_h * length_t.mean())[:, None])
-
-    def _slow_channels(self, window: int) -> Tensor:
-        """1 for channels that RoPE turns by less than 1.5 radians over three windows, whose phase survives, else 0."""
-        kept_k = torch.ones(self.config.head_dim)
-        if self.qkv.rotary is not None:
-            slow_f = (rope.frequencies(self.qkv.rotary)[0] * 3 * window < 1.5).float()
-            kept_k[: 2 * len(slow_f)] = torch.cat((slow_f, slow_f))
-        return kept_k
+        start.from_text_(self, x_btd)
 
 
 def equal_window(config: WindowedLinear.Config, *, dtype: torch.dtype) -> int:
