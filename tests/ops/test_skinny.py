@@ -53,7 +53,7 @@ def test_layers_side_by_side_give_what_each_gives_alone(
 
 @pytest.mark.parametrize("backend", ["torch", TRITON])
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 40), (3, 2, 1100), (2, 9, 33)])
+@pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 40), (3, 2, 1100), (1, 7, 33), (2, 9, 33)])
 def test_layers_behind_a_norm_give_what_they_give_of_it(
     b: int, t: int, d: int, dtype: torch.dtype, backend: str
 ) -> None:

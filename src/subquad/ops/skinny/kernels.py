@@ -61,17 +61,52 @@ def _tokens(x_ptr, m, k, rows, K):
 
 
 @triton.jit
-def _rows_of(weight_ptr, j, k, n, K):
-    """A tile ``[BN, BK]`` of a weight ``[n, K]``."""
-    ptrs = weight_ptr + j[:, None].to(tl.int64) * K + k[None, :]
-    return tl.load(ptrs, mask=(j < n)[:, None] & (k < K)[None, :], other=0.0)
+def _places(BK: tl.constexpr, SLICES: tl.constexpr):
+    """Where a row's numbers stand: ``[BK]``, or ``[SLICES, BK / SLICES]`` for a warp each."""
+    if SLICES:
+        k = tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
+    else:
+        k = tl.arange(0, BK)
+    return k
 
 
 @triton.jit
-def _normed(x, scale, K, eps):
-    """The RMS norm of whole tokens ``[M, K]``, rounded as by a launch of its own."""
+def _whole(ptr, i, k, n, K, SLICES: tl.constexpr):
+    """Rows `i` of the n of a matrix ``[n, K]``: ``[i, BK]``, or ``[SLICES, i, BK / SLICES]``."""
+    if SLICES:
+        i, k = i[None, :, None], k[:, None, :]
+    else:
+        i, k = i[:, None], k[None, :]
+    return tl.load(ptr + i.to(tl.int64) * K + k, mask=(i < n) & (k < K), other=0.0)
+
+
+@triton.jit
+def _normed(x, scale, K, eps, SLICES: tl.constexpr):
+    """The RMS norm of whole tokens, rounded as by a launch of its own."""
     wide = x.to(tl.float32)
-    return (wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 1) / K + eps))[:, None] * scale).to(x.dtype)
+    if SLICES:
+        factor = 1.0 / tl.sqrt(tl.sum(tl.sum(wide * wide, 2), 0) / K + eps)
+        normed = wide * factor[None, :, None] * scale[:, None, :]
+    else:
+        normed = wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 1) / K + eps))[:, None] * scale[None, :]
+    return normed.to(x.dtype)
+
+
+@triton.jit
+def _product(w, x, SLICES: tl.constexpr):
+    """``x w^T`` of whole rows, ``[m, n]`` in float32.
+
+    Slices are multiplied by the matrix unit, each by a warp of its own: one warp alone would wait for its own last sum
+    all along a row. The weight stands first, so that few tokens fill the unit's narrow side.
+    """
+    if INTERPRETED or not SLICES:
+        w = w.to(tl.float32)
+        x = x.to(tl.float32)
+    if SLICES:
+        sums = tl.trans(tl.sum(tl.dot(w, tl.permute(x, (0, 2, 1))), 0))
+    else:
+        sums = tl.sum(w[None, :, :] * x[:, None, :], 2)
+    return sums
 
 
 @triton.jit
@@ -115,8 +150,7 @@ def project_kernel(
     x_ptr, add_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
     rows, K, y_stride,
     COUNT: tl.constexpr, BIASES: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``y = [x w0^T + b0, x w1^T + b1, ...] + add``; bit i of BIASES says whether layer i has a bias.
 
@@ -139,20 +173,13 @@ def project_kernel(
         sums = tl.sum(parts, 1)[None, :]
     else:
         sums = tl.zeros((BM, BN), tl.float32)
-        if ONCE:
-            k = tl.arange(0, BK)
+        _ahead(weight_ptr, j, n, K, BK, OVERLAP)
+        begin(OVERLAP)
+        for start in tl.range(0, K, BK, num_stages=STAGES):
+            k = start + tl.arange(0, BK)
             w = _weights(weight_ptr, j, k, n, K)
-            begin(OVERLAP)
             x = _tokens(x_ptr, m, k, rows, K)
             sums = _multiply(x, w, sums, PRECISION)
-        else:
-            _ahead(weight_ptr, j, n, K, BK, OVERLAP)
-            begin(OVERLAP)
-            for start in tl.range(0, K, BK, num_stages=STAGES):
-                k = start + tl.arange(0, BK)
-                w = _weights(weight_ptr, j, k, n, K)
-                x = _tokens(x_ptr, m, k, rows, K)
-                sums = _multiply(x, w, sums, PRECISION)
     inside = (m < rows)[:, None] & (j < n)[None, :]
     if BIASES:
         sums += tl.load(bias_ptr + j, mask=j < biased, other=0.0).to(tl.float32)[None, :]
@@ -168,27 +195,19 @@ def project_kernel(
 def gate_kernel(
     x_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``silu(gate(x)) * up(x)``. Grid: blocks of columns, and of tokens."""
     m, j = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     gates, ups = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
-    if ONCE:
-        k = tl.arange(0, BK)
+    _ahead(gate_ptr, j, n, K, BK, OVERLAP)
+    _ahead(up_ptr, j, n, K, BK, OVERLAP)
+    begin(OVERLAP)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
         g, u = _weights(gate_ptr, j, k, n, K), _weights(up_ptr, j, k, n, K)
-        begin(OVERLAP)
         x = _tokens(x_ptr, m, k, rows, K)
         gates, ups = _multiply(x, g, gates, PRECISION), _multiply(x, u, ups, PRECISION)
-    else:
-        _ahead(gate_ptr, j, n, K, BK, OVERLAP)
-        _ahead(up_ptr, j, n, K, BK, OVERLAP)
-        begin(OVERLAP)
-        for start in tl.range(0, K, BK, num_stages=STAGES):
-            k = start + tl.arange(0, BK)
-            g, u = _weights(gate_ptr, j, k, n, K), _weights(up_ptr, j, k, n, K)
-            x = _tokens(x_ptr, m, k, rows, K)
-            gates, ups = _multiply(x, g, gates, PRECISION), _multiply(x, u, ups, PRECISION)
     if BIAS:
         gates += tl.load(gate_bias + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
         ups += tl.load(up_bias + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
@@ -202,30 +221,31 @@ def project_few_kernel(
     x_ptr, norm_ptr, add_ptr, more_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
     rows, K, y_stride, eps,
     BM: tl.constexpr, COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """`project_kernel` of BM tokens at most without the matrix unit: a program holds whole rows of a weight.
+    """`project_kernel` of BM tokens at most: a program holds whole rows of a weight, and all tokens.
 
-    With NORM it takes the RMS norm of each token before. ADD says how many of `add` and `more` there are, whose sum is
-    rounded first. Grid: blocks of columns, layer after layer.
+    SLICES is 0 for so few tokens that the matrix unit is not worth its way. With NORM it takes the RMS norm of each
+    token before. ADD says how many of `add` and `more` there are, whose sum is rounded first. Grid: blocks of columns,
+    layer after layer.
     """
     pid, weight_ptr, bias_ptr, n, column, biased = _layer(
         tl.program_id(0), w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5, COUNT, BIASES, BN
     )
-    j, k = pid * BN + tl.arange(0, BN), tl.arange(0, BK)
-    w = _rows_of(weight_ptr, j, k, n, K)
-    scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :] if NORM else 0.0
+    j, k = pid * BN + tl.arange(0, BN), _places(BK, SLICES)
+    w = _whole(weight_ptr, j, k, n, K, SLICES)
+    scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32) if NORM else 0.0
     bias = tl.load(bias_ptr + j, mask=j < biased, other=0.0).to(tl.float32) if BIASES else 0.0
     begin(OVERLAP)
     m = tl.arange(0, BM)
-    x = _tokens(x_ptr, m, k, rows, K)
+    x = _whole(x_ptr, m, k, rows, K, SLICES)
     ptrs, inside = m[:, None] * y_stride + column + j[None, :], (m < rows)[:, None] & (j < n)[None, :]
     add = tl.load(add_ptr + ptrs, mask=inside, other=0.0) if ADD else 0.0
     if ADD == 2:
         add = _sum(add, tl.load(more_ptr + ptrs, mask=inside, other=0.0))
     if NORM:
-        x = _normed(x, scale, K, eps)
-    sums = tl.sum(w.to(tl.float32)[None, :, :] * x.to(tl.float32)[:, None, :], 2)
+        x = _normed(x, scale, K, eps, SLICES)
+    sums = _product(w, x, SLICES)
     if BIASES:
         sums += bias[None, :]
     if ADD:
@@ -236,20 +256,20 @@ def project_few_kernel(
 @triton.jit
 def gate_few_kernel(
     x_ptr, y_ptr, norm_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n, eps,
-    BM: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
+    BM: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``silu(gate(z)) * up(z)`` with ``z = norm(x + y)``, of BM tokens at most. Grid: blocks of columns."""
     m = tl.arange(0, BM)
-    j, k = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BK)
-    g, u = _rows_of(gate_ptr, j, k, n, K), _rows_of(up_ptr, j, k, n, K)
-    scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    j, k = tl.program_id(0) * BN + tl.arange(0, BN), _places(BK, SLICES)
+    g, u = _whole(gate_ptr, j, k, n, K, SLICES), _whole(up_ptr, j, k, n, K, SLICES)
+    scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
     of_gate = tl.load(gate_bias + j, mask=j < n, other=0.0).to(tl.float32) if BIAS else 0.0
     of_up = tl.load(up_bias + j, mask=j < n, other=0.0).to(tl.float32) if BIAS else 0.0
     begin(OVERLAP)
-    x = _sum(_tokens(x_ptr, m, k, rows, K), _tokens(y_ptr, m, k, rows, K))
-    z = _normed(x, scale, K, eps).to(tl.float32)[:, None, :]
-    gates = tl.sum(g.to(tl.float32)[None, :, :] * z, 2)
-    ups = tl.sum(u.to(tl.float32)[None, :, :] * z, 2)
+    x = _sum(_whole(x_ptr, m, k, rows, K, SLICES), _whole(y_ptr, m, k, rows, K, SLICES))
+    z = _normed(x, scale, K, eps, SLICES)
+    gates, ups = _product(g, z, SLICES), _product(u, z, SLICES)
     if BIAS:
         gates, ups = gates + of_gate[None, :], ups + of_up[None, :]
     out = gates / (1.0 + tl.exp(-gates)) * ups

@@ -24,24 +24,24 @@ class Tiling(NamedTuple):
     tokens: int = 64
 
 
-# Tokens of a matrix unit's smallest tile.
-FEWEST = 16
-# So few are multiplied without it, by programs that hold whole rows of a weight of at most so many bytes.
-VERY_FEW, ROW_BYTES = 4, 4096
+# The matrix unit's smallest tile, and its narrow side.
+FEWEST, NARROW = 16, 8
+# So few are multiplied without it.
+VERY_FEW = 4
+# A program holds whole rows of a weight of at most so many bytes.
+ROW_BYTES = 4096
 # One token before a long row of a weight: no matrix unit reads as fast.
 LONG, SINGLE = 2048, Tiling(4, 1024, 3, 4)
 
 
 def tiling(tokens: int, width: int, size: int) -> Tiling:
-    """The table, for bytes of a number: a short row of a weight at once, so one wait; a long one in tiles under way."""
+    """The table, for bytes of a number, of rows that come in tiles."""
     if size > 2:
         return Tiling(16, 128, 3, 4)
     if tokens > 64:
         return Tiling(32, 128, 3, 4)
     if tokens > FEWEST:
         return Tiling(16, 64, 5, 4) if width <= 1024 else Tiling(16, 128, 4, 4)
-    if width <= LONG:
-        return Tiling(16, max(16, triton.next_power_of_2(width)), 1, 2)
     return Tiling(32, 128, 5, 4)
 
 
@@ -51,13 +51,23 @@ def refusal(*tensors: Tensor) -> str | None:
 
 
 def few(rows: int, width: int, size: int) -> bool:
-    """Whether so many tokens are multiplied without the matrix unit."""
-    return rows <= VERY_FEW and width * size <= ROW_BYTES
+    """Whether programs hold whole rows of the weight and all tokens: one wait for a weight, and a norm on the way."""
+    return width * size <= ROW_BYTES and rows <= (FEWEST if size <= 2 else VERY_FEW)
 
 
-def columns(rows: int) -> int:
-    """Of a weight's rows, which are columns of the output, those that a program of a few tokens holds."""
-    return 2 if rows == 1 else 4
+def whole(rows: int, width: int) -> dict[str, int]:
+    """How programs that hold whole rows are cut and launched: few columns each, so that all processors have some."""
+    tokens, inputs = triton.next_power_of_2(rows), triton.next_power_of_2(width)
+    if rows <= VERY_FEW:
+        return {"BM": tokens, "BN": 2 if rows == 1 else 4, "BK": inputs, "SLICES": 0, "num_warps": 4}
+    slices = 4 if width <= 1024 else 8
+    return {
+        "BM": max(tokens, NARROW),
+        "BN": NARROW,
+        "BK": max(inputs, slices * FEWEST),
+        "SLICES": slices,
+        "num_warps": slices,
+    }
 
 
 def takes(normed: nn.RMSNorm, x_btd: Tensor) -> bool:
@@ -109,12 +119,11 @@ def _project(
     layers = *weights, *more, *absent, *more, *sizes, *[0] * len(more)
     biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
     if few(rows, k, x.element_size()):
-        bn = columns(rows)
-        kernel: Any = project_few_kernel[(sum(triton.cdiv(n, bn) for n in sizes),)]
+        cut = whole(rows, k)
+        kernel: Any = project_few_kernel[(sum(triton.cdiv(n, cut["BN"]) for n in sizes),)]
         kernel(
             x, x if scale is None else scale, *[*add, x, x][:2], y, *layers, rows, k, sum(sizes), eps,
-            COUNT=len(weights), BIASES=biased, NORM=scale is not None, ADD=len(add), BM=triton.next_power_of_2(rows),
-            BN=bn, BK=triton.next_power_of_2(k), num_warps=4, **overlap.options(x.device),
+            COUNT=len(weights), BIASES=biased, NORM=scale is not None, ADD=len(add), **cut, **overlap.options(x.device),
         )  # fmt: skip
         return y
     single = rows == 1 and k > LONG and x.element_size() == 2
@@ -125,7 +134,7 @@ def _project(
         x, *[*add, x][:1], y, *layers, rows, k, sum(sizes),
         COUNT=len(weights), BIASES=biased, ADD=len(add) > 0, PRECISION=launch.precision(x.dtype),
         BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
-        ONCE=k <= tile.inputs, num_warps=tile.warps, **overlap.options(x.device),
+        num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip
     return y
 
@@ -148,12 +157,11 @@ def _gate(
     out = launch.scratch(b, t, n, like=x, dtype=x.dtype)
     biases = gate if gate_bias is None else gate_bias, up if up_bias is None else up_bias
     if y is not None:
-        bn = columns(rows)
-        kernel: Any = gate_few_kernel[(triton.cdiv(n, bn),)]
+        cut = whole(rows, k)
+        kernel: Any = gate_few_kernel[(triton.cdiv(n, cut["BN"]),)]
         kernel(
             x, y, x if scale is None else scale, gate, up, *biases, out, rows, k, n, eps, BIAS=gate_bias is not None,
-            BM=triton.next_power_of_2(rows), BN=bn, BK=triton.next_power_of_2(k), num_warps=4,
-            **overlap.options(x.device),
+            **cut, **overlap.options(x.device),
         )  # fmt: skip
         return out
     tile = tiling(rows, k, x.element_size())
@@ -162,7 +170,7 @@ def _gate(
     kernel(
         x, gate, up, *biases, out, rows, k, n,
         BIAS=gate_bias is not None, PRECISION=launch.precision(x.dtype),
-        BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages, ONCE=k <= tile.inputs,
+        BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
         num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip
     return out
