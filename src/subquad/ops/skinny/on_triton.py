@@ -27,7 +27,7 @@ class Tiling(NamedTuple):
 # The matrix unit's smallest tile, and its narrow side.
 FEWEST, NARROW = 16, 8
 # So few are multiplied without it.
-VERY_FEW = 4
+VERY_FEW = 2
 # A program holds whole rows of a weight of at most so many bytes.
 ROW_BYTES = 4096
 # One token before a long row of a weight: no matrix unit reads as fast.
