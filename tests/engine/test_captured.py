@@ -18,6 +18,8 @@ from subquad.decode.draft_head import DraftHead
 from subquad.decode.draft_model import DraftModel
 from subquad.engine.draft import Drafter
 from subquad.engine.engine import Engine
+from subquad.engine.prefix import PrefixCache
+from subquad.engine.reader import Reader
 from subquad.engine.request import Limits, Request
 from subquad.engine.sampler import SamplingConfig
 from subquad.models.stack import Stack
@@ -77,7 +79,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def engine_for(model: Stack, drafter: Drafter | None, *, captures: bool) -> Engine:
     engine = Engine(model, rows=4, capacity=48, drafter=drafter, most_drafted=2, rounds=3, logprobs=True)
-    engine._rounds.captures, engine._rounds.static = captures, True
+    engine._rounds.graphs.captures, engine._rounds.static = captures, True
+    engine._reader.graphs.captures = captures
     return engine
 
 
@@ -131,7 +134,36 @@ def test_replayed_rounds_give_what_rounds_launched_anew_give(drafter: str) -> No
     replayed, anew = (engine_for(model, make(), captures=captures) for captures in (True, False))
     assert answers(replayed, requests) == answers(anew, requests)
     assert replayed.captured
+    assert len(replayed._reader.graphs) > 0
     assert not anew.captured
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("name", MIXERS)
+def test_prompts_read_as_graphs_of_few_shapes_give_the_same(name: str) -> None:
+    """Pieces of unlike lengths, some with a beginning that is kept, are put together to shapes that come again."""
+    model, beginning = build(MIXERS[name]), [3, 1, 4, 1, 5, 9, 2, 6] * 2
+    prompts = [[*(beginning if i % 3 else []), *range(1, 2 + i % 4)] for i in range(16)]
+    got: list[Any] = []
+    for captures in (True, False):
+        engine = Engine(model, rows=5, capacity=48, chunk=20, prefixes=PrefixCache(1 << 24, block=8))
+        engine._reader.graphs.captures = captures
+        for prompt in prompts:
+            engine.submit(Request(prompt, Limits(4, end_tokens=[])))
+        got.append({row: [piece.token for piece in pieces] for row, pieces in drain(engine).items()})
+        assert (len(engine._reader.graphs) > 1) == captures
+        assert engine.prefixes is not None
+        assert engine.prefixes.hits > 0
+    assert got[0] == got[1]
+
+
+def test_reads_are_put_together_to_powers_of_two_of_like_lengths() -> None:
+    reader = Reader(build(MIXERS["attention"]), build(MIXERS["attention"]).init_state(9, 8), streams=False)
+    assert reader.parts([3, 9, 2]) == [[0, 1, 2]]
+    reader.graphs.captures = True
+    assert reader.parts([3, 9, 2]) == [[1, 0], [2]]
+    assert reader.parts([5000, 1]) == [[0], [1]]
+    assert list(map(len, reader.parts([1000] * 11))) == [4, 4, 2, 1]
 
 
 @pytest.mark.usefixtures("recorded")
@@ -164,7 +196,7 @@ def test_bad_words_of_one_token_and_of_two_are_other_rounds() -> None:
     model, prompt = build(MIXERS["attention"]), [1, 2, 3] * 4
     (free,) = plain(model, [prompt], 30)
     engine = Engine(model, rows=1, capacity=60, drafter=CopySpec((1,)), draft_tokens=3, rounds=1)
-    engine._rounds.captures = engine._rounds.static = True
+    engine._rounds.graphs.captures = engine._rounds.static = True
     got: list[int] = []
     for words, n in (([[21, 22]], 1), ([[28]], 40), ([free[-3:-1]], 40)):
         engine.submit(Request(prompt, Limits(n, end_tokens=[]), SamplingConfig(bad_words_ids=words)))

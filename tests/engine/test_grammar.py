@@ -177,7 +177,7 @@ def test_replayed_rounds_give_what_rounds_launched_anew_give(
     answers: list[Any] = []
     for captures in (True, False):
         engine = Engine(model, rows=2, capacity=100, drafter=DRAFTERS[drafter](), most_drafted=2, rounds=2)
-        engine._rounds.captures, engine._rounds.static = captures, True
+        engine._rounds.graphs.captures, engine._rounds.static = captures, True
         turns = iter(range(10_000))
         if engine.drafter is not None:
             engine.pace.choose = engine.ruled_pace.choose = lambda slots=1, turns=turns: (0, 2, 1)[next(turns) // 4 % 3]
@@ -187,7 +187,7 @@ def test_replayed_rounds_give_what_rounds_launched_anew_give(
         got = drain(engine)
         answers.append({row: [(p.token, p.finish) for p in got[row]] for row in got})
         assert engine.captured is captures
-        kinds = {key[0] for key in engine._rounds._graphs if isinstance(key[0], str)}
+        kinds = {key[0] for key in engine._rounds.graphs if isinstance(key[0], str)}
         assert ("masked" in kinds) is captures
         assert ("guess" in kinds) is (captures and drafter != "none")
         assert all(valid(text(got[row])) for row in (3, 4, 5))
@@ -255,14 +255,14 @@ def test_a_row_that_no_token_is_left_for_ends_and_says_so(drafter: str, model: S
 @pytest.mark.usefixtures("recorded")
 def test_warm_makes_masked_rounds(model: Stack, schema: Grammar, tokenizer: Any) -> None:
     engine = Engine(model, rows=2, capacity=100, drafter=CopySpec(), most_drafted=2, rounds=2)
-    engine._rounds.captures = engine._rounds.static = True
+    engine._rounds.graphs.captures = engine._rounds.static = True
     engine.warm(Request([1], LIMITS, tokenizer=tokenizer, grammar=schema))
-    graphs = set(engine._rounds._graphs)
+    graphs = set(engine._rounds.graphs)
     assert {key[0] for key in graphs} >= {"guess", "masked"}
     assert not engine._rounds.masks.on
     engine.submit(Request([1, 2], LIMITS, tokenizer=tokenizer, grammar=schema))
     assert valid(text(drain(engine)[0]))
-    assert set(engine._rounds._graphs) == graphs
+    assert set(engine._rounds.graphs) == graphs
 
 
 def test_any_json_object_is_one(model: Stack, tokenizer: Any) -> None:

@@ -116,9 +116,23 @@ class State:
         """Every row `n` times in succession, so that each may go its own way."""
         return self.map(lambda t, _: t.repeat_interleave(n, dim=0))
 
+    def row(self, i: int) -> Self:
+        """Row `i` alone, sharing its memory."""
+        return self.map(lambda t, _: t[i : i + 1])
+
     def snapshot(self) -> Self:
-        """A detached copy that no later commit can change."""
-        return self.map(lambda t, _: t.detach().clone())
+        """A detached copy that no later commit can change; its tensors lie in one buffer for each dtype.
+
+        A copy of each would be a launch for each.
+        """
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for _, t in self.tensors():
+            kinds.setdefault(t.dtype, []).append(t.detach())
+        copies = {
+            dtype: iter(torch.cat([t.reshape(-1) for t in some]).split([t.numel() for t in some]))
+            for dtype, some in kinds.items()
+        }
+        return self.map(lambda t, _: next(copies[t.dtype]).view(t.shape))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move, and cast what follows the model's dtype; integers stay, recurrent states stay at least float32."""

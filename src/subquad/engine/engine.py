@@ -6,8 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.engine.detokenize import Detokenizer
@@ -15,6 +17,7 @@ from subquad.engine.draft import Drafter
 from subquad.engine.masks import Rule
 from subquad.engine.pace import Pace
 from subquad.engine.prefix import PrefixCache
+from subquad.engine.reader import Reader
 from subquad.engine.relax import Relaxed
 from subquad.engine.request import Piece, Request, check_model, check_request
 from subquad.engine.rounds import Given, Rounds
@@ -126,6 +129,7 @@ class Engine:
             compile=compile,
             relaxed=None if self.exact else relaxed,
         )
+        self._reader = Reader(model, self._rounds.pool, streams=drafter is not None and drafter.hears)
 
     @property
     def exact(self) -> bool:
@@ -296,7 +300,7 @@ class Engine:
         self._close_up()
         used = 1 + max(slot for slot, row in enumerate(self._slots) if row is not None)
         # A graph serves a number of rows; on a CPU every row costs.
-        n = min(self.rows, 1 << (used - 1).bit_length()) if self._rounds.captures else used
+        n = min(self.rows, 1 << (used - 1).bit_length()) if self._rounds.graphs.captures else used
         pace, _ = self._turn
         k = pace.choose(n) if self.drafter is not None else 0
         began = time.perf_counter()
@@ -344,7 +348,7 @@ class Engine:
 
     def _fill(self) -> bool:
         """Read one chunk of the prompts that are not read yet; whether there was any."""
-        device, slots, blocks = self.model.device, list[int](), list[list[int]]()
+        slots, blocks = list[int](), list[list[int]]()
         width = 0
         for slot, row in enumerate(self._slots):
             if row is None or row.filled:
@@ -357,30 +361,29 @@ class Engine:
                 break
             slots.append(slot)
             blocks.append(row.tokens[row.read : stop])
-        if not slots:
-            return False
+        for part in self._reader.parts(list(map(len, blocks))) if slots else ():
+            self._read([slots[i] for i in part], [blocks[i] for i in part])
+        self._start([slot for slot in slots if (row := self._slots[slot]) is not None and row.filled])
+        return bool(slots)
+
+    def _read(self, slots: Sequence[int], blocks: Sequence[Sequence[int]]) -> None:
+        """Read pieces of prompts together, tell the drafter, and keep those states that were asked for."""
         rows = [row for slot in slots if (row := self._slots[slot]) is not None]
-        width = max(map(len, blocks))
-        tokens_bt = torch.tensor([block + [0] * (width - len(block)) for block in blocks], device=device)
-        lengths_b = torch.tensor([len(block) for block in blocks], device=device)
-        at = torch.tensor(slots, device=device)
-        pool, fresh = self._rounds.pool, not any(row.read for row in rows)
-        # Nothing to look at costs less than an empty buffer.
-        state = self.model.init_state(len(slots)) if fresh else pool.select(at).settled()
-        ragged = any(len(block) < width for block in blocks)
-        hidden_btd, update = self.model.read(tokens_bt, state, lengths_b if ragged else None)
-        update.commit_(pool, at, lengths_b)
+        hidden_btd = self._reader.read(slots, blocks, fresh=not any(row.read for row in rows))
         if self.drafter is not None and self.drafter.hears:
             following = [row.tokens[row.read + 1 :][: len(block)] for row, block in zip(rows, blocks, strict=True)]
-            next_bt = torch.tensor([some + [0] * (width - len(some)) for some in following], device=device)
-            self.drafter.hear(slots, next_bt, lengths_b, hidden_btd)
-        for slot, row, block in zip(slots, rows, blocks, strict=True):
+            next_bt = self._at([some + [0] * (hidden_btd.shape[1] - len(some)) for some in following])
+            self.drafter.hear(slots, next_bt, self._at([len(block) for block in blocks]), hidden_btd)
+        for row, block in zip(rows, blocks, strict=True):
             row.read += len(block)
-            if self.prefixes is not None and row.read in row.marks:
-                one = pool.select(torch.tensor([slot], device=device)).settled().cut(row.read)
-                self.prefixes.keep(row.tokens[: row.read], one.snapshot())
-        self._start([slot for slot, row in zip(slots, rows, strict=True) if row.filled])
-        return True
+        kept = [(slot, row) for slot, row in zip(slots, rows, strict=True) if row.read in row.marks]
+        if self.prefixes is not None and kept:
+            states = self._rounds.pool.select(self._at([slot for slot, _ in kept])).settled()
+            for i, (_, row) in enumerate(kept):
+                self.prefixes.keep(row.tokens[: row.read], states.row(i).cut(row.read).snapshot())
+
+    def _at(self, numbers: Sequence[Any]) -> Tensor:
+        return torch.tensor(numbers, device=self.model.device)
 
     def _start(self, slots: Sequence[int]) -> None:
         """From now on `slots`, whose prompts are read, take part in the rounds."""

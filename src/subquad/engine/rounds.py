@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from subquad.engine.chains import select, verify_chains
 from subquad.engine.draft import Draft, Drafter
+from subquad.engine.graphs import Graphs
 from subquad.engine.history import History
 from subquad.engine.masks import EXHAUSTED, Masks, Rule
 from subquad.engine.relax import Relaxed, verify_relaxed
@@ -23,8 +23,6 @@ from subquad.engine.verify import verify
 from subquad.models.stack import Stack, StackState
 from subquad.ops.slots import Slots, emit_, lead
 
-# Captures that may fail before rounds are no longer captured.
-MOST_FAILURES = 3
 # Rounds that may be compiled for one model.
 MOST_COMPILED = 1024
 # Most tokens of a slot that a drafter is told at once.
@@ -102,12 +100,9 @@ class Rounds:
         self._looked = rounds
         # How many guesses there are that nobody reads, and they.
         self._foreseen_bk = torch.zeros(rows, block, dtype=torch.int64, device=device)
-        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
-        self._seen: set[Any] = set()
-        self._failures = 0
-        self.captures = device.type == "cuda"
+        self.graphs = Graphs(device.type == "cuda", "rounds")
         # Of a fixed shape; else a round reads no more guesses than some row has, which asks the device.
-        self.static = self.captures or compile
+        self.static = self.graphs.captures or compile
         self._compiled = torch.compile(self._round, fullgraph=True, dynamic=False) if compile else None
         if drafter is not None:
             drafter.open(model, rows, capacity)
@@ -115,7 +110,7 @@ class Rounds:
     @property
     def captured(self) -> bool:
         """Whether some round is one CUDA graph by now."""
-        return bool(self._graphs)
+        return len(self.graphs) > 0
 
     def _at(self, slots: Sequence[int]) -> Tensor:
         return torch.tensor(slots, device=self.model.device)
@@ -215,7 +210,7 @@ class Rounds:
 
     def foresee(self, n: int, k: int) -> None:
         """Guess for the first `n` slots without reading it: what comes then tells what guesses would have brought."""
-        self._launch(("foresee", n, k, self._sampler.features), lambda: self._foresee(n, k))
+        self.graphs.launch(("foresee", n, k, self._sampler.features), lambda: self._foresee(n, k))
 
     def _foresee(self, n: int, k: int) -> None:
         draft = self._guess(n, k)
@@ -224,7 +219,7 @@ class Rounds:
 
     def catch_up(self, n: int) -> None:
         """Tell the drafter what plain rounds gave the first `n` slots since the last look, all at once."""
-        self._launch(("catch up", n), lambda: self._catch_up(n))
+        self.graphs.launch(("catch up", n), lambda: self._catch_up(n))
 
     def _catch_up(self, n: int) -> None:
         assert self.drafter is not None
@@ -247,45 +242,16 @@ class Rounds:
         """
         key = (n, k, self._sampler.features, self._barring, self.scores.level)
         if not self.masks.on:
-            return self._launch(key, lambda: self._do(n, k, None))
-        steady = not k or self._launch(("guess", key), lambda: self._hold_guesses(key))
+            return self.graphs.launch(key, lambda: self._do(n, k, None))
+        steady = not k or self.graphs.launch(("guess", key), lambda: self._hold_guesses(key))
         if key not in self._held:
             self._held[key] = self.masks.none(n)
         held = self._held[key]
         self.masks.look(held)
-        return self._launch(("masked", key), lambda: self._do(n, k, held)) and steady
+        return self.graphs.launch(("masked", key), lambda: self._do(n, k, held)) and steady
 
     def _hold_guesses(self, key: Any) -> None:
         self._held[key] = self.masks.hold(self._guess(*key[:2]))
-
-    def _launch(self, key: Any, work: Callable[[], None]) -> bool:
-        """Do `work`, which `key` tells from all other: see `run`."""
-        graph = self._graphs.get(key)
-        steady = graph is not None or (not self.captures and key in self._seen)
-        if graph is not None:
-            graph.replay()
-        elif not self.captures or key not in self._seen:
-            # What is compiled at its first call, or asks the device then, must have done so before.
-            self._seen.add(key)
-            work()
-        else:
-            graph = torch.cuda.CUDAGraph()
-            # One round at a time: all graphs may use the same memory for what they forget.
-            memory = next((other.pool() for other in self._graphs.values()), None)
-            try:
-                with torch.cuda.graph(graph, pool=memory):
-                    work()
-            except RuntimeError as error:
-                # What was built during a capture breaks that one, and is there for the next.
-                self._failures += 1
-                if self._failures >= MOST_FAILURES:
-                    warnings.warn(f"rounds are launched piece by piece, which is slower: {error}", stacklevel=3)
-                    self.captures = False
-                work()
-            else:
-                self._graphs[key] = graph
-                graph.replay()
-        return steady
 
     def _do(self, n: int, k: int, held: Draft | None) -> None:
         if self._compiled is None:
@@ -297,8 +263,7 @@ class Rounds:
 
     def _forget_rounds(self) -> None:
         """Buffers have been replaced: what was captured reads the old ones, and their size may be a kernel's own."""
-        self._graphs.clear()
-        self._seen.clear()
+        self.graphs.forget()
 
     def _round(self, n: int, k: int, held: Draft | None) -> None:
         pool, history, slots = self.pool.first(n), self._history.first(n), self._slots.first(n)

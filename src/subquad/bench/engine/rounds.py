@@ -167,7 +167,7 @@ def _measure(bench: Bench, model: Stack, rows: int, context: int, parts: dict[st
             for _ in range(WARM):
                 rounds.run(n, 0)
             rounds.take(n)
-            if cuda and not rounds.captures:  # there was no room for a graph's own memory
+            if cuda and not rounds.graphs.captures:  # there was no room for a graph's own memory
                 return None
             seconds: list[float] = []
             for _ in range(looks):

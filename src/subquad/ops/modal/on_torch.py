@@ -85,7 +85,7 @@ def _chunk(log_a_gn: Tensor, time: int, dtype: torch.dtype) -> lti.Chunk:
     c, device = lti.length(time), log_a_gn.device
     adds_gnc = _powers(log_a_gn, torch.arange(c - 1, -1, -1, device=device))
     adds_gcp = torch.cat((adds_gnc.real, adds_gnc.imag), dim=1).mT.to(dtype)
-    across_g11n = _powers(log_a_gn, torch.tensor([c], device=device)).mT[:, None].to(lti.complex_of(dtype))
+    across_g11n = _powers(log_a_gn, torch.full((1,), c, device=device)).mT[:, None].to(lti.complex_of(dtype))
 
     def across(state_gbrp: Tensor) -> Tensor:
         return _times(state_gbrp, across_g11n)
