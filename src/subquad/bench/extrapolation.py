@@ -1,6 +1,6 @@
 """MemMamba against Mamba beyond the length that both were trained at: perplexity of books, and passkeys.
 
-Run it with ``python -m subquad.bench.extrapolation --train books.train.jsonl.xz --held books.valid.jsonl.xz --runs runs``.
+Run it with ``python -m subquad.bench.extrapolation --train books.jsonl.xz --held others.jsonl.xz --runs runs``.
 Models of bytes are trained from nothing, each for so many minutes on books and then for so many on passkeys. The same
 command goes on where it was stopped; the result is written after the books, and anew after the passkeys.
 """
@@ -68,7 +68,7 @@ class Plan:
     d_model: int = 512
     layers: int = 6
     length: int = 1024
-    rows: int = 64
+    rows: int = 32
     lr: float = 2e-3
     digits: int = 5
     windows: int = 256
@@ -205,6 +205,7 @@ def note_rows(model: Learner, bytes_bt: Tensor) -> list[Row]:
         pool = mixers[0].config.pool
         shape = {"pool": pool, "bytes_held": round(pool / share) if share else None}
         rows.append(make_row(f"{BENCH}.{name}", share, "of all bytes", "lower", shape=shape))
+        print(f"{rows[-1].id}: {share:.4f} of all bytes", flush=True)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Passkeys, byte by byte: a number hidden in a text that says the same few sentences over and over, asked for at the end.
+"""Passkeys, byte by byte: a number hidden in a text that says the same few sentences over and over.
 
 ``... We walk on again. The passkey is 40613. Keep it in mind ... What is the passkey?\\nThe passkey is -> 40613``. The
 words are those of `subquad.evals.needle`; the tokens are bytes.
@@ -21,7 +21,7 @@ CARD = TaskCard(
     source="2305.16300",
     scored="each digit, after those before it",
     chance="1 in 10 digits",
-    sizes={"1k": {"length": 1024, "digits": 5}, "short": {"length": 256, "digits": 2}},
+    sizes={"1k": {"length": 1024, "digits": 5}, "short": {"length": 256, "digits": 3}},
 )
 
 
