@@ -79,14 +79,14 @@ class Plan:
         """One training of one model."""
         made = layers_of([mixer], self.layers, self.d_model, {BENCH: self.options}, task)
         sizes = config_to_dict(task.config)
-        return Settings(name, sizes, made, self.d_model, self.rows, lr, minutes=minutes, held_out=1)
+        return Settings(name, sizes, made, self.d_model, self.rows, lr, minutes=minutes, held_out=self.rows)
 
 
 def trained(model: Learner, settings: Settings, task: Task, folder: RunFolder) -> dict[str, Any]:
     """Train `model` in place, or go on, or take what is there already; steps, bytes and minutes that it took."""
     check_folder(settings, folder, resume=True)
     folder.note(settings=config_to_dict(settings))
-    stage = TaskStage(task, model, Batches(task, settings.seed, settings.batch))
+    stage = TaskStage(task, model, Batches(task, settings.seed, settings.batch), settings.held_out)
     budget, habits = Budget(minutes=settings.minutes), Habits(log_steps=10)
     loop = Loop(stage, budget, settings.rate(), folder, habits=habits, display=Told(folder.path.name), say=print)
     if folder.checkpoint.exists():
