@@ -51,10 +51,11 @@ class Plan:
         held: another one, in which a document holds the longest window.
         minutes: of training on books, for each model.
         passkey_minutes: of training on passkeys after it.
+        steps: at most, of each training; 0 is no such limit.
         d_model, layers: of the models.
         length: bytes of a training row.
         rows: of a step.
-        lr: peak learning rate; a third of it for the passkeys.
+        lr: peak learning rate.
         digits: of a passkey.
         windows: of held-out books.
         questions: passkeys at each length.
@@ -65,21 +66,25 @@ class Plan:
     held: str
     minutes: float = 3.0
     passkey_minutes: float = 1.0
+    steps: int = 0
     d_model: int = 512
     layers: int = 6
     length: int = 1024
     rows: int = 32
-    lr: float = 2e-3
+    lr: float = 1e-3
     digits: int = 5
     windows: int = 256
     questions: int = 200
     options: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    def settings(self, mixer: str, task: Task, name: str, minutes: float, lr: float) -> Settings:
+    def settings(self, mixer: str, task: Task, name: str, minutes: float) -> Settings:
         """One training of one model."""
         made = layers_of([mixer], self.layers, self.d_model, {BENCH: self.options}, task)
         sizes = config_to_dict(task.config)
-        return Settings(name, sizes, made, self.d_model, self.rows, lr, minutes=minutes, held_out=self.rows)
+        return Settings(
+            name, sizes, made, self.d_model, self.rows, self.lr, steps=self.steps or None, minutes=minutes,
+            held_out=self.rows,
+        )  # fmt: skip
 
 
 def trained(model: Learner, settings: Settings, task: Task, folder: RunFolder) -> dict[str, Any]:
@@ -87,8 +92,10 @@ def trained(model: Learner, settings: Settings, task: Task, folder: RunFolder) -
     check_folder(settings, folder, resume=True)
     folder.note(settings=config_to_dict(settings))
     stage = TaskStage(task, model, Batches(task, settings.seed, settings.batch), settings.held_out)
-    budget, habits = Budget(minutes=settings.minutes), Habits(log_steps=10)
-    loop = Loop(stage, budget, settings.rate(), folder, habits=habits, display=Told(folder.path.name), say=print)
+    budget = Budget(settings.steps and settings.steps * stage.tokens_per_step, settings.minutes)
+    loop = Loop(
+        stage, budget, settings.rate(), folder, habits=Habits(log_steps=10), display=Told(folder.path.name), say=print
+    )
     if folder.checkpoint.exists():
         loop.resume(folder.load())
     loop.run()
@@ -260,7 +267,7 @@ def run(plan: Plan, runs: Path, out: Path, device: torch.device, command: str) -
 
     # The baseline first: of two on a machine that warms up, it has the better half.
     for name in (BASELINE, BENCH):
-        settings = plan.settings(name, books, "characters", plan.minutes, plan.lr)
+        settings = plan.settings(name, books, "characters", plan.minutes)
         torch.manual_seed(settings.seed)
         models[name] = Learner(books, settings.layers, plan.d_model).to(device)
         spent = trained(models[name], settings, books, RunFolder(runs / f"{name}.books"))
@@ -271,7 +278,7 @@ def run(plan: Plan, runs: Path, out: Path, device: torch.device, command: str) -
         + book_rows(plan, models, bytes_bt, trained_at | shape)
     )
     for name in (BASELINE, BENCH):
-        settings = plan.settings(name, keys[1], "passkey", plan.passkey_minutes, plan.lr / 3)
+        settings = plan.settings(name, keys[1], "passkey", plan.passkey_minutes)
         shape[name] = trained(models[name], settings, keys[1], RunFolder(runs / f"{name}.passkey"))
     write(passkey_rows(plan, models, trained_at | shape))
     return path

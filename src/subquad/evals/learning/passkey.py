@@ -54,12 +54,21 @@ class Passkey(Task):
         self.config, self.length = config, config.length
         self._rows((0.5,), 0)
 
+    def batch(self, split: str, seed: int, step: int, rows: int) -> Batch:
+        """In the test the last answer alone counts."""
+        batch = super().batch(split, seed, step, rows)
+        if split == "test":
+            batch.targets[:, : -self.config.digits] = IGNORE
+        return batch
+
     def draw(self, rng: np.random.Generator, rows: int) -> Batch:
-        """Numbers, their depths and where the text begins are any."""
+        """Numbers, their depths and where the text begins are any; a number is taught wherever it is said again."""
+        digits = self.config.digits
         bytes_bt = self._rows(tuple(rng.random(rows)), int(rng.integers(2**32)))
-        targets_bt = np.full((rows, self.length), IGNORE)
-        targets_bt[:, -self.config.digits :] = bytes_bt[:, -self.config.digits :]
-        return token_batch(bytes_bt[:, :-1], targets_bt)
+        # There are no digits but those of the number, and those of its first place follow from nothing.
+        said_bt = (bytes_bt >= ord("0")) & (bytes_bt <= ord("9"))
+        said_bt &= said_bt.cumsum(1) > digits
+        return token_batch(bytes_bt[:, :-1], np.where(said_bt, bytes_bt, IGNORE)[:, 1:])
 
     def _rows(self, depths: tuple[float, ...], seed: int) -> np.ndarray:
         """Question and answer, one byte more than the inputs."""
