@@ -26,8 +26,8 @@ def plan(tmp_path, monkeypatch):
     (tmp_path / "books.jsonl").write_text("".join(json.dumps({"text": book}) + "\n" for book in books))
     spec = str(tmp_path / "books.jsonl")
     return Plan(
-        spec, spec, minutes=1e-5, passkey_minutes=1e-5, d_model=8, layers=1, length=448, rows=1, digits=1, windows=2,
-        questions=2,
+        spec, spec, minutes=1e-5, passkey_minutes=1e-5, d_model=8, layers=1, length=448, rows=1, digits=1, windows=1,
+        questions=1,
     )  # fmt: skip
 
 
