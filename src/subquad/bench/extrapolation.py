@@ -169,7 +169,7 @@ def book_rows(plan: Plan, models: Mapping[str, Learner], bytes_bt: Tensor, shape
                 found[name] = bootstrap_ratio(sums_b, torch.full_like(sums_b, last)).map(np.exp)
             ours, theirs = found[BENCH], found[BASELINE]
             sizes = {**shape, "t": t, "scored": last, "windows": len(bytes_bt)}
-            rows.append(_row(f"{what}.x{times:g}", ours, theirs, "perplexity of a byte", "lower", sizes))
+            rows.append(_row(f"{what}.x{times:g}", ours, theirs, "1", "lower", sizes))
             print(f"{rows[-1].id}: {ours.format()}, {BASELINE} {theirs.format()}", flush=True)
     return rows
 
@@ -217,7 +217,7 @@ def note_rows(model: Learner, bytes_bt: Tensor) -> list[Row]:
     for name, share in shares.items():
         pool = mixers[0].config.pool
         shape = {"pool": pool, "bytes_held": round(pool / share) if share else None}
-        rows.append(make_row(f"{BENCH}.{name}", share, "of all bytes", "lower", shape=shape))
+        rows.append(make_row(f"{BENCH}.{name}", share, "1", "lower", shape=shape))
         print(f"{rows[-1].id}: {share:.4f} of all bytes", flush=True)
     return rows
 
