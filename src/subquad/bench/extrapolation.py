@@ -32,7 +32,7 @@ from subquad.evals.learning.training import Settings, TaskStage, answers, check_
 from subquad.evals.stats import Interval, bootstrap_ratio, wilson
 from subquad.mixers.memmamba import MemMamba
 from subquad.train.checkpoint import RunFolder
-from subquad.train.loop import Budget, Habits, Loop, Progress
+from subquad.train.loop import Budget, Habits, Loop, Progress, StoppedError
 from subquad.train.precision import autocast
 
 BENCH, BASELINE = "memmamba", "mamba1"
@@ -91,7 +91,12 @@ class Plan:
 
 
 def trained(model: Learner, settings: Settings, task: Task, folder: RunFolder) -> dict[str, Any]:
-    """Train `model` in place, or go on, or take what is there already; steps, bytes and minutes that it took."""
+    """Train `model` in place, or go on, or take what is there already; steps, bytes and minutes that it took.
+
+    Raises:
+        ConfigError: what is there has other settings.
+        StoppedError: asked to stop before the time was over; the training is kept.
+    """
     check_folder(settings, folder, resume=True)
     folder.note(settings=config_to_dict(settings))
     stage = TaskStage(task, model, Batches(task, settings.seed, settings.batch), settings.held_out)
@@ -104,7 +109,10 @@ def trained(model: Learner, settings: Settings, task: Task, folder: RunFolder) -
     stage.load_state_dict({"at": 0})
     if folder.checkpoint.exists():
         loop.resume(folder.load())
-    loop.run()
+    try:
+        loop.run()
+    except StoppedError as stop:
+        raise StoppedError(f"stopped, and saved in {folder.path}; give the same command again to go on") from stop
     return {"steps": loop.steps, "bytes": loop.tokens, "minutes": round(loop.seconds / 60, 2)}
 
 
