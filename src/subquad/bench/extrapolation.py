@@ -65,7 +65,7 @@ class Plan:
 
     train: str
     held: str
-    minutes: float = 3.0
+    minutes: float = 2.5
     passkey_minutes: float = 1.0
     steps: int = 0
     d_model: int = 512
