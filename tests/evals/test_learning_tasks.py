@@ -23,6 +23,7 @@ SMALL = {
     "induction": [],
     "listops": ["short"],
     "mqar": [],
+    "passkey": [],
     "pathfinder": ["32"],
     "recall": [],
     "selective_copy": ["short"],
@@ -109,6 +110,23 @@ def test_recall_teaches_every_value_that_was_shown_before():
             assert targets[i] == known.get(row[i], IGNORE) and targets[i + 1] == IGNORE
             known[row[i]] = row[i + 1]
         assert targets[-1] == known[row[-1]]
+
+
+def test_a_passkey_stands_in_the_text_and_is_the_answer():
+    batch = load_task("passkey").batch("train", 0, 0, 32)
+    depths = []
+    for row, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+        text, key = bytes(row).decode(), bytes(targets[-5:]).decode()
+        # Taught is what was said before, at the second place and at the last.
+        second = text.index(key, text.index(key) + 1) - 1
+        assert {i for i, x in enumerate(targets) if x != IGNORE} == {*range(second, second + 5), *range(1019, 1024)}
+        assert bytes(targets[second : second + 5]).decode() == key
+        assert text.endswith(f"What is the passkey?\nThe passkey is {key[:-1]}")
+        assert text.count(f"The passkey is {key}.") == text.count(f"{key} is the passkey.") == 1
+        depths.append(text.index(key) / len(row))
+    assert min(depths) < 0.25 and max(depths) > 0.7
+    tested = load_task("passkey").batch("test", 0, 0, 4).targets
+    assert bool(((tested != IGNORE).sum(1) == 5).all()) and bool((tested[:, -5:] != IGNORE).all())
 
 
 @pytest.mark.parametrize("size", ["h3", "mamba"])

@@ -19,13 +19,20 @@ OF_RUN = re.compile(r"(?P<kind>[a-z_]*[a-z])_?\d*\.(?P<what>\w+)")
 QUALITIES = {"ppl_ratio": "Perplexity", "zeroshot_retention": "Tasks", "needle_retention": "Needles found"}
 # Of a task that mixers learn: the run, and the step of its course.
 OVER_STEPS = re.compile(r"(?P<run>[\w+]+)\.step(?P<n>\d+)")
+# Of models that read more than they were trained at, in times of that length.
+OVER_TIMES = re.compile(r"(?P<what>ppl|ppl_mean|passkey)\.x(?P<times>[\d.]+)")
+BEYOND = {
+    "ppl": ("Perplexity of the last bytes", "of a byte"),
+    "ppl_mean": ("Perplexity of all bytes", "of a byte"),
+    "passkey": ("Passkeys", "share found"),
+}
 COURSE = re.compile(r"(?P<run>\w+)\.kl\.t(?P<t>\d+)")
 
 
 def plots(result: Result) -> dict[str, Chart]:
     """All charts that the rows of a result make, by their short names."""
     charts: dict[str, Chart] = {}
-    for made in (_over_length, _over_context, _over_rows, _over_bytes, _over_tokens, _over_steps):
+    for made in (_over_length, _over_context, _over_rows, _over_bytes, _over_tokens, _over_steps, _over_times):
         charts |= made(result)
     return charts
 
@@ -77,6 +84,22 @@ def _over_steps(result: Result) -> dict[str, Chart]:
         if row is not None and row.baseline_value is not None:
             series.setdefault("commonest", [(0.0, row.baseline_value), (most, row.baseline_value)])
     return {"accuracy": Chart(f"Held-out accuracy in {result.bench}", "steps", "share right", series)}
+
+
+def _over_times(result: Result) -> dict[str, Chart]:
+    """Each of `BEYOND` over the length that was read, in times of the training's."""
+    found: dict[str, dict[str, list[Point]]] = {}
+    for row in result.rows:
+        match = OVER_TIMES.fullmatch(row.id.removeprefix(f"{result.bench}."))
+        if match is not None and row.baseline_value is not None:
+            for name, y in ((row.baseline, row.baseline_value), (result.bench, row.value)):
+                found.setdefault(match["what"], {}).setdefault(name, []).append((float(match["times"]), y))
+    charts: dict[str, Chart] = {}
+    for what, series in found.items():
+        ticks = [(x, f"{x:g}") for x, _ in series[result.bench]]
+        title = f"{BEYOND[what][0]} beyond the training's length, on {result.env['device']}"
+        charts[what] = Chart(title, "times the training's length", BEYOND[what][1], series, log_x=True, ticks=ticks)
+    return charts
 
 
 def _over_length(result: Result) -> dict[str, Chart]:

@@ -104,18 +104,19 @@ class TaskStage(Stage):
         task: what is learned.
         model: trained in place.
         batches: by step.
+        probe_rows: held-out rows that are looked at.
     """
 
     name = "learn"
 
-    def __init__(self, task: Task, model: Learner, batches: Batches) -> None:
+    def __init__(self, task: Task, model: Learner, batches: Batches, probe_rows: int = PROBE_ROWS) -> None:
         self.task, self.model, self.batches = task, model, batches
         self.device = next(model.parameters()).device
         self.tokens_per_step = batches.rows * task.length
         self.new, self.old = list(model.parameters()), list[nn.Parameter]()
         self.clipped: Sequence[Sequence[nn.Parameter]] = [self.new]
         self._at, self._rows = 0, batches.rows
-        self._probe = held_out(task, batches.seed, PROBE_ROWS)
+        self._probe = held_out(task, batches.seed, probe_rows)
 
     def step(self) -> dict[str, Tensor]:
         """One batch, some rows at a time."""
