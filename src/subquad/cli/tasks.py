@@ -34,6 +34,9 @@ def run(
     set_: Annotated[list[str] | None, typer.Option("--set", help="[SLUG.]KEY=VALUE, an option of a mixer.")] = None,
     layers: Annotated[int, typer.Option(min=1, help="Blocks of the model.")] = 2,
     d_model: Annotated[int, typer.Option(min=2, help="Width of the model.")] = 64,
+    d_mlp: Annotated[
+        int | None, typer.Option(min=0, help="Of the SwiGLUs; 0 is none, twice --d-model without it.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to train; such a run can be repeated to the bit.")] = None,
     minutes: Annotated[
         float | None, typer.Option(help=f"Or minutes, or what comes first of both; {MINUTES:g} without either.")
@@ -97,6 +100,7 @@ def run(
             sizes=config_to_dict(built.config),
             layers=layers_of(slugs, layers, d_model, options, built),
             d_model=d_model,
+            d_mlp=d_mlp,
             batch=batch,
             lr=lr,
             weight_decay=weight_decay,
@@ -162,7 +166,8 @@ def rows_of(prefix: str, settings: Settings, learned: Learned) -> list[Row]:
     from subquad.bench.results import make_row
 
     low, high = learned.accuracy.low, learned.accuracy.high
-    shape = {**settings.sizes, "d_model": settings.d_model, "layers": list(settings.layers), "batch": settings.batch}
+    shape = {**settings.sizes, "d_model": settings.d_model, "d_mlp": settings.d_mlp}
+    shape |= {"layers": list(settings.layers), "batch": settings.batch}
     shape |= {"lr": settings.lr, "steps": learned.steps, "rows": learned.rows, "seed": settings.seed}
     rows = [
         make_row(
@@ -182,4 +187,7 @@ def rows_of(prefix: str, settings: Settings, learned: Learned) -> list[Row]:
     ]
     every = -(-len(learned.course) // COURSE)
     kept = [*learned.course[:-1:every], learned.course[-1]]
-    return rows + [make_row(f"{prefix}.step{step}", accuracy, "1", "higher") for step, accuracy in kept]
+    return rows + [
+        make_row(f"{prefix}.step{step}", accuracy, "1", "higher", shape={"minutes": round(minutes, 3)})
+        for step, minutes, accuracy in kept
+    ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared
 from subquad.core.state import State
 from subquad.ops import dplr, hippo
-from subquad.ops.state_space import ModalState, ModalUpdate, StateSpaceLayer, System, filled, log_steps
+from subquad.ops.state_space import SLOWLY, ModalState, ModalUpdate, StateSpaceLayer, System, filled, log_steps
 
 CARD = Card(
     title="Efficiently Modeling Long Sequences with Structured State Spaces",
@@ -48,6 +49,8 @@ class DiagonalPlusLowRank(System):
     Raises:
         ConfigError: sets that don't divide the groups, or an odd state.
     """
+
+    SLOW: ClassVar[Mapping[str, float]] = dict.fromkeys(("log_dt", "log_rate", "frequency", "low", "input"), SLOWLY)
 
     def __init__(self, groups: int, d_state: int, *, n_ssm: int | None, dt_min: float, dt_max: float) -> None:
         super().__init__()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from subquad.core.mixer import Update
 from subquad.core.precise import Precise
 from subquad.core.state import State, axes, precise
 from subquad.ops import chunks, flashconv
+
+# The rate that published training gives poles, steps and inputs, whatever the rest learns with.
+SLOWLY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,10 @@ class System(Precise, ABC):
     Attributes:
         groups: systems; channels in succession share one.
         modes: complex numbers of state of a channel.
+        SLOW: parameters that training from nothing moves slowly, and the highest rate that each bears.
     """
 
+    SLOW: ClassVar[Mapping[str, float]]
     groups: int
     modes: int
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
@@ -28,7 +29,7 @@ class Batches:
         self.ahead = AHEAD * workers
         # A fork would copy the threads of a device.
         self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _remember, (task,)) if workers else None
-        self._waiting: dict[int, Future[Batch]] = {}
+        self._waiting: dict[int, Future[bytes]] = {}
 
     def __call__(self, step: int) -> Batch:
         """The batch of training's `step`."""
@@ -37,7 +38,7 @@ class Batches:
         for i in range(step, step + self.ahead + 1):
             if i not in self._waiting:
                 self._waiting[i] = self._pool.submit(_made, self.seed, i, self.rows)
-        return self._waiting.pop(step).result()
+        return pickle.loads(self._waiting.pop(step).result())
 
     def close(self) -> None:
         """End the workers."""
@@ -56,5 +57,6 @@ def _remember(task: Task) -> None:
     _tasks.append(task)
 
 
-def _made(seed: int, step: int, rows: int) -> Batch:
-    return _tasks[0].batch("train", seed, step, rows)
+def _made(seed: int, step: int, rows: int) -> bytes:
+    # As bytes: tensors would travel by shared memory, of which containers have little.
+    return pickle.dumps(_tasks[0].batch("train", seed, step, rows))

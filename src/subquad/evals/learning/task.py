@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.core.layout import Layout
@@ -27,11 +28,13 @@ class Batch:
         targets: int64, `IGNORE` where there is none: ``[b, t]``, what comes out at each position, or ``[b]``, the
             class of each row.
         lengths_b: int64 ``[b]``, tokens of each row; the rest is padding.
+        padded: False promises that there is none, without asking the device; None asks `lengths_b`.
     """
 
     inputs: Tensor
     targets: Tensor
     lengths_b: Tensor
+    padded: bool | None = None
 
     def __len__(self) -> int:
         """Rows."""
@@ -41,9 +44,14 @@ class Batch:
     def layout(self) -> Layout:
         """Where the tokens stand."""
         b, t = self.inputs.shape[:2]
-        if bool((self.lengths_b == t).all()):
-            return Layout.dense(b, t, device=self.inputs.device)
-        return Layout.ragged(self.lengths_b, t)
+        if self.is_padded:
+            return Layout.ragged(self.lengths_b, t)
+        return Layout.dense(b, t, device=self.inputs.device)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a row is shorter than the batch is wide."""
+        return bool((self.lengths_b < self.inputs.shape[1]).any()) if self.padded is None else self.padded
 
     def rows(self, start: int, stop: int) -> Batch:
         """Some of the rows, without the columns that none of them needs."""
@@ -54,7 +62,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
-        return Batch(self.inputs.to(device), self.targets.to(device), self.lengths_b.to(device))
+        return Batch(self.inputs.to(device), self.targets.to(device), self.lengths_b.to(device), self.is_padded)
+
+    def widened(self, width: int) -> Batch:
+        """The same in `width` columns, no fewer than there are, as a batch with padding."""
+        more = width - self.inputs.shape[1]
+        inputs = F.pad(self.inputs, (0, 0) * (self.inputs.ndim - 2) + (0, more))
+        targets = self.targets if self.targets.ndim == 1 else F.pad(self.targets, (0, more), value=IGNORE)
+        return Batch(inputs, targets, self.lengths_b, True)
 
 
 class Task(ABC):

@@ -12,19 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.core.config import config_to_dict
-from subquad.core.errors import ConfigError
+from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.core.state import precise
 from subquad.evals.learning.batches import Batches
 from subquad.evals.learning.model import Learner
 from subquad.evals.learning.task import IGNORE, Batch, Task
 from subquad.evals.stats import Interval, bootstrap_ratio, wilson
 from subquad.train.checkpoint import RunFolder
-from subquad.train.loop import Budget, Display, Habits, Loop, Stage
-from subquad.train.optimiser import Rate
+from subquad.train.loop import FIRST_STEPS, Budget, Display, Habits, Loop, Stage
+from subquad.train.optimiser import Rate, slow
 from subquad.train.precision import autocast
+from subquad.train.recorded import Recorded
 
 # Held-out rows that are looked at on the way, and how often, in steps.
 PROBE_ROWS, PROBE_STEPS = 256, 100
+# Columns that recorded steps have are a multiple of this, which transforms and tiles like.
+WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Settings:
         sizes: its config.
         layers: of the model.
         d_model: its width.
+        d_mlp: of its SwiGLUs; 0 is none, None is two times `d_model`.
         batch: rows of a step.
         lr: peak learning rate.
         weight_decay: of matrices.
@@ -49,6 +53,7 @@ class Settings:
     sizes: dict[str, Any]
     layers: tuple[dict[str, Any], ...]
     d_model: int = 64
+    d_mlp: int | None = None
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.0
@@ -81,7 +86,7 @@ class Learned:
         accuracy: share of the held-out answers that are right.
         commonest: the same of saying always what is most often right.
         loss: mean cross-entropy of these answers, in nats.
-        course: steps done and held-out accuracy then, of fewer rows.
+        course: steps done, minutes, and held-out accuracy then, of fewer rows.
         steps, minutes: of training.
         parameters: of the model.
         rows: that were tested.
@@ -90,7 +95,7 @@ class Learned:
     accuracy: Interval
     commonest: float
     loss: float
-    course: list[tuple[int, float]]
+    course: list[tuple[int, float, float]]
     steps: int
     minutes: float
     parameters: int
@@ -104,17 +109,23 @@ class TaskStage(Stage):
         task: what is learned.
         model: trained in place.
         batches: by step.
+        say: told in a line what is settled on the way.
     """
 
     name = "learn"
 
-    def __init__(self, task: Task, model: Learner, batches: Batches) -> None:
-        self.task, self.model, self.batches = task, model, batches
+    def __init__(self, task: Task, model: Learner, batches: Batches, say: Callable[[str], None] | None = None) -> None:
+        self.task, self.model, self.batches, self.say = task, model, batches, say
         self.device = next(model.parameters()).device
         self.tokens_per_step = batches.rows * task.length
         self.new, self.old = list(model.parameters()), list[nn.Parameter]()
         self.clipped: Sequence[Sequence[nn.Parameter]] = [self.new]
+        self.most = slow(model)
         self._at, self._rows = 0, batches.rows
+        # In the first steps it turns out how many rows fit into memory.
+        self._plain: int | float = FIRST_STEPS if self.device.type == "cuda" else math.inf
+        self._recorded: Recorded | None = None
+        self._padded = False
         self._probe = held_out(task, batches.seed, PROBE_ROWS)
 
     def step(self) -> dict[str, Tensor]:
@@ -125,15 +136,50 @@ class TaskStage(Stage):
             figures["held_out"] = right_n.sum() / asked_n.sum()
         batch = self.batches(self._at)
         self._at += 1
-        count = (batch.targets != IGNORE).sum()
-        loss, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for start in range(0, len(batch), self._rows):
-            part = batch.rows(start, start + self._rows).to(self.device)
-            loss_n, right_n = answers(self.model(part), part.targets)
-            share = loss_n.sum() / count
-            share.backward()  # pyright: ignore[reportUnknownMemberType]
-            loss, right = loss + share.detach(), right + right_n.sum()
-        return {"loss": loss, "accuracy": right / count, **figures}
+        self._plain -= 1
+        loss, accuracy = self._replay(batch) if self._plain < 0 and self._rows >= len(batch) else self._by_parts(batch)
+        return {"loss": loss, "accuracy": accuracy, **figures}
+
+    def _by_parts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss and accuracy of a batch, and its gradients, as many rows at a time as fit."""
+        count = (batch.targets != IGNORE).sum().to(self.device)
+        parts = (batch.rows(start, start + self._rows).to(self.device) for start in range(0, len(batch), self._rows))
+        losses, rights = zip(*(self._part(part, count) for part in parts), strict=True)
+        return torch.stack(losses).sum(), torch.stack(rights).sum()
+
+    def _part(self, part: Batch, count: Tensor) -> tuple[Tensor, Tensor]:
+        """What some rows add to loss and accuracy of a batch with `count` answers, and to the gradients."""
+        loss_n, right_n = answers(self.model(part), part.targets)
+        share = loss_n.sum() / count
+        share.backward()  # pyright: ignore[reportUnknownMemberType]
+        return share.detach(), right_n.sum() / count
+
+    def _replay(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`_by_parts` of a whole batch with the launches of a recorded step, where the step can be recorded."""
+        padded = batch.is_padded or batch.inputs.shape[1] < self.task.length
+        if self._recorded is None:
+            self._padded = padded
+        if padded and not self._padded:
+            return self._by_parts(batch)
+        if self._padded:
+            batch = batch.widened(-(-self.task.length // WIDTH) * WIDTH)
+        inputs = [x.to(self.device) for x in (batch.inputs, batch.targets, batch.lengths_b)]
+
+        def run(inputs: Tensor, targets: Tensor, lengths_b: Tensor) -> tuple[Tensor, Tensor]:
+            # A weight that was cast before would stay as it is for ever.
+            with autocast(self.device, keep_casts=False):
+                return self._part(Batch(inputs, targets, lengths_b, padded), (targets != IGNORE).sum())
+
+        if self._recorded is None:
+            try:
+                self._recorded = Recorded(run, inputs, self.new)
+            except UnsupportedError as error:
+                self._plain = math.inf
+                if self.say is not None:
+                    self.say(f"steps are launched kernel by kernel: {error}")
+                return self._by_parts(batch)
+        loss, accuracy = self._recorded(*inputs)
+        return loss, accuracy
 
     def fewer_rows(self) -> int | None:
         """Half as many rows at once from now on; None where it is one already."""
@@ -261,9 +307,9 @@ def learn(
         )
     device = device or torch.device("cpu")
     torch.manual_seed(settings.seed)
-    model = Learner(task, settings.layers, settings.d_model).to(device)
+    model = Learner(task, settings.layers, settings.d_model, settings.d_mlp).to(device)
     batches = Batches(task, settings.seed, settings.batch, workers)
-    stage = TaskStage(task, model, batches)
+    stage = TaskStage(task, model, batches, say)
     tokens = None if settings.steps is None else settings.steps * stage.tokens_per_step
     budget = Budget(tokens, settings.minutes)
     loop = Loop(stage, budget, settings.rate(), folder, habits=habits, display=display, say=say)
@@ -286,13 +332,15 @@ def _test(settings: Settings, stage: TaskStage, loop: Loop) -> Learned:
     rows = held_out(stage.task, settings.seed, settings.held_out)
     right_n, asked_n, loss_n = tested(stage.model, rows, settings.batch)
     counts = rows.targets[rows.targets != IGNORE].bincount()
-    course = [(line["step"] - 1, line["held_out"]) for line in loop.folder.lines() if "held_out" in line]
+    course = [
+        (line["step"] - 1, line["seconds"] / 60, line["held_out"]) for line in loop.folder.lines() if "held_out" in line
+    ]
     accuracy = accuracy_of(right_n, asked_n)
     return Learned(
         accuracy=accuracy,
         commonest=float(counts.max() / counts.sum()),
         loss=float(loss_n.sum() / asked_n.sum()),
-        course=[*course, (loop.steps, accuracy.value)],
+        course=[*course, (loop.steps, loop.seconds / 60, accuracy.value)],
         steps=loop.steps,
         minutes=loop.seconds / 60,
         parameters=sum(p.numel() for p in stage.model.parameters()),

@@ -8,6 +8,7 @@ state of it, but at HiPPO's start they are useless: their condition grows as 2^(
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ def kernel(system: System, length: int) -> Tensor:
         if len(system.step_g) <= per:
             transform_gl = _transform(z_l, *next(pieces))
         else:
-            transform_gl = torch.cat([checkpoint(_transform, z_l, *piece, use_reentrant=False) for piece in pieces])
+            again = partial(checkpoint, _transform, z_l, use_reentrant=False, preserve_rng_state=False)
+            transform_gl = torch.cat([again(*piece) for piece in pieces])
         return torch.fft.irfft(transform_gl, length).to(dtype)
 
 
