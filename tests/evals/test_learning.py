@@ -79,6 +79,18 @@ def test_batches_made_ahead_are_the_same():
         ahead.close()
 
 
+def test_rows_drawn_once_come_again_every_epoch():
+    task = load_task("listops", ["short"])
+    few = Batches(task, 3, 4, total=6)
+    seen = [few(step) for step in range(3)]
+    assert [len(batch) for batch in seen] == [4, 4, 4]
+    rows = [tuple(row[:n].tolist()) for b in seen for row, n in zip(b.inputs, b.lengths_b, strict=True)]
+    assert sorted(rows[:6]) == sorted(rows[6:]) and len(set(rows)) == 6
+    assert torch.equal(seen[1].inputs, few(1).inputs)
+    drawn = task.batch("train", 3, 0, 6)
+    assert {tuple(row[:n].tolist()) for row, n in zip(drawn.inputs, drawn.lengths_b, strict=True)} == set(rows)
+
+
 def test_rows_in_parts_give_the_gradients_of_the_whole(tmp_path):
     from subquad.evals.learning.training import TaskStage
 

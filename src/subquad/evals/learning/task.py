@@ -55,10 +55,13 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """Some of the rows, without the columns that none of them needs."""
-        lengths_b = self.lengths_b[start:stop]
+        return self.picked(slice(start, stop))
+
+    def picked(self, which: slice | Tensor) -> Batch:
+        """Any of the rows, without the columns that none of them needs."""
+        inputs, targets, lengths_b = self.inputs[which], self.targets[which], self.lengths_b[which]
         t = int(lengths_b.max())
-        targets = self.targets[start:stop]
-        return Batch(self.inputs[start:stop, :t], targets if targets.ndim == 1 else targets[:, :t], lengths_b)
+        return Batch(inputs[:, :t], targets if targets.ndim == 1 else targets[:, :t], lengths_b)
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
@@ -109,6 +112,19 @@ class Task(ABC):
     @abstractmethod
     def draw(self, rng: np.random.Generator, rows: int) -> Batch:
         """So many rows of random numbers' making."""
+
+
+def shuffled(seed: int, step: int, rows: int, total: int) -> np.ndarray[Any, Any]:
+    """Which of `total` rows a step takes, in the order of a new shuffle every epoch.
+
+    Epoch follows epoch without a seam: the rows of a step may be of two.
+    """
+    epochs, places = np.divmod(np.arange(step * rows, (step + 1) * rows), total)
+    picked_b = np.empty(rows, np.int64)
+    for epoch in np.unique(epochs):
+        order_n = np.random.default_rng((seed, int(epoch))).permutation(total)
+        picked_b[epochs == epoch] = order_n[places[epochs == epoch]]
+    return picked_b
 
 
 def token_batch(inputs_bt: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> Batch:

@@ -43,6 +43,7 @@ class Settings:
         batch: rows of a step.
         lr: peak learning rate.
         weight_decay: of matrices.
+        rows: that there are to train on; None draws new ones for every step.
         steps, minutes: when it ends, by what comes first; with minutes alone the rate follows the clock, and no two
             runs are the same.
         held_out: rows that are tested in the end, or all where there are fewer.
@@ -57,6 +58,7 @@ class Settings:
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.0
+    rows: int | None = None
     steps: int | None = None
     minutes: float | None = None
     held_out: int = 1000
@@ -66,7 +68,12 @@ class Settings:
         """Refuse what trains or tests nothing."""
         if self.steps is None and self.minutes is None:
             raise ConfigError("expected --steps or --minutes, got neither; give the run an end")
-        for name, value in (("steps", self.steps), ("minutes", self.minutes), ("batch", self.batch)):
+        for name, value in (
+            ("steps", self.steps),
+            ("minutes", self.minutes),
+            ("batch", self.batch),
+            ("rows", self.rows),
+        ):
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"--{name}: expected more than 0, got {value:g}; nothing would be learned")
         if self.held_out < 1 or self.d_model < 2:
@@ -308,7 +315,7 @@ def learn(
     device = device or torch.device("cpu")
     torch.manual_seed(settings.seed)
     model = Learner(task, settings.layers, settings.d_model, settings.d_mlp).to(device)
-    batches = Batches(task, settings.seed, settings.batch, workers)
+    batches = Batches(task, settings.seed, settings.batch, workers, settings.rows, say)
     stage = TaskStage(task, model, batches, say)
     tokens = None if settings.steps is None else settings.steps * stage.tokens_per_step
     budget = Budget(tokens, settings.minutes)
