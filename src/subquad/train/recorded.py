@@ -59,10 +59,10 @@ class Recorded:
         """What ``run(*inputs)`` returns, in memory of its own; gradients stand in the parameters.
 
         Args:
-            inputs: of the example's shapes, on any device.
+            inputs: of the example's shapes, on the device or in locked memory.
         """
         for held, x in zip(self._inputs, inputs, strict=True):
-            held.copy_(x)
+            held.copy_(x, non_blocking=True)
         self._graph.replay()
         for p, gradient in zip(self._parameters, self._gradients, strict=True):
             p.grad = gradient

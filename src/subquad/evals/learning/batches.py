@@ -27,7 +27,7 @@ class Batches:
         task: makes them.
         seed, rows: as in `Task.batch`.
         workers: processes that make them.
-        total: rows that there are, drawn at once and then taken in a new order every epoch; None draws every batch anew.
+        total: rows that there are, drawn at once and taken in a new order every epoch; None draws every batch anew.
         say: told in a line how far the drawing is.
     """
 

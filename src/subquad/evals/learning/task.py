@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -122,9 +123,13 @@ def shuffled(seed: int, step: int, rows: int, total: int) -> np.ndarray[Any, Any
     epochs, places = np.divmod(np.arange(step * rows, (step + 1) * rows), total)
     picked_b = np.empty(rows, np.int64)
     for epoch in np.unique(epochs):
-        order_n = np.random.default_rng((seed, int(epoch))).permutation(total)
-        picked_b[epochs == epoch] = order_n[places[epochs == epoch]]
+        picked_b[epochs == epoch] = _order(seed, int(epoch), total)[places[epochs == epoch]]
     return picked_b
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, total: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng((seed, epoch)).permutation(total)
 
 
 def token_batch(inputs_bt: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> Batch:

@@ -1,4 +1,4 @@
-"""The Cauchy sums' kernels: poles one after the other in registers, so that no matrix of poles and frequencies is ever made.
+"""The Cauchy sums' kernels: poles one after the other, and no matrix of poles and frequencies is ever made.
 
 On the unit circle everything is real but the sums: with ``sigma = 4 sin(w/2) / step`` and ``kappa = 2 cos(w/2)`` the
 denominator of a pair of poles is ``D = kappa^2 |a|^2 - sigma^2 - 2 i sigma kappa Re a``, and what is summed is
