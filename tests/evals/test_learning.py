@@ -14,8 +14,9 @@ from subquad.core.registry import methods
 from subquad.evals.learning import load_task
 from subquad.evals.learning.batches import Batches
 from subquad.evals.learning.model import Learner, checked, layers_of
+from subquad.evals.learning.stage import TaskStage, answers
 from subquad.evals.learning.task import IGNORE, Batch
-from subquad.evals.learning.training import Settings, accuracy_of, answers, learn
+from subquad.evals.learning.training import Settings, accuracy_of, learn
 from subquad.train.checkpoint import RunFolder
 from subquad.train.loop import StoppedError
 
@@ -52,8 +53,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         if progress.step == 9:
             signal.raise_signal(signal.SIGTERM)
 
+    so_far = []
     with pytest.raises(StoppedError):
-        learn(of, task, RunFolder(tmp_path / "cut"), display=stop)
+        learn(of, task, RunFolder(tmp_path / "cut"), display=stop, stopped=so_far.append)
+    assert so_far[0].steps == 10 and so_far[0].rows == whole.rows
     with pytest.raises(ConfigError, match="holds a run already"):
         learn(of, task, RunFolder(tmp_path / "cut"))
     with pytest.raises(ConfigError, match="steps 24 .now 25."):
@@ -92,8 +95,6 @@ def test_rows_drawn_once_come_again_every_epoch():
 
 
 def test_rows_in_parts_give_the_gradients_of_the_whole(tmp_path):
-    from subquad.evals.learning.training import TaskStage
-
     task = load_task("listops", ["short"])
     gradients = []
     for halvings in (0, 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -126,6 +127,17 @@ def run(
         check_folder(settings, folders[run], resume=resume)
     figures: list[Row] = []
     targets = [out / "result.json", *([as_json] if as_json else [])]
+    command = shlex.join(["subquad", *sys.argv[1:]])
+
+    def write(run: str, learned: Learned) -> None:
+        """What is known is written now, and not after the last run."""
+        figures.extend(rows_of(f"tasks.{name}.{run}", runs[run], learned, dtype))
+        typer.echo(f"{run}: {learned.accuracy.format()} right of {learned.rows:,} rows after {learned.steps:,} steps")
+        result = Result(f"tasks.{name}", command, environment(where, dtype), list(figures))
+        for path in targets:
+            result.save(path)
+            refresh_plots(path)
+
     for run, settings in runs.items():
         with Line() as line:
             line.say(f"{run} on {name}")
@@ -139,15 +151,9 @@ def run(
                 habits=Habits(log_steps=10),
                 display=line,
                 say=line.say,
+                stopped=partial(write, run),
             )
-        figures += rows_of(f"tasks.{name}.{run}", settings, learned, dtype)
-        typer.echo(f"{run}: {learned.accuracy.format()} right of {learned.rows:,} rows after {learned.steps:,} steps")
-        # What is known is written now, and not after the last run.
-        command = shlex.join(["subquad", *sys.argv[1:]])
-        result = Result(f"tasks.{name}", command, environment(where, dtype), list(figures))
-        for path in targets:
-            result.save(path)
-            refresh_plots(path)
+        write(run, learned)
     shown = [row for row in figures if ".step" not in row.id]
     typer.echo(terminal_table(Result(f"tasks.{name}", "", {}, shown)))
     typer.echo(f"table: {targets[0]}, chart: {targets[0].with_suffix('.accuracy.svg')}")
