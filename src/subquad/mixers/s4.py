@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,13 @@ class DiagonalPlusLowRank(System):
     def kernel(self, length: int) -> Tensor:
         """See `System.kernel`."""
         return dplr.kernel(self.system(), length)
+
+    @classmethod
+    def kernels(cls, systems: Sequence[System], length: int) -> Sequence[Tensor]:
+        """See `System.kernels`; side by side, since it takes many small operations."""
+        own = (system.system() for system in cast("Sequence[DiagonalPlusLowRank]", systems))
+        together = dplr.System(*(torch.cat(x) for x in zip(*own, strict=True)))
+        return dplr.kernel(together, length).chunk(len(systems))
 
     def scan(self, u_btd: Tensor, state_bdnp: Tensor, **where: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `System.scan`."""
