@@ -15,7 +15,7 @@ from subquad.train import loop as loops
 from subquad.train.checkpoint import RunFolder
 from subquad.train.display import describe
 from subquad.train.loop import Budget, Habits, Loop, Progress, Stage, StoppedError
-from subquad.train.optimiser import Rate
+from subquad.train.optimiser import Rate, adamw, slow
 
 STEPS, BATCH = 40, 8
 
@@ -234,3 +234,19 @@ def test_what_is_not_known_is_not_shown(tmp_path):
 if __name__ == "__main__":
     loops.LONG_SAVE = float(sys.argv[2])
     loop(Path(sys.argv[1]), Line(pause=0.02), habits=Habits(save_steps=3)).run()
+
+
+def test_what_asks_for_a_low_rate_gets_it_and_is_not_decayed():
+    from subquad.mixers.s4 import S4
+
+    mixer = S4(S4.Config(d_model=4, d_state=4))
+    names = {p: name for name, p in mixer.named_parameters()}
+    rate = Rate(1e-2, old=0.05, weight_decay=0.1)
+    high, low = (list(mixer.parameters()), []), ([], list(mixer.parameters()))
+    for new, old, peak, slowly in ((*high, 1e-2, 1e-3), (*low, 5e-4, 5e-4)):
+        optimiser = adamw(new, old, rate, device=torch.device("cpu"), most=slow(mixer))
+        found = {names[p]: (g["peak"], g["weight_decay"]) for g in optimiser.param_groups for p in g["params"]}
+        assert len(found) == len(names)
+        assert found["layer.systems.0.low"] == found["layer.systems.0.log_dt"] == (slowly, 0.0)
+        assert found["layer.systems.0.output"] == found["layer.out_proj.weight"] == (peak, 0.1)
+        assert found["layer.skip"] == (peak, 0.0)

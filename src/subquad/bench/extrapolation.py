@@ -28,7 +28,8 @@ from subquad.evals.learning.characters import Characters
 from subquad.evals.learning.model import Learner, layers_of
 from subquad.evals.learning.passkey import Passkey
 from subquad.evals.learning.task import Task, token_batch
-from subquad.evals.learning.training import Settings, TaskStage, answers, check_folder, tested
+from subquad.evals.learning.stage import TaskStage, answers, tested
+from subquad.evals.learning.training import Settings, check_folder
 from subquad.evals.stats import Interval, bootstrap_ratio, wilson
 from subquad.mixers.memmamba import MemMamba
 from subquad.train.checkpoint import RunFolder
@@ -99,7 +100,7 @@ def trained(model: Learner, settings: Settings, task: Task, folder: RunFolder) -
     """
     check_folder(settings, folder, resume=True)
     folder.note(settings=config_to_dict(settings))
-    stage = TaskStage(task, model, Batches(task, settings.seed, settings.batch), settings.held_out)
+    stage = TaskStage(task, model, Batches(task, settings.seed, settings.batch), probe_rows=settings.held_out)
     budget = Budget(settings.steps and settings.steps * stage.tokens_per_step, settings.minutes)
     loop = Loop(stage, budget, settings.rate(), folder, habits=HABITS, display=Told(folder.path.name), say=print)
     # Kernels are made ready before the clock runs, or who comes first would pay for both.

@@ -69,21 +69,26 @@ def _over_tokens(result: Result) -> dict[str, Chart]:
 
 
 def _over_steps(result: Result) -> dict[str, Chart]:
-    """The accuracy of every run over the steps that it was trained for, and that of always the commonest answer."""
+    """The accuracy of every run over its steps and over its minutes, and that of always the commonest answer."""
     rows = {row.id.removeprefix(f"{result.bench}."): row for row in result.rows}
-    series: dict[str, list[Point]] = {}
+    over: dict[str, dict[str, list[Point]]] = {"steps": {}, "minutes": {}}
     for id, row in rows.items():
         match = OVER_STEPS.fullmatch(id)
         if match is not None:
-            series.setdefault(match["run"], []).append((float(match["n"]), row.value))
-    if not series:
-        return {}
-    most = max(x for points in series.values() for x, _ in points)
-    for run in list(series):
-        row = rows.get(run)
-        if row is not None and row.baseline_value is not None:
-            series.setdefault("commonest", [(0.0, row.baseline_value), (most, row.baseline_value)])
-    return {"accuracy": Chart(f"Held-out accuracy in {result.bench}", "steps", "share right", series)}
+            over["steps"].setdefault(match["run"], []).append((float(match["n"]), row.value))
+            if "minutes" in row.shape:
+                over["minutes"].setdefault(match["run"], []).append((row.shape["minutes"], row.value))
+    charts: dict[str, Chart] = {}
+    for unit, series in over.items():
+        most = max((x for points in series.values() for x, _ in points), default=0.0)
+        for run in list(series):
+            row = rows.get(run)
+            if row is not None and row.baseline_value is not None:
+                series.setdefault("commonest", [(0.0, row.baseline_value), (most, row.baseline_value)])
+        if series:
+            name = "accuracy" if unit == "steps" else "accuracy_over_minutes"
+            charts[name] = Chart(f"Held-out accuracy in {result.bench}", unit, "share right", series)
+    return charts
 
 
 def _over_times(result: Result) -> dict[str, Chart]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,8 @@ from subquad.cli._placement import Device, placement, writable
 from subquad.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from subquad.bench.results import Row
     from subquad.evals.learning.training import Learned, Settings
 
@@ -34,11 +37,17 @@ def run(
     set_: Annotated[list[str] | None, typer.Option("--set", help="[SLUG.]KEY=VALUE, an option of a mixer.")] = None,
     layers: Annotated[int, typer.Option(min=1, help="Blocks of the model.")] = 2,
     d_model: Annotated[int, typer.Option(min=2, help="Width of the model.")] = 64,
+    d_mlp: Annotated[
+        int | None, typer.Option(min=0, help="Of the SwiGLUs; 0 is none, twice --d-model without it.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps to train; such a run can be repeated to the bit.")] = None,
     minutes: Annotated[
         float | None, typer.Option(help=f"Or minutes, or what comes first of both; {MINUTES:g} without either.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 64,
+    rows: Annotated[
+        int | None, typer.Option(help="Rows to train on again and again; without it every step draws new ones.")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices.")] = 0.0,
     held_out: Annotated[int, typer.Option(min=1, help="Rows to test on, or all where there are fewer.")] = 1000,
@@ -70,6 +79,8 @@ def run(
     if len(set(mixer)) < len(mixer):
         raise ConfigError(f"--mixer: expected each one once, got {', '.join(mixer)}; drop one")
 
+    import torch
+
     from subquad.bench.plots import refresh_plots
     from subquad.bench.results import Result, environment
     from subquad.bench.tables import terminal_table
@@ -84,6 +95,8 @@ def run(
 
     writable("--json", as_json)
     where, _ = placement(device, "")
+    # What products are made in; weights are float32.
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     built = load_task(task, size or [])
     hybrids = {"+".join(slugs): slugs for slugs in ([slug.strip() for slug in one.split(",")] for one in mixer)}
     used = checked([slug for slugs in hybrids.values() for slug in slugs], built)
@@ -97,7 +110,9 @@ def run(
             sizes=config_to_dict(built.config),
             layers=layers_of(slugs, layers, d_model, options, built),
             d_model=d_model,
+            d_mlp=d_mlp,
             batch=batch,
+            rows=rows,
             lr=lr,
             weight_decay=weight_decay,
             steps=steps,
@@ -110,8 +125,19 @@ def run(
     folders = {run: RunFolder(out / run) for run in runs}
     for run, settings in runs.items():
         check_folder(settings, folders[run], resume=resume)
-    rows: list[Row] = []
+    figures: list[Row] = []
     targets = [out / "result.json", *([as_json] if as_json else [])]
+    command = shlex.join(["subquad", *sys.argv[1:]])
+
+    def write(run: str, learned: Learned) -> None:
+        """What is known is written now, and not after the last run."""
+        figures.extend(rows_of(f"tasks.{name}.{run}", runs[run], learned, dtype))
+        typer.echo(f"{run}: {learned.accuracy.format()} right of {learned.rows:,} rows after {learned.steps:,} steps")
+        result = Result(f"tasks.{name}", command, environment(where, dtype), list(figures))
+        for path in targets:
+            result.save(path)
+            refresh_plots(path)
+
     for run, settings in runs.items():
         with Line() as line:
             line.say(f"{run} on {name}")
@@ -125,18 +151,10 @@ def run(
                 habits=Habits(log_steps=10),
                 display=line,
                 say=line.say,
+                stopped=partial(write, run),
             )
-        rows += rows_of(f"tasks.{name}.{run}", settings, learned)
-        typer.echo(f"{run}: {learned.accuracy.format()} right of {learned.rows:,} rows after {learned.steps:,} steps")
-        # What is known is written now, and not after the last run.
-        command = shlex.join(["subquad", *sys.argv[1:]])
-        import torch
-
-        result = Result(f"tasks.{name}", command, environment(where, torch.float32), list(rows))
-        for path in targets:
-            result.save(path)
-            refresh_plots(path)
-    shown = [row for row in rows if ".step" not in row.id]
+        write(run, learned)
+    shown = [row for row in figures if ".step" not in row.id]
     typer.echo(terminal_table(Result(f"tasks.{name}", "", {}, shown)))
     typer.echo(f"table: {targets[0]}, chart: {targets[0].with_suffix('.accuracy.svg')}")
 
@@ -157,12 +175,13 @@ def listed() -> None:
     stdout().print(table)
 
 
-def rows_of(prefix: str, settings: Settings, learned: Learned) -> list[Row]:
+def rows_of(prefix: str, settings: Settings, learned: Learned, dtype: torch.dtype) -> list[Row]:
     """The figures of a run: accuracy beside the commonest answer's, cross-entropy, size, time, and the course."""
     from subquad.bench.results import make_row
 
     low, high = learned.accuracy.low, learned.accuracy.high
-    shape = {**settings.sizes, "d_model": settings.d_model, "layers": list(settings.layers), "batch": settings.batch}
+    shape = {**settings.sizes, "d_model": settings.d_model, "d_mlp": settings.d_mlp}
+    shape |= {"layers": list(settings.layers), "batch": settings.batch, "train_rows": settings.rows}
     shape |= {"lr": settings.lr, "steps": learned.steps, "rows": learned.rows, "seed": settings.seed}
     rows = [
         make_row(
@@ -173,7 +192,7 @@ def rows_of(prefix: str, settings: Settings, learned: Learned) -> list[Row]:
             baseline="the commonest answer",
             baseline_value=learned.commonest,
             shape=shape,
-            dtype="float32",
+            dtype=str(dtype).removeprefix("torch."),
             interval=[] if low is None or high is None else [low, high],
         ),
         make_row(f"{prefix}.loss", learned.loss, "nats", "lower"),
@@ -182,4 +201,7 @@ def rows_of(prefix: str, settings: Settings, learned: Learned) -> list[Row]:
     ]
     every = -(-len(learned.course) // COURSE)
     kept = [*learned.course[:-1:every], learned.course[-1]]
-    return rows + [make_row(f"{prefix}.step{step}", accuracy, "1", "higher") for step, accuracy in kept]
+    return rows + [
+        make_row(f"{prefix}.step{step}", accuracy, "1", "higher", shape={"minutes": round(minutes, 3)})
+        for step, minutes, accuracy in kept
+    ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared
 from subquad.core.state import State
 from subquad.ops import dplr, hippo
-from subquad.ops.state_space import ModalState, ModalUpdate, StateSpaceLayer, System, filled, log_steps
+from subquad.ops.state_space import SLOWLY, ModalState, ModalUpdate, StateSpaceLayer, System, filled, log_steps
 
 CARD = Card(
     title="Efficiently Modeling Long Sequences with Structured State Spaces",
@@ -49,6 +50,8 @@ class DiagonalPlusLowRank(System):
         ConfigError: sets that don't divide the groups, or an odd state.
     """
 
+    SLOW: ClassVar[Mapping[str, float]] = dict.fromkeys(("log_dt", "log_rate", "frequency", "low", "input"), SLOWLY)
+
     def __init__(self, groups: int, d_state: int, *, n_ssm: int | None, dt_min: float, dt_max: float) -> None:
         super().__init__()
         n_ssm = groups if n_ssm is None else n_ssm
@@ -79,6 +82,13 @@ class DiagonalPlusLowRank(System):
     def kernel(self, length: int) -> Tensor:
         """See `System.kernel`."""
         return dplr.kernel(self.system(), length)
+
+    @classmethod
+    def kernels(cls, systems: Sequence[System], length: int) -> Sequence[Tensor]:
+        """See `System.kernels`; side by side, since it takes many small operations."""
+        own = (system.system() for system in cast("Sequence[DiagonalPlusLowRank]", systems))
+        together = dplr.System(*(torch.cat(x) for x in zip(*own, strict=True)))
+        return dplr.kernel(together, length).chunk(len(systems))
 
     def scan(self, u_btd: Tensor, state_bdnp: Tensor, **where: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `System.scan`."""

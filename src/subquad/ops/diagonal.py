@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from subquad.core.errors import ConfigError, nearest
 from subquad.ops import chunks, hippo, lti, modal
-from subquad.ops.state_space import System, filled, log_steps
+from subquad.ops.state_space import SLOWLY, System, filled, log_steps
 
 DISCRETIZATIONS = ("zoh", "bilinear")
 
@@ -28,6 +31,8 @@ class Diagonal(System):
     Raises:
         ConfigError: sets that don't divide the groups, or an unknown name.
     """
+
+    SLOW: ClassVar[Mapping[str, float]] = dict.fromkeys(("log_dt", "log_rate", "frequency"), SLOWLY)
 
     def __init__(
         self,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from subquad.core.mixer import Update
 from subquad.core.precise import Precise
 from subquad.core.state import State, axes, precise
 from subquad.ops import chunks, flashconv
+
+# The rate that published training gives poles, steps and inputs, whatever the rest learns with.
+SLOWLY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,21 @@ class System(Precise, ABC):
     Attributes:
         groups: systems; channels in succession share one.
         modes: complex numbers of state of a channel.
+        SLOW: parameters that training from nothing moves slowly, and the highest rate that each bears.
     """
 
+    SLOW: ClassVar[Mapping[str, float]]
     groups: int
     modes: int
 
     @abstractmethod
     def kernel(self, length: int) -> Tensor:
         """Its impulse response ``[g, length]``."""
+
+    @classmethod
+    def kernels(cls, systems: Sequence[System], length: int) -> Sequence[Tensor]:
+        """The impulse responses of several systems alike, which may be worked out together."""
+        return [system.kernel(length) for system in systems]
 
     @abstractmethod
     def scan(self, u_btd: Tensor, state_bdnp: Tensor, **where: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -136,14 +146,15 @@ class StateSpaceLayer(nn.Module):
         if t == 0:
             return x_btd.clone()
         (u_btd,) = chunks.blank(chunks.kept(layout), x_btd)
-        y_btd = flashconv.parallel(u_btd, self.systems[0].kernel(t), self.skip, documents_bt=documents_bt)
-        if len(self.systems) == 2:
+        kernel_gt, *back = type(self.systems[0]).kernels(self.systems, t)
+        y_btd = flashconv.parallel(u_btd, kernel_gt, self.skip, documents_bt=documents_bt)
+        for back_gt in back:
             # Padding is zeros now, so that a row's last token meets an empty state though it isn't the first.
             turned_bt = None
             if documents_bt is not None:
                 documents_bt = cast("Tensor", chunks.settle(documents_bt, chunks.kept(layout)))
                 turned_bt = (documents_bt[:, -1:] - documents_bt).flip(1)
-            back_btd = flashconv.parallel(u_btd.flip(1), self.systems[1].kernel(t), documents_bt=turned_bt)
+            back_btd = flashconv.parallel(u_btd.flip(1), back_gt, documents_bt=turned_bt)
             y_btd = y_btd + back_btd.flip(1)
         return self._leave(y_btd)
 

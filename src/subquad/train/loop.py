@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class Stage(ABC):
         device: where it runs.
         new, old: parameters at the full and at the lower rate.
         clipped: sets of parameters whose gradients are clipped apart.
+        most: of some parameters the highest rate that they bear.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Stage(ABC):
     new: list[nn.Parameter]
     old: list[nn.Parameter]
     clipped: Sequence[Sequence[nn.Parameter]]
+    most: Mapping[nn.Parameter, float] = MappingProxyType({})
 
     @abstractmethod
     def step(self) -> dict[str, Tensor]:
@@ -192,7 +195,7 @@ class Loop:
         self.stage, self.budget, self.rate, self.folder = stage, budget, rate, folder
         self.habits, self.display, self.say = habits or Habits(), display, say
         self.processes = processes or Processes(stage.device)
-        self.optimiser = adamw(stage.new, stage.old, rate, device=stage.device)
+        self.optimiser = adamw(stage.new, stage.old, rate, device=stage.device, most=stage.most)
         self._sharded = any(isinstance(p, DTensor) for p in (*stage.new, *stage.old))
         self.steps = self.tokens = 0
         self.seconds = 0.0

@@ -1,9 +1,9 @@
-"""AdamW with a rate for what is new and a lower one for what was there, and the course of the rate."""
+"""AdamW with a rate for what is new, lower ones for what was there or asks for it, and the course of the rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,17 +57,46 @@ class Rate:
         return self.floor + (1 - self.floor) * fall
 
 
+def slow(model: nn.Module) -> dict[nn.Parameter, float]:
+    """The parameters that ask for a low rate, and the highest that they bear.
+
+    A module names them by ``SLOW``, a mapping from its own parameters' names: what a state space remembers with leaves
+    its start for ever at the rate that a matrix learns with (2111.00396, appendix D.2).
+    """
+    return {
+        module.get_parameter(name): most
+        for module in model.modules()
+        for name, most in getattr(module, "SLOW", {}).items()
+    }
+
+
 def adamw(
-    new: Iterable[nn.Parameter], old: Iterable[nn.Parameter], rate: Rate, *, device: torch.device
+    new: Iterable[nn.Parameter],
+    old: Iterable[nn.Parameter],
+    rate: Rate,
+    *,
+    device: torch.device,
+    most: Mapping[nn.Parameter, float] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over `new` at the rate and `old` at its lower one; each group keeps its peak as ``peak``."""
+    """AdamW over `new` at the rate and `old` at its lower one; each group keeps its peak as ``peak``.
+
+    Args:
+        new, old: parameters.
+        rate: theirs.
+        device: where they are.
+        most: of some of them the highest rate; these are never decayed.
+    """
+    most = most or {}
     groups: list[dict[str, Any]] = []
     for parameters, factor in ((list(new), 1.0), (list(old), rate.old)):
         for matrices in (True, False):
-            chosen = [p for p in parameters if (p.ndim >= 2) == matrices]
+            chosen = [p for p in parameters if (p.ndim >= 2) == matrices and p not in most]
             if chosen:
                 decay = rate.weight_decay if matrices else 0.0
                 groups.append({"params": chosen, "weight_decay": decay, "peak": rate.lr * factor})
+        for bound in sorted({most[p] for p in parameters if p in most}):
+            chosen = [p for p in parameters if most.get(p) == bound]
+            groups.append({"params": chosen, "weight_decay": 0.0, "peak": min(rate.lr * factor, bound)})
     if not groups:
         raise ConfigError("expected parameters to train, got none; loosen the phase's patterns: --stage PHASE.train=*")
     # The fused form takes the rate from the device's side of the queue and waits for nothing.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from subquad.core.errors import ConfigError, DataError
 from subquad.evals.learning import TaskCard
-from subquad.evals.learning.task import Batch, Task
+from subquad.evals.learning.task import Batch, Task, shuffled
 
 CARD = TaskCard(
     title="sequential digits: a written digit, pixel by pixel",
@@ -75,13 +75,7 @@ class Digits(Task):
         images_nt, labels_n = self.data[split]
         if split == "test":
             return self._take(images_nt, labels_n, np.arange(step * rows, min((step + 1) * rows, len(labels_n))))
-        # Epoch after epoch without a seam: the rows of a step may be of two.
-        epochs, places = np.divmod(np.arange(step * rows, (step + 1) * rows), len(labels_n))
-        picked_b = np.empty(rows, np.int64)
-        for epoch in np.unique(epochs):
-            order_n = np.random.default_rng((seed, int(epoch))).permutation(len(labels_n))
-            picked_b[epochs == epoch] = order_n[places[epochs == epoch]]
-        return self._take(images_nt, labels_n, picked_b)
+        return self._take(images_nt, labels_n, shuffled(seed, step, rows, len(labels_n)))
 
     def draw(self, rng: np.random.Generator, rows: int) -> Batch:
         """Any images of the training, for who wants some."""

@@ -110,13 +110,15 @@ class Learner(nn.Module):
     Args:
         task: whose inputs and outputs it has.
         layers: of the stack's config.
-        d_model: width; the SwiGLU is two times as wide.
+        d_model: width.
+        d_mlp: of the SwiGLU; 0 is none, None is two times the model's.
     """
 
-    def __init__(self, task: Task, layers: Sequence[Mapping[str, Any]], d_model: int) -> None:
+    def __init__(self, task: Task, layers: Sequence[Mapping[str, Any]], d_model: int, d_mlp: int | None = None) -> None:
         super().__init__()
         self.pooled = task.pooled
-        self.stack = Stack(ModelConfig(task.outputs, d_model, 2 * d_model, tuple(layers), max_positions=task.length))
+        d_mlp = 2 * d_model if d_mlp is None else d_mlp
+        self.stack = Stack(ModelConfig(task.outputs, d_model, d_mlp, tuple(layers), max_positions=task.length))
         if task.vocab_size is None:
             self.stack.add_module("embed", nn.Linear(task.channels, d_model))
         elif task.vocab_size != task.outputs:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.core.layout import Layout
@@ -27,11 +29,13 @@ class Batch:
         targets: int64, `IGNORE` where there is none: ``[b, t]``, what comes out at each position, or ``[b]``, the
             class of each row.
         lengths_b: int64 ``[b]``, tokens of each row; the rest is padding.
+        padded: False promises that there is none, without asking the device; None asks `lengths_b`.
     """
 
     inputs: Tensor
     targets: Tensor
     lengths_b: Tensor
+    padded: bool | None = None
 
     def __len__(self) -> int:
         """Rows."""
@@ -41,20 +45,35 @@ class Batch:
     def layout(self) -> Layout:
         """Where the tokens stand."""
         b, t = self.inputs.shape[:2]
-        if bool((self.lengths_b == t).all()):
-            return Layout.dense(b, t, device=self.inputs.device)
-        return Layout.ragged(self.lengths_b, t)
+        if self.is_padded:
+            return Layout.ragged(self.lengths_b, t)
+        return Layout.dense(b, t, device=self.inputs.device)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a row is shorter than the batch is wide."""
+        return bool((self.lengths_b < self.inputs.shape[1]).any()) if self.padded is None else self.padded
 
     def rows(self, start: int, stop: int) -> Batch:
         """Some of the rows, without the columns that none of them needs."""
-        lengths_b = self.lengths_b[start:stop]
+        return self.picked(slice(start, stop))
+
+    def picked(self, which: slice | Tensor) -> Batch:
+        """Any of the rows, without the columns that none of them needs."""
+        inputs, targets, lengths_b = self.inputs[which], self.targets[which], self.lengths_b[which]
         t = int(lengths_b.max())
-        targets = self.targets[start:stop]
-        return Batch(self.inputs[start:stop, :t], targets if targets.ndim == 1 else targets[:, :t], lengths_b)
+        return Batch(inputs[:, :t], targets if targets.ndim == 1 else targets[:, :t], lengths_b)
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
-        return Batch(self.inputs.to(device), self.targets.to(device), self.lengths_b.to(device))
+        return Batch(self.inputs.to(device), self.targets.to(device), self.lengths_b.to(device), self.is_padded)
+
+    def widened(self, width: int) -> Batch:
+        """The same in `width` columns, no fewer than there are, as a batch with padding."""
+        more = width - self.inputs.shape[1]
+        inputs = F.pad(self.inputs, (0, 0) * (self.inputs.ndim - 2) + (0, more))
+        targets = self.targets if self.targets.ndim == 1 else F.pad(self.targets, (0, more), value=IGNORE)
+        return Batch(inputs, targets, self.lengths_b, True)
 
 
 class Task(ABC):
@@ -94,6 +113,23 @@ class Task(ABC):
     @abstractmethod
     def draw(self, rng: np.random.Generator, rows: int) -> Batch:
         """So many rows of random numbers' making."""
+
+
+def shuffled(seed: int, step: int, rows: int, total: int) -> np.ndarray[Any, Any]:
+    """Which of `total` rows a step takes, in the order of a new shuffle every epoch.
+
+    Epoch follows epoch without a seam: the rows of a step may be of two.
+    """
+    epochs, places = np.divmod(np.arange(step * rows, (step + 1) * rows), total)
+    picked_b = np.empty(rows, np.int64)
+    for epoch in np.unique(epochs):
+        picked_b[epochs == epoch] = _order(seed, int(epoch), total)[places[epochs == epoch]]
+    return picked_b
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, total: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng((seed, epoch)).permutation(total)
 
 
 def token_batch(inputs_bt: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> Batch:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from subquad.core.config import config_to_dict
 from subquad.core.errors import ConfigError
-from subquad.core.state import precise
 from subquad.evals.learning.batches import Batches
 from subquad.evals.learning.model import Learner
-from subquad.evals.learning.task import IGNORE, Batch, Task
+from subquad.evals.learning.stage import TaskStage, held_out, tested
+from subquad.evals.learning.task import IGNORE, Task
 from subquad.evals.stats import Interval, bootstrap_ratio, wilson
 from subquad.train.checkpoint import RunFolder
-from subquad.train.loop import Budget, Display, Habits, Loop, Stage
+from subquad.train.loop import Budget, Display, Habits, Loop, StoppedError
 from subquad.train.optimiser import Rate
-from subquad.train.precision import autocast
-
-# Held-out rows that are looked at on the way, and how often, in steps.
-PROBE_ROWS, PROBE_STEPS = 256, 100
 
 
 @dataclass(frozen=True)
@@ -36,9 +31,11 @@ class Settings:
         sizes: its config.
         layers: of the model.
         d_model: its width.
+        d_mlp: of its SwiGLUs; 0 is none, None is two times `d_model`.
         batch: rows of a step.
         lr: peak learning rate.
         weight_decay: of matrices.
+        rows: that there are to train on; None draws new ones for every step.
         steps, minutes: when it ends, by what comes first; with minutes alone the rate follows the clock, and no two
             runs are the same.
         held_out: rows that are tested in the end, or all where there are fewer.
@@ -49,9 +46,11 @@ class Settings:
     sizes: dict[str, Any]
     layers: tuple[dict[str, Any], ...]
     d_model: int = 64
+    d_mlp: int | None = None
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.0
+    rows: int | None = None
     steps: int | None = None
     minutes: float | None = None
     held_out: int = 1000
@@ -61,7 +60,12 @@ class Settings:
         """Refuse what trains or tests nothing."""
         if self.steps is None and self.minutes is None:
             raise ConfigError("expected --steps or --minutes, got neither; give the run an end")
-        for name, value in (("steps", self.steps), ("minutes", self.minutes), ("batch", self.batch)):
+        for name, value in (
+            ("steps", self.steps),
+            ("minutes", self.minutes),
+            ("batch", self.batch),
+            ("rows", self.rows),
+        ):
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"--{name}: expected more than 0, got {value:g}; nothing would be learned")
         if self.held_out < 1 or self.d_model < 2:
@@ -81,7 +85,7 @@ class Learned:
         accuracy: share of the held-out answers that are right.
         commonest: the same of saying always what is most often right.
         loss: mean cross-entropy of these answers, in nats.
-        course: steps done and held-out accuracy then, of fewer rows.
+        course: steps done, minutes, and held-out accuracy then, of fewer rows.
         steps, minutes: of training.
         parameters: of the model.
         rows: that were tested.
@@ -90,108 +94,11 @@ class Learned:
     accuracy: Interval
     commonest: float
     loss: float
-    course: list[tuple[int, float]]
+    course: list[tuple[int, float, float]]
     steps: int
     minutes: float
     parameters: int
     rows: int
-
-
-class TaskStage(Stage):
-    """Minimise the cross-entropy of a task's answers; now and then, look at held-out rows.
-
-    Args:
-        task: what is learned.
-        model: trained in place.
-        batches: by step.
-        probe_rows: held-out rows that are looked at.
-    """
-
-    name = "learn"
-
-    def __init__(self, task: Task, model: Learner, batches: Batches, probe_rows: int = PROBE_ROWS) -> None:
-        self.task, self.model, self.batches = task, model, batches
-        self.device = next(model.parameters()).device
-        self.tokens_per_step = batches.rows * task.length
-        self.new, self.old = list(model.parameters()), list[nn.Parameter]()
-        self.clipped: Sequence[Sequence[nn.Parameter]] = [self.new]
-        self._at, self._rows = 0, batches.rows
-        self._probe = held_out(task, batches.seed, probe_rows)
-
-    def step(self) -> dict[str, Tensor]:
-        """One batch, some rows at a time."""
-        figures: dict[str, Tensor] = {}
-        if self._at % PROBE_STEPS == 0:
-            right_n, asked_n, _ = tested(self.model, self._probe, self._rows)
-            figures["held_out"] = right_n.sum() / asked_n.sum()
-        batch = self.batches(self._at)
-        self._at += 1
-        count = (batch.targets != IGNORE).sum()
-        loss, right = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for start in range(0, len(batch), self._rows):
-            part = batch.rows(start, start + self._rows).to(self.device)
-            loss_n, right_n = answers(self.model(part), part.targets)
-            share = loss_n.sum() / count
-            share.backward()  # pyright: ignore[reportUnknownMemberType]
-            loss, right = loss + share.detach(), right + right_n.sum()
-        return {"loss": loss, "accuracy": right / count, **figures}
-
-    def fewer_rows(self) -> int | None:
-        """Half as many rows at once from now on; None where it is one already."""
-        if self._rows == 1:
-            return None
-        self._rows //= 2
-        return self._rows
-
-    def weights(self) -> dict[str, Tensor]:
-        """The model's."""
-        return self.model.state_dict()
-
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put `weights` back."""
-        self.model.load_state_dict(weights)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The next step."""
-        return {"at": self._at}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set it."""
-        self._at = state["at"]
-
-
-def answers(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every answer in nats, 0 where none is asked for, and whether it is right."""
-    loss = F.cross_entropy(
-        logits.flatten(0, -2).to(precise(logits.dtype)), targets.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return loss.view_as(targets), (logits.argmax(-1) == targets) & (targets != IGNORE)
-
-
-@torch.no_grad()
-def tested(model: Learner, batch: Batch, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Right answers, answers asked for, and summed cross-entropy of each row.
-
-    Args:
-        model: as it is.
-        batch: on any device.
-        rows: at once.
-    """
-    device = next(model.parameters()).device
-    found: list[list[Tensor]] = []
-    for start in range(0, len(batch), rows):
-        part = batch.rows(start, start + rows).to(device)
-        with autocast(device):
-            loss, right = answers(model(part), part.targets)
-        sums = (x.view(len(part), -1).sum(1) for x in (right, part.targets != IGNORE, loss))
-        found.append([x.cpu() for x in sums])
-    right_n, asked_n, loss_n = (torch.cat(x) for x in zip(*found, strict=True))
-    return right_n, asked_n, loss_n
-
-
-def held_out(task: Task, seed: int, rows: int) -> Batch:
-    """So many rows of the test, or all that there are."""
-    return task.batch("test", seed, 0, rows if task.held_out is None else min(rows, task.held_out))
 
 
 def accuracy_of(right_n: Tensor, asked_n: Tensor) -> Interval:
@@ -235,6 +142,7 @@ def learn(
     habits: Habits | None = None,
     display: Display | None = None,
     say: Callable[[str], None] | None = None,
+    stopped: Callable[[Learned], None] | None = None,
 ) -> Learned:
     """Train a model on `task` as `settings` say, and test it.
 
@@ -249,6 +157,7 @@ def learn(
         device: the CPU when None.
         workers: processes that make batches.
         habits, display, say: as in `Loop`.
+        stopped: told what is learned so far where a signal stops the run.
 
     Raises:
         ConfigError: as in `check_folder`.
@@ -262,9 +171,9 @@ def learn(
         )
     device = device or torch.device("cpu")
     torch.manual_seed(settings.seed)
-    model = Learner(task, settings.layers, settings.d_model).to(device)
-    batches = Batches(task, settings.seed, settings.batch, workers)
-    stage = TaskStage(task, model, batches)
+    model = Learner(task, settings.layers, settings.d_model, settings.d_mlp).to(device)
+    batches = Batches(task, settings.seed, settings.batch, workers, settings.rows, say)
+    stage = TaskStage(task, model, batches, say)
     tokens = None if settings.steps is None else settings.steps * stage.tokens_per_step
     budget = Budget(tokens, settings.minutes)
     loop = Loop(stage, budget, settings.rate(), folder, habits=habits, display=display, say=say)
@@ -275,6 +184,10 @@ def learn(
         loop.resume(checkpoint)
     try:
         loop.run()
+    except StoppedError:
+        if stopped is not None:
+            stopped(_test(settings, stage, loop))
+        raise
     finally:
         batches.close()
     learned = _test(settings, stage, loop)
@@ -287,13 +200,15 @@ def _test(settings: Settings, stage: TaskStage, loop: Loop) -> Learned:
     rows = held_out(stage.task, settings.seed, settings.held_out)
     right_n, asked_n, loss_n = tested(stage.model, rows, settings.batch)
     counts = rows.targets[rows.targets != IGNORE].bincount()
-    course = [(line["step"] - 1, line["held_out"]) for line in loop.folder.lines() if "held_out" in line]
+    course = [
+        (line["step"] - 1, line["seconds"] / 60, line["held_out"]) for line in loop.folder.lines() if "held_out" in line
+    ]
     accuracy = accuracy_of(right_n, asked_n)
     return Learned(
         accuracy=accuracy,
         commonest=float(counts.max() / counts.sum()),
         loss=float(loss_n.sum() / asked_n.sum()),
-        course=[*course, (loop.steps, accuracy.value)],
+        course=[*course, (loop.steps, loop.seconds / 60, accuracy.value)],
         steps=loop.steps,
         minutes=loop.seconds / 60,
         parameters=sum(p.numel() for p in stage.model.parameters()),

@@ -8,6 +8,8 @@ state of it, but at HiPPO's start they are useless: their condition grows as 2^(
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -76,6 +78,11 @@ def final_state(
 
 def kernel(system: System, length: int) -> Tensor:
     """`subquad.ops.dplr.kernel`."""
+    return response(system, length, _by_slices)
+
+
+def response(system: System, length: int, transform: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """`subquad.ops.dplr.kernel` with any way to its `transform`, whose arguments are `_transform`'s."""
     dtype = chunks.compute_dtype(system.step_g)
     with torch.autocast(system.step_g.device.type, enabled=False):
         system = system.to(chunks.wide(system.step_g))
@@ -89,25 +96,30 @@ def kernel(system: System, length: int) -> Tensor:
         cut_gp = (row_g1p - end_g1p)[:, 0] / 2
         cut_gn = torch.complex(cut_gp[:, :n], -cut_gp[:, n:])
         # A factor (1 + z) less in the resolvent, and nothing is divided by 0 at z = -1.
-        back_gn, angle_l = system.low_gn.conj(), torch.arange(length // 2 + 1, device=cut_gn.device)
-        z_l = torch.polar(torch.ones_like(cut_gp[0, 0]), -2 * math.pi / length * angle_l.to(cut_gp.dtype))
+        back_gn, place_l = system.low_gn.conj(), torch.arange(length // 2 + 1, device=cut_gn.device)
         ahead_gn = torch.stack((system.input_gn, system.low_gn), dim=-1)
         weights_gnk = torch.cat((cut_gn[..., None] * ahead_gn, back_gn[..., None] * ahead_gn), dim=-1)
-        per = max(SLICE // (len(z_l) * n), 1)
-        pieces = zip(*(x.split(per) for x in (system.step_g, system.poles_gn, weights_gnk)), strict=True)
-        if len(system.step_g) <= per:
-            transform_gl = _transform(z_l, *next(pieces))
-        else:
-            transform_gl = torch.cat([checkpoint(_transform, z_l, *piece, use_reentrant=False) for piece in pieces])
-        return torch.fft.irfft(transform_gl, length).to(dtype)
+        angle_l = 2 * math.pi / length * place_l.to(cut_gp.dtype)
+        return torch.fft.irfft(transform(angle_l, system.step_g, system.poles_gn, weights_gnk), length).to(dtype)
 
 
-def _transform(z_l: Tensor, step_g: Tensor, poles_gn: Tensor, weights_gnk: Tensor) -> Tensor:
-    """The generating function at z: four sums over the poles, put together by Woodbury's identity.
+def _by_slices(angle_l: Tensor, step_g: Tensor, poles_gn: Tensor, weights_gnk: Tensor) -> Tensor:
+    """`_transform` of as many groups at once as `SLICE` allows, made again for gradients where that is not all."""
+    per = max(SLICE // (len(angle_l) * poles_gn.shape[1]), 1)
+    if len(step_g) <= per:
+        return _transform(angle_l, step_g, poles_gn, weights_gnk)
+    again = partial(checkpoint, _transform, angle_l, use_reentrant=False, preserve_rng_state=False)
+    pieces = zip(*(x.split(per) for x in (step_g, poles_gn, weights_gnk)), strict=True)
+    return torch.cat([again(*piece) for piece in pieces])
+
+
+def _transform(angle_l: Tensor, step_g: Tensor, poles_gn: Tensor, weights_gnk: Tensor) -> Tensor:
+    """The generating function at ``z = exp(-i angle)``: four sums over the poles, put together by Woodbury's identity.
 
     Those of a conjugate pair are one term, ``v / (s - q a) + conj(v) / (s - q conj(a))`` with ``s = 2 (1 - z) / step``
     and ``q = 1 + z``.
     """
+    z_l = torch.polar(torch.ones_like(angle_l), -angle_l)
     s_gl1, q_l1 = (2 * (1 - z_l) / step_g[:, None])[..., None], (1 + z_l)[:, None]
     # The denominators ``s^2 - 2 s q Re a + q^2 |a|^2`` are a product of what is z's and what is the poles'.
     ones_gn, square_gn = torch.ones_like(poles_gn), poles_gn * poles_gn.conj()
