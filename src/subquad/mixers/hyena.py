@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from subquad.core.card import Card
 from subquad.core.errors import ConfigError
+from subquad.core.kept import Kept
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.precise import Precise
@@ -88,21 +89,15 @@ class ImplicitFilter(Precise):
             self.log_rate_ng = nn.Parameter(log_rate_ng)
         else:
             self.register_buffer("log_rate_ng", log_rate_ng)
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept = Kept[Tensor]()
 
     def forward(self, length: int) -> Tensor:
         """The first `length` taps, ``[convolutions, heads, length]``; what is not learned from is made once."""
-        weights = [*self.parameters(), self.log_rate_ng]
-        learning = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-        if learning or torch.compiler.is_compiling() or any(w.is_inference() for w in weights):
-            return self._draw(length)
-        key = [(w.data_ptr(), w._version, w.dtype) for w in weights]
-        if self._kept is None or self._kept[0] != key or self._kept[1].shape[2] < length:
-            # As many as the next power of two, so that a text that grows asks seldom; and for training, too, that takes
-            # these as they are.
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = key, self._draw(min(1 << (length - 1).bit_length(), self.max_len))
-        return self._kept[1][:, :, :length]
+        # As many as the next power of two, so that a text that grows asks seldom.
+        whole = min(1 << (length - 1).bit_length(), self.max_len)
+        weights = (*self.parameters(), self.log_rate_ng)
+        k_ngl = self._kept(weights, lambda: self._draw(whole), lambda k_ngl: k_ngl.shape[2] >= length)
+        return self._draw(length) if k_ngl is None else k_ngl[:, :, :length]
 
     def _draw(self, length: int) -> Tensor:
         dtype, device = self.frequency_w.dtype, self.frequency_w.device
