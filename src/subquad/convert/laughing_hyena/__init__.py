@@ -155,15 +155,8 @@ def _layer(block: Block, i: int, most: int, bound: float | None, norm: str) -> t
         parameter.copy_(value_gx.view_as(parameter))
     fitted_gl = copy.deepcopy(made).double().taps(config.max_len).flatten(0, 1)
     off = fit.errors(k_gl, fitted_gl, used_g)
-    fits = [
-        FilterFit(
-            i,
-            *divmod(j, k_ngl.shape[1]),
-            int(used_g[j]),
-            *(float(x[j]) for x in (off.l2, off.linf, off.hankel, off.aak)),
-        )
-        for j in range(len(k_gl))
-    ]
+    figures = zip(*(x.tolist() for x in (used_g, off.l2, off.linf, off.hankel, off.aak)), strict=True)
+    fits = [FilterFit(i, *divmod(j, k_ngl.shape[1]), *each) for j, each in enumerate(figures)]
     far_g = off.l2 if norm == "l2" else off.linf
     if bound is not None and bool((far_g > bound).any()):
         worst = fits[int(far_g.argmax())]
