@@ -6,6 +6,8 @@ second of all rows together behind a context of 4k, and under ``whole`` over all
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from subquad.bench.generating import Generation, Measured, best, compare, forget, generation, measure, prove
@@ -13,21 +15,22 @@ from subquad.bench.harness import Bench
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
 
+Layer = dict[str, Any]
 HEAD = 64
 
 
 def models(d: int, depth: int, d_state: int, vocab_size: int, length: int) -> dict[str, ModelConfig]:
     """A Transformer whose SwiGLU is 8/3 as wide, and S4 blocks with one so wide that there are as many parameters."""
     heads = max(1, d // HEAD)
-    attention = {
+    attention: Layer = {
         "mixer": "attention", "n_heads": heads, "n_kv_heads": heads, "head_dim": d // heads,
         "rotary": {"theta": 1e4, "dim": d // heads},
     }  # fmt: skip
 
-    def config(layer: dict[str, object], d_mlp: int) -> ModelConfig:
+    def config(layer: Layer, d_mlp: int) -> ModelConfig:
         return ModelConfig(vocab_size, d, d_mlp, (layer,) * depth, tied=True, max_positions=length)
 
-    s4 = {"mixer": "s4", "d_state": d_state}
+    s4: Layer = {"mixer": "s4", "d_state": d_state}
     made = {"transformer": config(attention, 8 * d // 3), "s4": config(s4, 8 * d // 3)}
     more = parameters(made["transformer"]) - parameters(made["s4"])
     # In eights, as matrix products like it.

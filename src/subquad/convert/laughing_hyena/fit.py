@@ -315,7 +315,7 @@ def choose(k_gl: Tensor, most: int, bound: float | None, norm: str) -> tuple[Mod
     left_g = torch.arange(g, device=k_gl.device)[size_g > 0]
     for m in _counts(most) if bound is not None else [most]:
         # Where the singular values say that so few can't be enough, nothing is tried; with all allowed, always.
-        tried_g = left_g if m == most or least_gr is None else left_g[least_gr[left_g, m - 1] <= bound]
+        tried_g = left_g if m == most or bound is None or least_gr is None else left_g[least_gr[left_g, m - 1] <= bound]
         limit = math.inf if bound is None or m == most else bound
         for part in tried_g.split(_rows(h_gl, m)) if len(tried_g) else ():
             start = realise(scaled_gl[part], m)

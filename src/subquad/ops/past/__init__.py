@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subquad.ops import backends
+from subquad.ops.backends import Backends
 
-# Where Triton can't run there is nothing to import.
-if backends.triton_runs():
-    from subquad.ops.past import on_triton
+__all__ = ["read"]
+
+_backends = Backends(__name__)
 
 
 def read(history_bsd: Tensor, seen_b: Tensor, k_lg: Tensor) -> Tensor | None:
@@ -21,11 +21,9 @@ def read(history_bsd: Tensor, seen_b: Tensor, k_lg: Tensor) -> Tensor | None:
         k_lg: the filters' taps, in the history's dtype; ``d / g`` channels in succession share one.
 
     Returns:
-        ``[b, d]`` in the dtype of the history; None where no kernel runs, and nothing has been done:
-        `subquad.ops.flashconv.past` does it then.
+        ``[b, d]`` in the dtype of the history; None where no kernel runs or gradients are wanted, and nothing has been
+        done: `subquad.ops.flashconv.past` does it then.
     """
-    if not backends.wants_triton(history_bsd.device) or torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         return None
-    if on_triton.refusal(history_bsd, k_lg) is not None:
-        return None
-    return on_triton.read(history_bsd, seen_b, k_lg)
+    return _backends.choose(history_bsd, k_lg).read(history_bsd, seen_b, k_lg)
