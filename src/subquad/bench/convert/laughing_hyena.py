@@ -27,8 +27,8 @@ from subquad.train.loop import Habits, Progress, StoppedError
 from subquad.train.precision import autocast
 
 ORDERS = (4, 8, 16, 24, 32)
-# Of the sines of the filters' networks. From the published 14 filters begin as noise, which training of minutes does not
-# smooth: they learn less, and no few modes stand for them.
+# Of the sines of the filters' networks. From the published 14 on filters begin as noise, which minutes of training do
+# not smooth: they learn less, and no few modes stand for them.
 FREQUENCY = 1.0
 # Of training on a GPU, where nothing else is asked for.
 MINUTES = 12.0
