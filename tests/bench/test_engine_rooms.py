@@ -6,8 +6,8 @@ import torch
 
 from subquad.bench import shapes
 from subquad.bench.decoding import DRAFTED
-from subquad.bench.engine.rounds import _filled
 from subquad.bench.engine.verify import RIGHT, SHARE, Script, with_copies
+from subquad.bench.generating import filled
 from subquad.bench.harness import Bench
 from subquad.engine.request import Limits, Request
 from subquad.engine.rounds import Rounds
@@ -82,7 +82,7 @@ def test_the_script_says_which_guesses_stand() -> None:
 def test_rows_that_share_a_prompt_go_on_as_one_that_has_read_it() -> None:
     model = shapes.shape_8b(Bench("engine.some", smoke=True), 2)
     with torch.no_grad():
-        rounds = _filled(model, 3, 40, 8, 8)
+        rounds = filled(model, 3, 40, 8, 8)
         for _ in range(4):
             rounds.run(3, 0)
         answers = [one.tokens for one in rounds.take(3)]

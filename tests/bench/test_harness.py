@@ -125,17 +125,18 @@ def test_a_room_is_told_what_to_measure_and_the_command_says_so(tmp_path, monkey
         def run(bench):
             bench.name = "spec.some"
             bench.value("speed", 3, "tokens/s", "higher", baseline="plain", baseline_value=2, reps=[[3, 2]])
-            bench.say(f"{bench.hybrid} {bench.hybrid_rows} {bench.drafter} {bench.data}")
+            bench.say(f"{bench.hybrid} {bench.hybrid_rows} {bench.drafter} {bench.data} {bench.minutes} {bench.work}")
 
     said = []
     monkeypatch.setattr("subquad.bench.rooms.importlib.import_module", lambda name: Told)
     told = {"hybrid": "runs/small", "hybrid_rows": 8, "drafter": tmp_path / "head", "data": tmp_path / "texts"}
+    told |= {"minutes": 2.5, "work": tmp_path / "run"}
     threads = torch.get_num_threads()
     made = run_room("decode/some", smoke=True, say=said.append, threads=threads, **told)
     made.check("some")
-    assert said == [f"runs/small 8 {tmp_path / 'head'} {tmp_path / 'texts'}"]
+    assert said == [f"runs/small 8 {tmp_path / 'head'} {tmp_path / 'texts'} 2.5 {tmp_path / 'run'}"]
     # Folders of this machine are nobody else's business.
-    settings = "--smoke --hybrid small --hybrid-rows 8 --drafter head --data texts"
+    settings = "--smoke --hybrid small --hybrid-rows 8 --drafter head --data texts --minutes 2.5"
     assert made.command.endswith(f"{settings} --threads {threads}")
     assert made.bench == "spec.some" and made.rows[0].id == "spec.some.speed" and made.rows[0].reps == [[3, 2]]
 

@@ -226,3 +226,18 @@ def test_the_command_saves_model_table_and_picture(
     assert cli.main(["distil", str(tmp_path / "teacher"), "--out", str(out), "--modes", "1", "--bound", "1e-6"]) == 2
     assert "filter" in capsys.readouterr().err
     assert from_pretrained(out).config.layers[0]["mixer"] == "laughing_hyena"  # what was there is as it was
+
+
+def test_what_a_gpu_does_otherwise_gives_the_same() -> None:
+    """The bases and the small eigenvalues that a GPU would find one matrix after the other."""
+    # Columns that shrink to 1e-6 of the first, as under powers of a matrix.
+    x_gpr = torch.randn(5, 40, 7, dtype=torch.float64) * 10.0 ** -torch.arange(7.0)
+    q_gpr = fit.gram_schmidt(x_gpr)
+    torch.testing.assert_close(q_gpr.mT @ q_gpr, torch.eye(7, dtype=torch.float64).expand(5, -1, -1))
+    want_gpr = torch.linalg.qr(x_gpr)[0]
+    torch.testing.assert_close(q_gpr @ q_gpr.mT, want_gpr @ want_gpr.mT)
+    square_gxx = torch.randn(5, 4, 4, dtype=torch.float64)
+    assert torch.equal(fit.on_cores(torch.linalg.eigvals, square_gxx), torch.linalg.eigvals(square_gxx))
+    symmetric_gxx = square_gxx + square_gxx.mT
+    for got, want in zip(fit.on_cores(torch.linalg.eigh, symmetric_gxx), torch.linalg.eigh(symmetric_gxx), strict=True):
+        assert torch.equal(got, want)

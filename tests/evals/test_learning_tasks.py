@@ -325,6 +325,14 @@ def test_characters_are_the_bytes_of_the_text(tmp_path):
     test = task.batch("test", 0, 0, task.held_out)
     read = b"".join(bytes(row) for row in test.inputs.tolist())
     assert whole[split:].startswith(read) and len(whole) - split - len(read) <= 20
+    other = tmp_path / "other.txt"
+    other.write_text("x" * 65)
+    held = load_task("characters", [f"text={text}", "length=20", f"test={other}"])
+    assert held.data["train"].tobytes() == whole and held.held_out == 3
+    assert bytes(held.batch("test", 0, 0, 3).inputs[2].tolist()) == b"x" * 20
+    other.write_text("x" * 20)
+    with pytest.raises(DataError, match="20 bytes; give longer texts"):
+        load_task("characters", [f"text={text}", "length=20", f"test={other}"])
 
 
 def test_the_digits_of_scikit_learn_are_split():

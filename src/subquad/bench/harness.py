@@ -38,7 +38,9 @@ class Bench:
         hybrid: a converted model for the rooms that measure one beside its teacher, or "".
         hybrid_rows: rows at most that the hybrid is measured at; 0 for no such limit.
         drafter: folder of a trained drafter for the rooms whose drafter is trained, or None.
-        data: a folder of published prompts for the rooms that would else use ours, or None.
+        data: a folder of published prompts, or of texts to train on, for the rooms that would else use ours, or None.
+        minutes: of training for the rooms that train by the clock; 0 leaves it to the room.
+        work: a folder where the rooms that train keep their run, so that the next one goes on with it, or None.
         rows: the figures so far.
         gates: what has been proved so far.
         limits: the device's measured bandwidth and peak, once a share of them was worked out.
@@ -57,6 +59,8 @@ class Bench:
         hybrid_rows: int = 0,
         drafter: Path | None = None,
         data: Path | None = None,
+        minutes: float = 0.0,
+        work: Path | None = None,
     ) -> None:
         self.name = name
         self.device = torch.device(device)
@@ -67,6 +71,7 @@ class Bench:
         self.hybrid, self.hybrid_rows = hybrid, hybrid_rows
         self.drafter = drafter
         self.data = data
+        self.minutes, self.work = minutes, work
         self.rows: list[Row] = []
         self.gates: list[dict[str, Any]] = []
         self.limits: dict[str, float] = {}

@@ -64,6 +64,8 @@ def run_room(
     hybrid_rows: int = 0,
     drafter: Path | None = None,
     data: Path | None = None,
+    minutes: float = 0.0,
+    work: Path | None = None,
     threads: int = 0,
 ) -> Result:
     """Run one bench room and return its result.
@@ -74,7 +76,7 @@ def run_room(
         dtype: the dtype to measure in.
         smoke: tiny sizes, one repetition.
         say: told one line about each step, where the room has something to say.
-        hybrid, hybrid_rows, drafter, data: see `Bench`.
+        hybrid, hybrid_rows, drafter, data, minutes, work: see `Bench`.
         threads: of PyTorch on the CPU; 0 leaves them.
 
     Raises:
@@ -94,6 +96,8 @@ def run_room(
         hybrid_rows=hybrid_rows,
         drafter=drafter,
         data=data,
+        minutes=minutes,
+        work=work,
     )
     module = importlib.import_module(f"subquad.bench.{bench.name}")
     if (needed := missing(room)) is not None:
@@ -106,6 +110,7 @@ def run_room(
     command += f" --hybrid-rows {hybrid_rows}" if hybrid_rows else ""
     command += f" --drafter {drafter.name}" if drafter is not None else ""
     command += f" --data {data.name}" if data is not None else ""
+    command += f" --minutes {minutes:g}" if minutes else ""
     command += f" --threads {threads}" if threads else ""
     env = environment(device, dtype) | ({"limits": bench.limits} if bench.limits else {})
     return Result(bench.name, command, env, bench.rows, bench.gates)

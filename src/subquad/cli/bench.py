@@ -32,7 +32,18 @@ def run(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with mt_bench.jsonl and human_eval.jsonl, in place of our own prompts.")
+        Path | None,
+        typer.Option(
+            help="Folder with mt_bench.jsonl and human_eval.jsonl, in place of our own prompts; for "
+            "convert/laughing_hyena with train.jsonl.xz and valid.jsonl.xz, in place of Python's manual."
+        ),
+    ] = None,
+    minutes: Annotated[
+        float,
+        typer.Option(min=0, help="Training by the clock in rooms that train so, all runs together; 0: the room's own."),
+    ] = 0.0,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder where rooms that train keep their run; the same command goes on there.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = Path("bench/results"),
     tables: Annotated[
@@ -78,6 +89,8 @@ def run(
             hybrid_rows=hybrid_rows,
             drafter=drafter,
             data=data,
+            minutes=minutes,
+            work=work,
             threads=threads,
         )
         typer.echo(terminal_table(result))

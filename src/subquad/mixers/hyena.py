@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from subquad.core.card import Card
 from subquad.core.errors import ConfigError
+from subquad.core.kept import Kept
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.precise import Precise
 from subquad.core.state import State, axes, precise
-from subquad.ops import cached, chunks, flashconv, short_conv
+from subquad.ops import backends, cached, chunks, flashconv, past, short_conv
 from subquad.ops.hyena import Recurrence
 
 CARD = Card(
@@ -88,21 +89,27 @@ class ImplicitFilter(Precise):
             self.log_rate_ng = nn.Parameter(log_rate_ng)
         else:
             self.register_buffer("log_rate_ng", log_rate_ng)
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept, self._turned = Kept[Tensor](), Kept[Tensor]()
 
     def forward(self, length: int) -> Tensor:
         """The first `length` taps, ``[convolutions, heads, length]``; what is not learned from is made once."""
-        weights = [*self.parameters(), self.log_rate_ng]
-        learning = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-        if learning or torch.compiler.is_compiling() or any(w.is_inference() for w in weights):
-            return self._draw(length)
-        key = [(w.data_ptr(), w._version, w.dtype) for w in weights]
-        if self._kept is None or self._kept[0] != key or self._kept[1].shape[2] < length:
-            # As many as the next power of two, so that a text that grows asks seldom; and for training, too, that takes
-            # these as they are.
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = key, self._draw(min(1 << (length - 1).bit_length(), self.max_len))
-        return self._kept[1][:, :, :length]
+        # As many as the next power of two, so that a text that grows asks seldom.
+        whole = min(1 << (length - 1).bit_length(), self.max_len)
+        weights = (*self.parameters(), self.log_rate_ng)
+        k_ngl = self._kept(weights, lambda: self._draw(whole), lambda k_ngl: k_ngl.shape[2] >= length)
+        return self._draw(length) if k_ngl is None else k_ngl[:, :, :length]
+
+    def by_lag(self, length: int, dtype: torch.dtype) -> Tensor:
+        """The first `length` taps, ``[convolutions, length, heads]``, as a history of that dtype is read by them."""
+
+        def make() -> Tensor:
+            return self(length).mT.to(dtype).contiguous()
+
+        def enough(k_nlg: Tensor) -> bool:
+            return k_nlg.shape[1] >= length and k_nlg.dtype == dtype
+
+        k_nlg = self._turned((*self.parameters(), self.log_rate_ng), make, enough)
+        return make() if k_nlg is None else k_nlg
 
     def _draw(self, length: int) -> Tensor:
         dtype, device = self.frequency_w.dtype, self.frequency_w.device
@@ -279,7 +286,7 @@ class Hyena(Mixer):
             y_btd = flashconv.parallel(z_btd, k_ngl[n], direct, **gates, documents_bt=documents_bt)
             if not history:
                 return y_btd
-            past_btd = flashconv.past(state.inputs_bnsd[:, n], state.seen_b, k_ngl[n], t)
+            past_btd = self._past(state, n, k_ngl[n], t)
             if documents_bt is not None:
                 past_btd = past_btd.masked_fill((documents_bt != 0)[..., None], 0)
             y_btd = y_btd + past_btd
@@ -288,6 +295,15 @@ class Hyena(Mixer):
         y_btd, inputs_btd = self.recurrence(x_btd, state.conv_bdw, layout, convolve)
         z, gates = zip(*blocks, strict=True)
         return y_btd, HyenaUpdate(state, z, gates, inputs_btd, layout)
+
+    def _past(self, state: HyenaState, n: int, k_gl: Tensor, t: int) -> Tensor:
+        """What the history of convolution n gives to a block of `t` tokens."""
+        history_bsd = state.inputs_bnsd[:, n]
+        if t == 1 and backends.wants_triton(history_bsd.device):
+            k_lg = self.filters.by_lag(k_gl.shape[1], history_bsd.dtype)[n]
+            if (y_bd := past.read(history_bsd, state.seen_b, k_lg)) is not None:
+                return y_bd[:, None]
+        return flashconv.past(history_bsd, state.seen_b, k_gl, t)
 
     def _check(self, tokens: int) -> None:
         if tokens > self.config.max_len:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from subquad.core.card import Card
 from subquad.core.errors import CheckpointError, ConfigError
+from subquad.core.kept import Kept
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.precise import Precise
 from subquad.core.state import State, axes, precise
-from subquad.ops import chunks, modal, short_conv
+from subquad.ops import chunks, modal, short_conv, step
 from subquad.ops.hyena import Recurrence
 
 CARD = Card(
@@ -61,6 +62,7 @@ class ModalFilter(Precise):
         self.angle_ngm = nn.Parameter(math.pi * torch.rand(*filters, modes, **high))
         self.residue_ngmp = nn.Parameter(torch.randn(*filters, modes, 2, **high) / modes)
         self.first_ng = nn.Parameter(torch.zeros(*filters, **high))
+        self._step = Kept[Tensor]()
         self.register_load_state_dict_post_hook(_check_loaded)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -68,6 +70,17 @@ class ModalFilter(Precise):
         # Above a rate of a hundred a mode leaves nothing, and far above it there would be an infinity.
         rate_ngm = LEAST_RATE + self.log_rate_ngm.clamp(max=math.log(100.0)).exp()
         return torch.complex(-rate_ngm, self.angle_ngm), torch.view_as_complex(self.residue_ngmp)
+
+    def step(self) -> Tensor:
+        """`subquad.ops.step.table` of each convolution, ``[convolutions, k, heads, modes, 2]``, kept while it holds."""
+
+        def make() -> Tensor:
+            log_a_ngm, residue_ngm = self()
+            one_gm = torch.ones_like(log_a_ngm[0])
+            return torch.stack([step.table(a, one_gm, c) for a, c in zip(log_a_ngm.exp(), residue_ngm, strict=True)])
+
+        made = self._step(self.parameters(), make)
+        return make() if made is None else made
 
     def taps(self, length: int) -> Tensor:
         """The filters as their first `length` taps, ``[convolutions, heads, length]``."""
@@ -95,7 +108,10 @@ class LaughingState(State):
 
 @dataclass(frozen=True)
 class LaughingUpdate(Update):
-    """One block's inputs of the long convolutions and of the short one, and the states behind all of it."""
+    """One block's inputs of the long convolutions and of the short one, and the states behind all of it.
+
+    Of a single token nobody has worked those out yet.
+    """
 
     state: LaughingState
     filters: ModalFilter
@@ -108,11 +124,29 @@ class LaughingUpdate(Update):
         """Run the kept tokens through the modes and the short convolution's history."""
         where = {"valid_bt": chunks.kept(self.layout, n_b), "documents_bt": self.layout.documents_bt}
         old, ends_bdmp = self.state, self.ends_bdmp
-        if n_b is not None:
+        if n_b is not None or not ends_bdmp:
             each = zip(self.u_btd, self.filters()[0], old.modal_bndmp.unbind(1), strict=True)
             ends_bdmp = tuple(modal.final_state(u, log_a, state, **where) for u, log_a, state in each)
-        conv_bdw = short_conv.final_state(self.inputs_btd, old.conv_bdw, **where)
-        return LaughingState(torch.stack(ends_bdmp, dim=1).to(old.modal_bndmp.dtype), conv_bdw)
+        return LaughingState(torch.stack(ends_bdmp, dim=1).to(old.modal_bndmp.dtype), self._conv_bdw(n_b))
+
+    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+        """A single token is stepped where the state lies."""
+        assert isinstance(pool, LaughingState)
+        if self.ends_bdmp:
+            return super().commit_(pool, rows, n_b)
+        n_b = self.layout.lengths_b if n_b is None else n_b
+        conv_bdw = self._conv_bdw(n_b)
+        for n, (u_btd, table) in enumerate(zip(self.u_btd, self.filters.step(), strict=True)):
+            step.write_(pool.modal_bndmp[:, n], rows, u_btd[:, 0], table, self.state.modal_bndmp[:, n], n_b)
+        if rows is None:
+            pool.conv_bdw.copy_(conv_bdw)
+        else:
+            pool.conv_bdw.index_copy_(0, rows, conv_bdw)
+        return None
+
+    def _conv_bdw(self, n_b: Tensor | None) -> Tensor:
+        where = {"valid_bt": chunks.kept(self.layout, n_b), "documents_bt": self.layout.documents_bt}
+        return short_conv.final_state(self.inputs_btd, self.state.conv_bdw, **where)
 
 
 class LaughingHyena(Mixer):
@@ -177,17 +211,26 @@ class LaughingHyena(Mixer):
         layout = self.dense_layout(x_btd, layout)
         assert isinstance(state, LaughingState)
         where = {"valid_bt": chunks.kept(layout), "documents_bt": layout.documents_bt}
-        log_a_ngm, residue_ngm = self.filters()
         inputs: list[Tensor] = []
         ends: list[Tensor] = []
+        if step.alone(layout):
+            tables_nkgmp = self.filters.step()
+
+            def run(n: int, u_btd: Tensor) -> Tensor:
+                return step.read(u_btd[:, 0], tables_nkgmp[n], state.modal_bndmp[:, n])[:, None]
+        else:
+            log_a_ngm, residue_ngm = self.filters()
+
+            def run(n: int, u_btd: Tensor) -> Tensor:
+                y_btd, end_bdmp = modal.scan(u_btd, log_a_ngm[n], residue_ngm[n], state.modal_bndmp[:, n], **where)
+                ends.append(end_bdmp)
+                return y_btd
 
         def convolve(n: int, z_btd: Tensor, gate_in: Tensor | None, gate_out: Tensor | None) -> Tensor:
             u_btd = z_btd if gate_in is None else z_btd * gate_in
-            y_btd, end_bdmp = modal.scan(u_btd, log_a_ngm[n], residue_ngm[n], state.modal_bndmp[:, n], **where)
             inputs.append(u_btd)
-            ends.append(end_bdmp)
             direct_d = self.recurrence.direct_d(n, self.filters.first_ng)
-            y_btd = (y_btd + direct_d * u_btd).to(u_btd.dtype)
+            y_btd = (run(n, u_btd) + direct_d * u_btd).to(u_btd.dtype)
             return y_btd if gate_out is None else y_btd * gate_out
 
         y_btd, inputs_btd = self.recurrence(x_btd, state.conv_bdw, layout, convolve)

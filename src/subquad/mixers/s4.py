@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subquad.core.card import Card
 from subquad.core.errors import ConfigError
+from subquad.core.kept import Kept
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared
 from subquad.core.state import State
@@ -64,6 +65,7 @@ class DiagonalPlusLowRank(System):
         self.low, self.input = (filled(torch.view_as_real(x.contiguous())) for x in (low_n, input_n))
         drawn_gn = torch.randn(groups, self.modes, dtype=torch.complex128, device="cpu")
         self.output = filled(torch.view_as_real(drawn_gn))
+        self._step = Kept[Tensor]()
 
     def poles(self) -> Tensor:
         """``dt a``, without the low-rank part; see `System.poles`."""
@@ -78,6 +80,11 @@ class DiagonalPlusLowRank(System):
             x.repeat_interleave(self.groups // len(x), dim=0) for x in (poles_sn, low_sn, input_sn)
         )
         return dplr.System(poles_gn, low_gn, input_gn, output_gn, self.log_dt.exp())
+
+    def step(self) -> Tensor:
+        """See `System.step`."""
+        made = self._step(self.parameters(), lambda: dplr.step(self.system()))
+        return dplr.step(self.system()) if made is None else made
 
     def kernel(self, length: int) -> Tensor:
         """See `System.kernel`."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from subquad.core.errors import ConfigError, nearest
-from subquad.ops import chunks, hippo, lti, modal
+from subquad.core.kept import Kept
+from subquad.ops import chunks, hippo, lti, modal, step
 from subquad.ops.state_space import SLOWLY, System, filled, log_steps
 
 DISCRETIZATIONS = ("zoh", "bilinear")
@@ -59,6 +60,7 @@ class Diagonal(System):
         drawn_gn = torch.randn(groups, self.modes, dtype=torch.complex128, device="cpu")
         # B only ever appears as C B, so C takes it in.
         self.output = filled(torch.view_as_real(drawn_gn * inputs_n))
+        self._step = Kept[Tensor]()
 
     def poles(self) -> Tensor:
         """``dt A``, complex ``[g, n]`` in the widest dtype of the device."""
@@ -79,6 +81,16 @@ class Diagonal(System):
         residue_gn = 2 * torch.view_as_complex(self.output.to(dt_g1.dtype)) * held_gn
         narrow = lti.complex_of(self.log_dt.dtype)
         return log_a_gn.to(narrow), residue_gn.to(narrow)
+
+    def step(self) -> Tensor:
+        """See `System.step`."""
+
+        def make() -> Tensor:
+            log_a_gn, residue_gn = self.discrete()
+            return step.table(log_a_gn.exp(), torch.ones_like(log_a_gn), residue_gn)
+
+        made = self._step(self.parameters(), make)
+        return make() if made is None else made
 
     def kernel(self, length: int) -> Tensor:
         """See `System.kernel`."""

@@ -17,7 +17,7 @@ from subquad.core.layout import Layout
 from subquad.core.mixer import Update
 from subquad.core.precise import Precise
 from subquad.core.state import State, axes, precise
-from subquad.ops import chunks, flashconv
+from subquad.ops import chunks, flashconv, step
 
 # The rate that published training gives poles, steps and inputs, whatever the rest learns with.
 SLOWLY = 1e-3
@@ -64,6 +64,10 @@ class System(Precise, ABC):
         """The final state alone."""
 
     @abstractmethod
+    def step(self) -> Tensor:
+        """`subquad.ops.step.table` of the discrete system, as far as can be kept."""
+
+    @abstractmethod
     def poles(self) -> Tensor:
         """Complex ``[g, n]`` of the continuous system's diagonal part, times the step."""
 
@@ -98,10 +102,10 @@ class System(Precise, ABC):
 
 @dataclass(frozen=True)
 class ModalUpdate(Update):
-    """One block's inputs to the system, and the states before and behind all of it."""
+    """One block's inputs to the system, and the states before and behind all of it, None where nobody asked yet."""
 
     state: ModalState
-    end_bdnp: Tensor
+    end_bdnp: Tensor | None
     u_btd: Tensor
     layout: Layout
     system: System
@@ -109,12 +113,21 @@ class ModalUpdate(Update):
     def commit(self, n_b: Tensor | None = None) -> ModalState:
         """Run the kept tokens through the system."""
         before_bdnp, end_bdnp = self.state.modes_bdnp, self.end_bdnp
-        if n_b is not None and self.u_btd.shape[1] == 1:
+        if end_bdnp is not None and n_b is not None and self.u_btd.shape[1] == 1:
             end_bdnp = torch.where((n_b > 0)[:, None, None, None], end_bdnp, before_bdnp)
-        elif n_b is not None:
+        elif end_bdnp is None or n_b is not None:
             where = {"valid_bt": chunks.kept(self.layout, n_b), "documents_bt": self.layout.documents_bt}
             end_bdnp = self.system.final_state(self.u_btd, before_bdnp, **where)
         return ModalState(end_bdnp.to(before_bdnp.dtype))
+
+    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+        """A single token is stepped where the state lies."""
+        assert isinstance(pool, ModalState)
+        if self.end_bdnp is not None:
+            return super().commit_(pool, rows, n_b)
+        n_b = self.layout.lengths_b if n_b is None else n_b
+        table, before_bdnp = self.system.step(), self.state.modes_bdnp
+        return step.write_(pool.modes_bdnp, rows, self.u_btd[:, 0], table, before_bdnp, n_b)
 
 
 class StateSpaceLayer(nn.Module):
@@ -169,10 +182,14 @@ class StateSpaceLayer(nn.Module):
                 "bidirectional=True: a token's output depends on tokens behind it, so no state of what came before "
                 "can stand for them; use forward over whole sequences, or bidirectional=False to generate"
             )
-        where = {"valid_bt": chunks.kept(layout), "documents_bt": layout.documents_bt}
-        y_btd, end_bdnp = self.systems[0].scan(x_btd, state.modes_bdnp, **where)
+        system, end_bdnp = self.systems[0], None
+        if step.alone(layout):
+            y_btd = step.read(x_btd[:, 0], system.step(), state.modes_bdnp)[:, None]
+        else:
+            where = {"valid_bt": chunks.kept(layout), "documents_bt": layout.documents_bt}
+            y_btd, end_bdnp = system.scan(x_btd, state.modes_bdnp, **where)
         y_btd = self._leave(torch.addcmul(y_btd, x_btd, self.skip))
-        return y_btd, ModalUpdate(state, end_bdnp, x_btd, layout, self.systems[0])
+        return y_btd, ModalUpdate(state, end_bdnp, x_btd, layout, system)
 
     def _leave(self, y_btd: Tensor) -> Tensor:
         y_btd = self.out_proj(F.gelu(y_btd))

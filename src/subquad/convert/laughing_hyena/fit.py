@@ -6,9 +6,11 @@ All of it is about taps 1, 2, ...: tap 0 passes a state space by. Filters are ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +35,8 @@ HOPELESS = 10
 STEPS, DAMPING = 40, 1e-3
 # Rounds in which the largest errors get the larger weights.
 REWEIGHTED = 30
-# Bytes that a Jacobian may take.
-WORKSPACE = 2**28
+# Bytes that a Jacobian may take, on a CPU and on a GPU.
+WORKSPACE, GPU_WORKSPACE = 2**28, 2**30
 
 
 class Modes(NamedTuple):
@@ -83,12 +85,58 @@ def singular(h_gl: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     start = torch.randn(p, r, generator=rng, dtype=torch.float64).to(h_gl)
     q_gpr = start.expand(len(h_gl), -1, -1)
     for _ in range(ROUNDS):
-        q_gpr = torch.linalg.qr(times(q_gpr))[0]
+        q_gpr = _orthonormal(times(q_gpr))
     small_grr = q_gpr.mT @ times(q_gpr)
-    value_gr, vector_grr = torch.linalg.eigh((small_grr + small_grr.mT) / 2)
+    value_gr, vector_grr = _small(_eigh, (small_grr + small_grr.mT) / 2)
     order_gr = value_gr.abs().argsort(dim=1, descending=True)[:, : min(p, rank)]
     vector_gpr = q_gpr @ vector_grr.gather(2, order_gr[:, None].expand(-1, vector_grr.shape[1], -1))
     return value_gr.abs().gather(1, order_gr), vector_gpr
+
+
+def _orthonormal(x_gpr: Tensor) -> Tensor:
+    """An orthonormal basis of the columns, the first of it one of the first of them."""
+    # A GPU's factorisation takes one matrix after the other.
+    return gram_schmidt(x_gpr) if x_gpr.is_cuda else torch.linalg.qr(x_gpr)[0]
+
+
+def gram_schmidt(x_gpr: Tensor) -> Tensor:
+    """The same column by column, of all matrices at once; what is taken out twice is gone."""
+    q_gpr, tiny = torch.empty_like(x_gpr), torch.finfo(x_gpr.dtype).tiny
+    for i in range(x_gpr.shape[2]):
+        v_gp1, done_gpi = x_gpr[:, :, i : i + 1], q_gpr[:, :, :i]
+        for _ in range(2):
+            v_gp1 = v_gp1 - done_gpi @ (done_gpi.mT @ v_gp1)
+            v_gp1 = v_gp1 / v_gp1.norm(dim=1, keepdim=True).clamp(min=tiny)
+        q_gpr[:, :, i : i + 1] = v_gp1
+    return q_gpr
+
+
+def _eigh(x_gxx: Tensor) -> tuple[Tensor, Tensor]:
+    value_gx, vector_gxx = torch.linalg.eigh(x_gxx)
+    return value_gx, vector_gxx
+
+
+def _eigvals(x_gxx: Tensor) -> Tensor:
+    return torch.linalg.eigvals(x_gxx)
+
+
+def _small(function: Callable[[Tensor], Any], x_gxx: Tensor) -> Any:
+    """`function` of many small matrices, whose eigenvalues a GPU finds one matrix after the other."""
+    return on_cores(function, x_gxx) if x_gxx.is_cuda else function(x_gxx)
+
+
+def on_cores(function: Callable[[Tensor], Any], x_gxx: Tensor) -> Any:
+    """`function` by all cores of the CPU, a share of the matrices each; where `x_gxx` lies."""
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            parts = list(pool.map(function, x_gxx.cpu().split(-(-len(x_gxx) // cores))))
+    finally:
+        torch.set_num_threads(threads)
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts).to(x_gxx.device)
+    return tuple(torch.cat(part).to(x_gxx.device) for part in zip(*parts, strict=True))
 
 
 def realise(h_gl: Tensor, modes: int) -> Modes:
@@ -126,7 +174,11 @@ def _poles(h_gl: Tensor, modes: int, length: int) -> Tensor:
     if r < 1:
         return spare_gm
     _, vector_gpr = singular(h_gl, r)
-    a_gr = torch.linalg.eigvals(torch.linalg.pinv(vector_gpr[:, :-1]) @ vector_gpr[:, 1:])
+    # The pseudoinverse of orthonormal columns without their last row, by Sherman and Morrison.
+    shifted_grr, last_gr1 = vector_gpr[:, :-1].mT @ vector_gpr[:, 1:], vector_gpr[:, -1:].mT
+    left_g11 = (1 - last_gr1.square().sum(1, keepdim=True)).clamp(min=1e-12)
+    a_grr = shifted_grr + last_gr1 @ (last_gr1.mT @ shifted_grr) / left_g11
+    a_gr = _small(_eigvals, a_grr)
     size_gr = a_gr.abs().clamp(1e-6, math.exp(-_slowest(length)))
     # A lower one, like one too many, becomes a pole at 1/e, of which any number is no more than one.
     log_a_gr = torch.complex(size_gr.log(), a_gr.angle())
@@ -137,11 +189,13 @@ def residues(log_a_gm: Tensor, h_gl: Tensor) -> Tensor:
     """The residues by which these poles come nearest to the taps in l2, and which are not large to little avail."""
     power_glm = _powers(log_a_gm, h_gl.shape[1])
     design_glx = torch.cat((power_glm.real, -power_glm.imag), dim=2)
-    x = design_glx.shape[2]
-    ridge_gxx = RIDGE * torch.eye(x, dtype=h_gl.dtype, device=h_gl.device).expand(len(h_gl), -1, -1)
-    q_glx, triangle_gxx = torch.linalg.qr(torch.cat((design_glx, ridge_gxx), dim=1))
-    wanted_gx1 = q_glx.mT @ F.pad(h_gl, (0, x))[..., None]
-    x_gx1 = torch.linalg.solve_triangular(triangle_gxx, wanted_gx1, upper=True)
+    square_gxx = design_glx.mT @ design_glx
+    square_gxx.diagonal(dim1=1, dim2=2).add_(RIDGE**2)
+    x_gx1 = torch.zeros_like(square_gxx[..., :1])
+    # The second round takes back what squaring cost the first in precision.
+    for _ in range(2):
+        slope_gx1 = design_glx.mT @ (h_gl[..., None] - design_glx @ x_gx1) - RIDGE**2 * x_gx1
+        x_gx1 = x_gx1 + torch.linalg.solve_ex(square_gxx, slope_gx1)[0]
     return torch.complex(*x_gx1[..., 0].chunk(2, dim=1))
 
 
@@ -257,13 +311,13 @@ def choose(k_gl: Tensor, most: int, bound: float | None, norm: str) -> tuple[Mod
         return found, used_g
     size_g = h_gl.norm(dim=1) if norm == "l2" else h_gl.abs().amax(1)
     scaled_gl = h_gl / size_g.clamp(min=torch.finfo(h_gl.dtype).tiny)[:, None]
-    least_gr = _least(scaled_gl, most, norm)
+    least_gr = None if bound is None else _least(scaled_gl, most, norm)
     left_g = torch.arange(g, device=k_gl.device)[size_g > 0]
     for m in _counts(most) if bound is not None else [most]:
         # Where the singular values say that so few can't be enough, nothing is tried; with all allowed, always.
-        tried_g = left_g if m == most or bound is None else left_g[least_gr[left_g, m - 1] <= bound]
+        tried_g = left_g if m == most or bound is None or least_gr is None else left_g[least_gr[left_g, m - 1] <= bound]
         limit = math.inf if bound is None or m == most else bound
-        for part in tried_g.split(_rows(h_gl.shape[1], m)) if len(tried_g) else ():
+        for part in tried_g.split(_rows(h_gl, m)) if len(tried_g) else ():
             start = realise(scaled_gl[part], m)
             near_g = _far(start, scaled_gl[part], norm) <= HOPELESS * limit
             if not bool(near_g.any()):
@@ -303,8 +357,8 @@ def _slowest(length: int) -> float:
     return max(1 / (SLOWEST * length), 2 * LEAST_RATE)
 
 
-def _rows(length: int, m: int) -> int:
-    return max(1, WORKSPACE // (length * 4 * m * 8))
+def _rows(h_gl: Tensor, m: int) -> int:
+    return max(1, (GPU_WORKSPACE if h_gl.is_cuda else WORKSPACE) // (h_gl.shape[1] * 4 * m * 8))
 
 
 def _powers(log_a_gm: Tensor, length: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Character language modelling: the next byte of a text.
 
 The text is what Python's own manual pages in `pydoc_data` say, which every installation has, or any other source that
-`subquad convert --data` takes. Its last tenth is held out.
+`subquad convert --data` takes. Its last tenth is held out, or another text is.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ class Characters(Task):
             text: pydoc, or a source as `subquad.data.parse_source` takes it.
             length: bytes of a window.
             most: bytes that are read at most.
+            test: a source that is held out, in place of the last tenth.
         """
 
         text: str
         length: int
         most: int = 100_000_000
+        test: str = ""
 
         def __post_init__(self) -> None:
             """Refuse what leaves nothing to predict."""
@@ -58,16 +60,20 @@ class Characters(Task):
             DataError: no such text, or one too short to hold a window out.
         """
         self.config, self.length = config, config.length
-        held = bytearray()
-        for document in _texts(config.text):
-            held += document.encode()
-            if len(held) >= config.most:
-                break
-        bytes_n = np.frombuffer(bytes(held[: config.most]), np.uint8)
-        split = len(bytes_n) - int(HELD_OUT * len(bytes_n))
-        self.data = {"train": bytes_n[:split], "test": bytes_n[split:]}
-        self.held_out = (len(bytes_n) - split - 1) // config.length
-        if self.held_out < 1 or split <= config.length:
+        bytes_n = _bytes(config.text, config.most)
+        if config.test:
+            self.data = {"train": bytes_n, "test": _bytes(config.test, config.most)}
+        else:
+            split = len(bytes_n) - int(HELD_OUT * len(bytes_n))
+            self.data = {"train": bytes_n[:split], "test": bytes_n[split:]}
+        train_n, test_n = self.data["train"], self.data["test"]
+        self.held_out = (len(test_n) - 1) // config.length
+        if config.test and (self.held_out < 1 or len(train_n) <= config.length):
+            raise DataError(
+                f"{config.text}, {config.test}: expected texts that hold a window of {config.length} bytes, got "
+                f"{len(train_n):,} and {len(test_n):,} bytes; give longer texts, or a smaller length"
+            )
+        if self.held_out < 1 or len(train_n) <= config.length:
             raise DataError(
                 f"{config.text}: expected a text whose tenth holds a window of {config.length} bytes, got "
                 f"{len(bytes_n):,} bytes; give a longer text, or --size length={max(len(bytes_n) // 20, 1)}"
@@ -89,6 +95,16 @@ class Characters(Task):
     def _windows(self, text_n: np.ndarray, start_b: np.ndarray) -> Batch:
         window_bt = text_n[start_b[:, None] + np.arange(self.length + 1)]
         return token_batch(window_bt[:, :-1], window_bt[:, 1:])
+
+
+def _bytes(source: str, most: int) -> np.ndarray:
+    """The first of its bytes."""
+    held = bytearray()
+    for document in _texts(source):
+        held += document.encode()
+        if len(held) >= most:
+            break
+    return np.frombuffer(bytes(held[:most]), np.uint8)
 
 
 def _texts(source: str) -> Iterator[str]:

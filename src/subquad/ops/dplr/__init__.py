@@ -6,9 +6,9 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.ops.backends import Backends
-from subquad.ops.dplr.equation import System, equation
+from subquad.ops.dplr.equation import System, equation, step
 
-__all__ = ["System", "equation", "final_state", "kernel", "scan"]
+__all__ = ["System", "equation", "final_state", "kernel", "scan", "step"]
 
 _backends = Backends(__name__)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import chunks, lti
+from subquad.ops import step as one_step
 
 
 class System(NamedTuple):
@@ -60,6 +61,24 @@ def bilinear(system: System) -> tuple[Tensor, Tensor, Tensor]:
     both_gpq = torch.cat((one_pp + half_g11 * a_gpp, 2 * half_g11 * b_gp[..., None]), dim=-1)
     made_gpq = torch.linalg.solve(one_pp - half_g11 * a_gpp, both_gpq)
     return made_gpq[..., :-1], made_gpq[..., -1], c_gp
+
+
+def step(system: System) -> Tensor:
+    """`subquad.ops.step.table` of the discrete system, worked out in the widest dtype of the device.
+
+    Woodbury's identity (2111.00396, appendix C.2), with all that no state enters worked out beforehand: what the
+    low-rank part sees before and behind the diagonal is one sum over the state, and what it sees of the input goes
+    into the input's own factor.
+    """
+    narrow, system = system.step_g.dtype, system.to(chunks.wide(system.step_g))
+    half_g1 = system.step_g[:, None] / 2
+    implicit_gn, back_gn = 1 / (1 - half_g1 * system.poles_gn), system.low_gn.conj()
+    keep_gn, low_gn = implicit_gn * (1 + half_g1 * system.poles_gn), half_g1 * implicit_gn * system.low_gn
+    input_gn = 2 * half_g1 * implicit_gn * system.input_gn
+    share_g1 = 1 / (1 + 2 * (back_gn * low_gn).sum(-1, keepdim=True).real)
+    sees_gn = 2 * share_g1 * back_gn * (1 + keep_gn)
+    input_gn = input_gn - low_gn * share_g1 * 2 * (back_gn * input_gn).sum(-1, keepdim=True).real
+    return one_step.table(keep_gn, input_gn, 2 * system.output_gn, low_gn, sees_gn).to(narrow)
 
 
 def equation(

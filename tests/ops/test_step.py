@@ -1,0 +1,76 @@
+"""One token through linear state spaces: as the equations say, and the kernels as PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from subquad.core.errors import ConfigError
+from subquad.mixers.s4 import DiagonalPlusLowRank
+from subquad.ops import backends, dplr, modal, step
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
+both = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+B, D, G, N = 10, 12, 6, 5
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype, device=DEVICE)
+
+
+def modes() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.complex(-torch.rand(G, N, device=DEVICE), 3 * drawn(G, N)), torch.complex(drawn(G, N), drawn(G, N))
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["diagonal", "low rank"])
+@both
+def test_a_step_is_the_equation_of_one_token(backend: str, low: bool) -> None:
+    u_bd, state = drawn(B, D), drawn(B, D, N, 2)
+    if low:
+        system = DiagonalPlusLowRank(G, 2 * N, n_ssm=2, dt_min=0.01, dt_max=0.5).to(DEVICE).requires_grad_(False)
+        table = system.step()
+        want_btd, end = dplr.equation(u_bd[:, None].double(), system.system(), state.double())
+    else:
+        log_a, residue = modes()
+        table = step.table(log_a.exp(), torch.ones_like(log_a), residue)
+        want_btd, end = modal.equation(u_bd[:, None].double(), log_a, residue, state.double())
+    kept = torch.tensor([1, 0] * (B // 2), device=DEVICE)
+    kept_end = torch.where((kept > 0)[:, None, None, None], end.float(), state)
+    rows = torch.randperm(B, device=DEVICE)
+    with backends.use(backend):
+        y_bd = step.read(u_bd, table, state)
+        elsewhere, there, wider = torch.full_like(state, torch.nan), state.clone(), drawn(B, 2, D, N, 2)
+        step.write_(elsewhere, rows, u_bd, table, state, kept)
+        step.write_(there, None, u_bd, table, there, kept)
+        before, u_wide = wider.clone(), drawn(B, 2 * D, dtype=torch.bfloat16)
+        step.write_(wider[:, 1], None, u_wide[:, D:], table, wider[:, 1], kept)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(y_bd, want_btd[:, 0].float(), **close)
+    torch.testing.assert_close(elsewhere[rows], kept_end, **close)
+    torch.testing.assert_close(there, kept_end, **close)
+    with backends.use("torch"):
+        again = before[:, 1].clone()
+        step.write_(again, None, u_wide[:, D:].contiguous(), table, again, kept)
+    torch.testing.assert_close(wider[:, 1], again, **close)
+    assert torch.equal(wider[:, 0], before[:, 0])
+
+
+def test_a_table_is_made_anew_when_its_weights_change() -> None:
+    system = DiagonalPlusLowRank(2, 4, n_ssm=None, dt_min=0.01, dt_max=0.5)
+    with torch.no_grad():
+        first = system.step()
+        assert system.step() is first
+        system.log_dt.add_(0.5)
+        second = system.step()
+    assert not torch.equal(first, second)
+    assert system.step().requires_grad
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    log_a, residue = modes()
+    table = step.table(log_a.exp(), torch.ones_like(log_a), residue)
+    with pytest.raises(ConfigError, match="state_bdnp"):
+        step.read(drawn(B, D), table, drawn(B, D, N + 1, 2))
+    with pytest.raises(ConfigError, match="divide d=7"):
+        step.read(drawn(B, 7), table, drawn(B, 7, N, 2))
