@@ -24,7 +24,8 @@ class Transform(NamedTuple):
         channels, places: of a program's columns, their product; memory is read by runs of channels and written by runs
             of places, or the other way round, so both are whole sectors of 32 bytes where they are 16.
         rows: of the product at once, frequencies or tiles.
-        depth: of the product at once, tiles or frequencies.
+        depth: of the product at once, tiles or frequencies. A transform keeps so many tiles, and reads more of them again
+            for all rows, 64 at a time.
         warps: of a program.
         stages: of the pipeline.
     """
@@ -60,9 +61,19 @@ class Tilings(NamedTuple):
     correlate: Product
 
 
-HALF = Tilings(Transform(16, 16, 64, 128, 8, 2), Transform(16, 16, 64, 64, 8, 3), Product(64, 64, 4, 1), Product(64, 64, 4, 1))
+HALF = Tilings(
+    transform=Transform(channels=16, places=8, rows=64, depth=256, warps=8, stages=2),
+    restore=Transform(channels=16, places=8, rows=64, depth=64, warps=4, stages=2),
+    multiply=Product(rows=64, width=64, warps=4, stages=1),
+    correlate=Product(rows=64, width=64, warps=8, stages=1),
+)
 # Exact products take no tensor core; small blocks keep them in registers.
-SINGLE = Tilings(Transform(8, 8, 64, 32, 8, 1), Transform(8, 8, 64, 32, 8, 1), Product(32, 16, 8, 1), Product(32, 16, 8, 1))
+SINGLE = Tilings(
+    transform=Transform(channels=8, places=8, rows=64, depth=32, warps=8, stages=1),
+    restore=Transform(channels=8, places=8, rows=64, depth=32, warps=8, stages=1),
+    multiply=Product(rows=16, width=16, warps=8, stages=1),
+    correlate=Product(rows=64, width=16, warps=8, stages=1),
+)
 
 
 class Plan(NamedTuple):
@@ -72,9 +83,12 @@ class Plan(NamedTuple):
     c: int
 
 
-def plan(t: int) -> Plan:
-    """The tiles of a row of `t` tokens; a multiple of 16 of them, so that rows of tables are aligned."""
-    c = 64 if t <= 8192 else 128
+def plan(t: int, dtype: torch.dtype) -> Plan:
+    """The tiles of a row of `t` tokens; a multiple of 16 of them, so that rows of tables are aligned.
+
+    Products grow with n and c alike, and programs with the square of c.
+    """
+    c = 64 if t <= 8192 or dtype == torch.float32 else 128
     return Plan(16 * triton.cdiv(t, 16 * c), c)
 
 
@@ -120,7 +134,8 @@ def transform(
     made = launch.scratch(d, n, b, 2, c, like=x, dtype=x.dtype)
     into = None if behind is None else launch.scratch(b, t, d, like=x, dtype=x.dtype)
     tiles = tilings(x.dtype).transform
-    depth = min(tiles.depth, max(64, triton.next_power_of_2(n)))
+    whole = max(64, triton.next_power_of_2(n))
+    depth = whole if whole <= tiles.depth else min(tiles.depth, 64)
     places = min(tiles.places, c)
     # An absent tensor's place is taken by one that no branch reads.
     gate_ = x if gate is None else gate
@@ -194,7 +209,7 @@ def _forward(
 
     Saved spectra are as large as two inputs, and spare the backward four inputs' worth of reading and writing.
     """
-    t, (n, c) = u.shape[1], plan(u.shape[1])
+    t, (n, c) = u.shape[1], plan(u.shape[1], u.dtype)
     table_fn = table(n, u.device)
     cut = table_fn.to(u.dtype)
     spectrum, _ = transform(u, gate_in, cut, c)
@@ -208,7 +223,7 @@ def _forward(
 def _forward_fake(
     u: Tensor, k: Tensor, bias: Tensor | None, gate_in: Tensor | None, gate_out: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (b, t, d), (n, c) = u.shape, plan(u.shape[1])
+    (b, t, d), (n, c) = u.shape, plan(u.shape[1], u.dtype)
     return (
         u.new_empty(u.shape),
         u.new_empty((d, n, b, 2, c) if keep else (0,)),
@@ -229,7 +244,7 @@ def _backward(
     alone: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, k, bias and both gates; empty for what is not there."""
-    t, (n, c) = u.shape[1], plan(u.shape[1])
+    t, (n, c) = u.shape[1], plan(u.shape[1], u.dtype)
     table_fn = table(n, u.device)
     cut, turns_n2 = table_fn.to(u.dtype), turns(table_fn)
     dy_spectrum, dgate_out = transform(dy, gate_out, cut, c, None if gate_out is None else alone)

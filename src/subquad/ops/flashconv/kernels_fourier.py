@@ -57,16 +57,16 @@ def negative(x):
 
 @triton.jit
 def gated(
-    x, gate, behind, into, sxb, sxt, sgb, sgt, b, tile, place, channel, T, D,
+    x, gate, behind, into, sxb, sxt, sgb, sgt, b, tile, place, channel, T, D, first,
     GATE: tl.constexpr, BEHIND: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """``x gate`` of some tiles, ``[tile, (channel, place)]``; writes ``x behind`` on the way."""
+    """``x gate`` of some tiles, ``[tile, (channel, place)]``; writes ``x behind`` on the way where it is the first."""
     at, inside = offsets(sxb, sxt, b, tile, place, channel, T, D, C)
     made = tl.load(x + at, mask=inside, other=0.0)
     if BEHIND:
         own, _ = offsets(T.to(tl.int64) * D, D, b, tile, place, channel, T, D, C)
-        other = made.to(tl.float32) * tl.load(behind + own, mask=inside, other=0.0).to(tl.float32)
-        tl.store(into + own, other.to(into.dtype.element_ty), mask=inside)
+        other = made.to(tl.float32) * tl.load(behind + own, mask=inside & first, other=0.0).to(tl.float32)
+        tl.store(into + own, other.to(into.dtype.element_ty), mask=inside & first)
     if GATE:
         at, _ = offsets(sgb, sgt, b, tile, place, channel, T, D, C)
         other = made.to(tl.float32) * tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
@@ -89,7 +89,7 @@ def transform(
     tile = tl.arange(0, BK)
     if WHOLE:
         x_kc = gated(
-            x, gate, behind, into, sxb, sxt, sgb, sgt, b, tile, place, channel, T, D, GATE, BEHIND, C
+            x, gate, behind, into, sxb, sxt, sgb, sgt, b, tile, place, channel, T, D, True, GATE, BEHIND, C
         )  # fmt: skip
     for first in range(0, 2 * N, BF):
         row = first + tl.arange(0, BF)
@@ -102,7 +102,7 @@ def transform(
                 k = start + tile
                 f_rk = tl.load(table + row[:, None] * N + k[None, :], (row < 2 * N)[:, None] & (k < N)[None, :], 0.0)
                 x_kc = gated(
-                    x, gate, behind, into, sxb, sxt, sgb, sgt, b, k, place, channel, T, D, GATE, BEHIND, C
+                    x, gate, behind, into, sxb, sxt, sgb, sgt, b, k, place, channel, T, D, first == 0, GATE, BEHIND, C
                 )  # fmt: skip
                 total = product(f_rk, x_kc, total, PRECISION)
         to = row // 2 * (B * 2 * C) + row % 2 * C
