@@ -24,8 +24,8 @@ class Transform(NamedTuple):
         channels, places: of a program's columns, their product; memory is read by runs of channels and written by runs
             of places, or the other way round, so both are whole sectors of 32 bytes where they are 16.
         rows: of the product at once, frequencies or tiles.
-        depth: of the product at once, tiles or frequencies. A transform keeps so many tiles, and reads more of them again
-            for all rows, 64 at a time.
+        depth: of the product at once, tiles or frequencies. The transform holds so many tiles of its inputs; where a row
+            has more, it reads them again for each block of rows, 64 at a time.
         warps: of a program.
         stages: of the pipeline.
     """
@@ -55,6 +55,8 @@ class Product(NamedTuple):
 
 
 class Tilings(NamedTuple):
+    """The tilings of all kernels."""
+
     transform: Transform
     restore: Transform
     multiply: Product
@@ -93,12 +95,11 @@ def plan(t: int, dtype: torch.dtype) -> Plan:
 
 
 def tilings(dtype: torch.dtype) -> Tilings:
+    """Those for operands of `dtype`."""
     return SINGLE if dtype == torch.float32 else HALF
 
 
-def convolve(
-    u: Tensor, k: Tensor, bias: Tensor | None, gate_in: Tensor | None, gate_out: Tensor | None
-) -> Tensor:
+def convolve(u: Tensor, k: Tensor, bias: Tensor | None, gate_in: Tensor | None, gate_out: Tensor | None) -> Tensor:
     """`subquad.ops.flashconv.parallel` of operands of one dtype; the filters' dtype is their own."""
     tensors = (u, k, bias, gate_in, gate_out)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
@@ -115,7 +116,7 @@ def table(n: int, device: torch.device) -> Tensor:
 
 def turns(table_fn: Tensor) -> Tensor:
     """``w_f``, ``[n, 2]``, real part and imaginary part: what the transform multiplies tile 1 by."""
-    return (table_fn[:, 1] * math.sqrt(table_fn.shape[1])).contiguous()
+    return (table_fn[:, 1] * math.sqrt(table_fn.shape[1])).view(-1, 2)
 
 
 def spectra(k: Tensor, table_fn: Tensor, c: int) -> Tensor:
@@ -249,9 +250,7 @@ def _backward(
     cut, turns_n2 = table_fn.to(u.dtype), turns(table_fn)
     dy_spectrum, dgate_out = transform(dy, gate_out, cut, c, None if gate_out is None else alone)
     made = multiply(dy_spectrum, spectra(k, table_fn, c), turns_n2, bias, adjoint=True)
-    du, dgate_in = restore(
-        made, cut, gate_in, None if gate_in is None else u, t=t, second=gate_in is not None
-    )
+    du, dgate_in = restore(made, cut, gate_in, None if gate_in is None else u, t=t, second=gate_in is not None)
     spectra_dn2c = correlate(dy_spectrum, spectrum, turns_n2)
     with torch.autocast(u.device.type, enabled=False):
         spectra_gfc = spectra_dn2c.view(len(k), -1, 2 * n, c).sum(1)

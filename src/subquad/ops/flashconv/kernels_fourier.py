@@ -4,11 +4,11 @@ Time is cut into n tiles of C tokens, ``t = r C + c``. Over tiles the convolutio
 Toeplitz matrices of C x C. A transform over r alone makes of it one product per frequency, of a complex Toeplitz matrix
 with columns of C: per token some ``4 n + 4 C`` multiplications, where Toeplitz tiles alone take ``n C / 2``.
 
-The frequencies are the odd multiples ``w_f = exp(i pi (2 f + 1) / 2n)`` for f below n. Of a real row of n numbers and as
-many zeros, they are one of each conjugate pair: so all n are complex, none is a special case, and what wraps around
+The frequencies are the odd multiples ``w_f = exp(i pi (2 f + 1) / 2n)`` for f below n. Of a real row of n numbers and
+as many zeros, they are one of each conjugate pair: so all n are complex, none is a special case, and what wraps around
 n zeros never reaches the outputs. ``F``, ``[2n, n]``, holds ``cos`` in row 2f and ``sin`` in row 2f + 1, over
-``sqrt(n)``. Then ``F^T F = 1``, inverse and adjoint of F are both ``F^T``, and spectra are as large as their inputs,
-which lets half precision hold them. Spectra lie as ``[d, f, b, 2, C]``, the real part first.
+``sqrt(n)``. Then ``F^T F = 1``, inverse and adjoint of F are both ``F^T``, and spectra are as large as their inputs, so
+that half precision holds them. Spectra lie as ``[d, f, b, 2, C]``, the real part first.
 """
 
 import triton
@@ -152,8 +152,8 @@ def multiply(
 ):  # fmt: skip
     """BR rows of ``T_f x`` or ``T_f^H x`` for the rows of a batch, at one frequency of one channel.
 
-    ``T_f`` holds the filter's spectrum at place r - s, and w_f times that at place C + r - s where r is before s: a tile
-    later, the same lag is C less. The bias is a tap at lag 0.
+    ``T_f`` holds the filter's spectrum at place r - s, and w_f times that at place C + r - s where r is before s: seen
+    from a tile later, a lag is C less. The bias is a tap at lag 0.
     """
     program = tl.program_id(0)
     row = program % (C // BR) * BR + tl.arange(0, BR)

@@ -18,11 +18,11 @@ LONGEST = 131_072
 
 def refusal(*tensors: Tensor) -> str | None:
     """Why the kernels can't run these, or are not the better way, or None; inputs, filters and gates."""
-    b, t, d = tensors[0].shape
+    b, t, _ = tensors[0].shape
     if t > LONGEST:
         return f"beyond {LONGEST} tokens PyTorch's Fourier transforms are faster, got {t}"
-    if triton.cdiv(t, toeplitz.TILE) * b > launch.GRID or d > launch.GRID:
-        return f"the Triton kernels take up to {launch.GRID} tiles of {toeplitz.TILE} tokens, got {b} rows of {t} tokens"
+    if triton.cdiv(t, toeplitz.TILE) * b > launch.GRID * toeplitz.PRODUCT.width:
+        return f"the Triton kernels take up to {launch.GRID * toeplitz.PRODUCT.width} tiles of {toeplitz.TILE} tokens"
     return launch.refusal(*tensors, widths=())
 
 
