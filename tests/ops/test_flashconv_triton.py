@@ -81,14 +81,20 @@ def compare(values: dict[str, Tensor], roundings: int = 3, **options: Any) -> No
         assert error(a, w) <= max(2 * error(n, w), floor), name
 
 
-@pytest.mark.parametrize("t", [1, 15, 63, 65, 130])
+@pytest.mark.parametrize(
+    ("t", "way"), [*((t, "toeplitz") for t in (1, 15, 63, 65, 130)), (1, "fourier"), (130, "fourier")], indirect=["way"]
+)
 def test_lengths(t: int, way: str) -> None:
     compare(arguments(t))
 
 
-@pytest.mark.parametrize("length", [1, 2, 64, 65, 300])
+@pytest.mark.parametrize(
+    ("length", "way"),
+    [*((length, "toeplitz") for length in (1, 2, 64, 65, 300)), (1, "fourier"), (65, "fourier"), (100, "fourier")],
+    indirect=["way"],
+)
 def test_filters_of_other_lengths(length: int, way: str) -> None:
-    compare(arguments(130, length, b=1, d=2, g=2))
+    compare(arguments(130 if way == "toeplitz" else 70, length, b=1, d=2, g=2))
 
 
 @pytest.mark.parametrize("left_out", [(), ("bias_d",), ("gate_in_btd",), ("gate_out_btd",), NAMES[2:]], ids=str)

@@ -24,7 +24,7 @@ class Transform(NamedTuple):
         channels, places: of a program's columns, their product; memory is read by runs of channels and written by runs
             of places, or the other way round, so both are whole sectors of 32 bytes where they are 16.
         rows: of the product at once, frequencies or tiles.
-        depth: of the product at once, tiles or frequencies. The transform holds so many tiles of its inputs; where a row
+        depth: of the product at once, tiles or frequencies. The transform holds so many tiles of a row; where that
             has more, it reads them again for each block of rows, 64 at a time.
         warps: of a program.
         stages: of the pipeline.
