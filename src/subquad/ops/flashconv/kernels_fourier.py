@@ -6,9 +6,9 @@ with columns of C: per token some ``4 n + 4 C`` multiplications, where Toeplitz 
 
 The frequencies are the odd multiples ``w_f = exp(i pi (2 f + 1) / 2n)`` for f below n. Of a real row of n numbers and
 as many zeros, they are one of each conjugate pair: so all n are complex, none is a special case, and what wraps around
-n zeros never reaches the outputs. ``F``, ``[2n, n]``, holds ``cos`` in row 2f and ``sin`` in row 2f + 1, over
-``sqrt(n)``. Then ``F^T F = 1``, inverse and adjoint of F are both ``F^T``, and spectra are as large as their inputs, so
-that half precision holds them. Spectra lie as ``[d, f, b, 2, C]``, the real part first.
+n zeros never reaches the outputs. ``F``, ``[2n, n]``, holds ``cos`` in row 2f and ``sin`` in row 2f + 1, of about
+``1 / sqrt(n)``. Up to that factor's rest ``F^T F = 1``, inverse and adjoint of F are both ``F^T``, and spectra are as
+large as their inputs, so that half precision holds them. Spectra lie as ``[d, f, b, 2, C]``, the real part first.
 """
 
 import triton
