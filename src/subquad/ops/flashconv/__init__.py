@@ -23,7 +23,9 @@ def parallel(
     gate_out_btd: Tensor | None = None,
     documents_bt: Tensor | None = None,
 ) -> Tensor:
-    """The outputs of `equation`, all tokens at once; arithmetic in at least float32.
+    """The outputs of `equation`, all tokens at once; sums in at least float32.
+
+    PyTorch's form computes in float32 throughout; Triton's rounds what it multiplies to the dtype of inputs and gates.
 
     Right padding needs no mask, but its values must be finite: a transform spreads NaN over its whole row.
 

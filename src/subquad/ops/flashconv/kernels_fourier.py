@@ -1,0 +1,226 @@
+"""The long convolution's kernels for long rows: Fourier transforms over tiles, Toeplitz products at each frequency.
+
+Time is cut into n tiles of C tokens, ``t = r C + c``. Over tiles the convolution is again one, whose coefficients are
+Toeplitz matrices of C x C. A transform over r alone makes of it one product per frequency, of a complex Toeplitz matrix
+with columns of C: per token some ``4 n + 4 C`` multiplications, where Toeplitz tiles alone take ``n C / 2``.
+
+The frequencies are the odd multiples ``w_f = exp(i pi (2 f + 1) / 2n)`` for f below n. Of a real row of n numbers and
+as many zeros, they are one of each conjugate pair: so all n are complex, none is a special case, and what wraps around
+n zeros never reaches the outputs. ``F``, ``[2n, n]``, holds ``cos`` in row 2f and ``sin`` in row 2f + 1, of about
+``1 / sqrt(n)``. Up to that factor's rest ``F^T F = 1``, inverse and adjoint of F are both ``F^T``, and spectra are as
+large as their inputs, so that half precision holds them. Spectra lie as ``[d, f, b, 2, C]``, the real part first.
+"""
+
+import triton
+import triton.language as tl
+
+from subquad.ops.flashconv.kernels_toeplitz import product
+
+
+@triton.jit
+def places(D, B, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):
+    """Channels and places of a program's tile, its row, and what is left of its number.
+
+    Programs that run side by side hold neighbouring channels, then places: they share sectors of memory.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(D, BD)
+    channel = program % blocks * BD
+    program //= blocks
+    place = program % (C // BC) * BC
+    program //= C // BC
+    return channel, place, program % B, program // B
+
+
+@triton.jit
+def offsets(sb, st, b, tile, place, channel, T, D, C: tl.constexpr):
+    """Offsets of ``[tile, place, channel]`` of a row in ``[b, t, d]``, and which of them there are."""
+    token = tile[:, None, None] * C + place[None, :, None]
+    inside = (token < T) & (channel < D)[None, None, :]
+    return b.to(tl.int64) * sb + token.to(tl.int64) * st + channel[None, None, :], inside
+
+
+@triton.jit
+def columns(channel, place, N, B, b, D, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):
+    """Offsets of ``(channel, place)``, places side by side, in the spectra of a row, and which of them there are."""
+    own = tl.arange(0, BD * BC)
+    mine = channel + own // BC
+    at = mine.to(tl.int64) * (N * B.to(tl.int64)) * (2 * C) + b * (2 * C) + place + own % BC
+    return at, mine < D
+
+
+@triton.jit
+def negative(x):
+    """``-x``; by way of float32, as the interpreter would negate the bits of bfloat16."""
+    return (-x.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def gated(
+    x, gate, behind, into, sxb, sxt, sgb, sgt, b, tile, place, channel, T, D, first,
+    GATE: tl.constexpr, BEHIND: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """``x gate`` of some tiles, ``[tile, (channel, place)]``; writes ``x behind`` on the way where it is the first."""
+    at, inside = offsets(sxb, sxt, b, tile, place, channel, T, D, C)
+    made = tl.load(x + at, mask=inside, other=0.0)
+    if BEHIND:
+        own, _ = offsets(T.to(tl.int64) * D, D, b, tile, place, channel, T, D, C)
+        other = made.to(tl.float32) * tl.load(behind + own, mask=inside & first, other=0.0).to(tl.float32)
+        tl.store(into + own, other.to(into.dtype.element_ty), mask=inside & first)
+    if GATE:
+        at, _ = offsets(sgb, sgt, b, tile, place, channel, T, D, C)
+        other = made.to(tl.float32) * tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+        made = other.to(made.dtype)
+    turned = tl.permute(made, (0, 2, 1))
+    return tl.reshape(turned, (made.shape[0], made.shape[1] * made.shape[2]))
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def transform(
+    x, gate, behind, table, into, out, sxb, sxt, sgb, sgt, T, B, N, D,
+    GATE: tl.constexpr, BEHIND: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``F (x gate)`` over the tiles of ``[b, t, d]``, and ``x behind`` as it is; WHOLE where BK holds all tiles."""
+    channel, place, b, _ = places(D, B, C, BC, BD)
+    at, mine = columns(channel, place, N, B, b, D, C, BC, BD)
+    channel += tl.arange(0, BD)
+    place += tl.arange(0, BC)
+    tile = tl.arange(0, BK)
+    if WHOLE:
+        x_kc = gated(
+            x, gate, behind, into, sxb, sxt, sgb, sgt, b, tile, place, channel, T, D, True, GATE, BEHIND, C
+        )  # fmt: skip
+    for first in range(0, 2 * N, BF):
+        row = first + tl.arange(0, BF)
+        total = tl.zeros([BF, BD * BC], tl.float32)
+        if WHOLE:
+            f_rk = tl.load(table + row[:, None] * N + tile[None, :], (row < 2 * N)[:, None] & (tile < N)[None, :], 0.0)
+            total = product(f_rk, x_kc, total, PRECISION)
+        else:
+            for start in range(0, N, BK):
+                k = start + tile
+                f_rk = tl.load(table + row[:, None] * N + k[None, :], (row < 2 * N)[:, None] & (k < N)[None, :], 0.0)
+                x_kc = gated(
+                    x, gate, behind, into, sxb, sxt, sgb, sgt, b, k, place, channel, T, D, first == 0, GATE, BEHIND, C
+                )  # fmt: skip
+                total = product(f_rk, x_kc, total, PRECISION)
+        to = row // 2 * (B * 2 * C) + row % 2 * C
+        tl.store(
+            out + to[:, None] + at[None, :], total.to(out.dtype.element_ty), mask=(row < 2 * N)[:, None] & mine[None, :]
+        )
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def restore(
+    spectrum, table, one, two, y, z, s1b, s1t, s2b, s2t, T, B, N, D,
+    ONE: tl.constexpr, TWO: tl.constexpr, SECOND: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``w = F^T spectrum``, back in ``[b, t, d]``: ``y = w one``, and ``z = w two`` where a second is wanted."""
+    channel, place, b, tile = places(D, B, C, BC, BD)
+    at, mine = columns(channel, place, N, B, b, D, C, BC, BD)
+    channel += tl.arange(0, BD)
+    place += tl.arange(0, BC)
+    tile = tile * BR + tl.arange(0, BR)
+    total = tl.zeros([BR, BD * BC], tl.float32)
+    for start in range(0, 2 * N, BK):
+        k = start + tl.arange(0, BK)
+        came = k // 2 * (B * 2 * C) + k % 2 * C
+        f_rk = tl.load(table + k[None, :] * N + tile[:, None], (k < 2 * N)[None, :] & (tile < N)[:, None], 0.0)
+        x_kc = tl.load(spectrum + came[:, None] + at[None, :], (k < 2 * N)[:, None] & mine[None, :], 0.0)
+        total = product(f_rk, x_kc, total, PRECISION)
+    made = tl.permute(tl.reshape(total, (BR, BD, BC)), (0, 2, 1))
+    to, inside = offsets(T.to(tl.int64) * D, D, b, tile, place, channel, T, D, C)
+    first = made
+    if ONE:
+        at, _ = offsets(s1b, s1t, b, tile, place, channel, T, D, C)
+        first = made * tl.load(one + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + to, first.to(y.dtype.element_ty), mask=inside)
+    if SECOND:
+        if TWO:
+            at, _ = offsets(s2b, s2t, b, tile, place, channel, T, D, C)
+            made *= tl.load(two + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(z + to, made.to(z.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["B"])
+def multiply(
+    filters, turns, bias, x, y, B, N, SHARED,
+    BIAS: tl.constexpr, ADJOINT: tl.constexpr, C: tl.constexpr, BR: tl.constexpr, BB: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BR rows of ``T_f x`` or ``T_f^H x`` for the rows of a batch, at one frequency of one channel.
+
+    ``T_f`` holds the filter's spectrum at place r - s, and w_f times that at place C + r - s where r is before s: seen
+    from a tile later, a lag is C less. The bias is a tap at lag 0.
+    """
+    program = tl.program_id(0)
+    row = program % (C // BR) * BR + tl.arange(0, BR)
+    program //= C // BR
+    f, channel = program % N, (program // N).to(tl.int64)
+    own = tl.arange(0, C)
+    lag = own[None, :] - row[:, None] if ADJOINT else row[:, None] - own[None, :]
+    filters += (channel // SHARED * N + f) * 2 * C + (lag & (C - 1))
+    k_re, k_im = tl.load(filters), tl.load(filters + C)
+    w_re, w_im = tl.load(turns + 2 * f), tl.load(turns + 2 * f + 1)
+    t_re = tl.where(lag < 0, k_re * w_re - k_im * w_im, k_re)
+    t_im = tl.where(lag < 0, k_re * w_im + k_im * w_re, k_im)
+    if BIAS:
+        t_re += tl.where(lag == 0, tl.load(bias + channel).to(tl.float32), 0.0)
+    if ADJOINT:
+        t_im = -t_im
+    t_re, t_im = t_re.to(x.dtype.element_ty), t_im.to(x.dtype.element_ty)
+    start = (channel * N + f) * B * (2 * C)
+    x += start
+    y += start
+    for first in range(0, B, BB):
+        b = first + tl.arange(0, BB)
+        inside = (b < B)[None, :]
+        came = b[None, :] * (2 * C) + own[:, None]
+        x_re, x_im = tl.load(x + came, mask=inside, other=0.0), tl.load(x + came + C, mask=inside, other=0.0)
+        y_re = product(t_re, x_re, tl.zeros([BR, BB], tl.float32), PRECISION)
+        y_im = product(t_im, x_re, tl.zeros([BR, BB], tl.float32), PRECISION)
+        y_re = product(t_im, negative(x_im), y_re, PRECISION)
+        y_im = product(t_re, x_im, y_im, PRECISION)
+        to = b[None, :] * (2 * C) + row[:, None]
+        tl.store(y + to, y_re.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + to + C, y_im.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["B"])
+def correlate(
+    later, earlier, turns, out, B, N, C: tl.constexpr, BR: tl.constexpr, BB: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """The gradient of the filter's spectrum at one frequency of one channel: that of ``T_f``, along its diagonals."""
+    f, channel = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
+    start = (channel * N + f) * B * (2 * C)
+    later += start
+    earlier += start
+    own = tl.arange(0, C)
+    w_re, w_im = tl.load(turns + 2 * f), tl.load(turns + 2 * f + 1)
+    re, im = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    for above in tl.static_range(0, C, BR):
+        row = above + tl.arange(0, BR)
+        t_re, t_im = tl.zeros([BR, C], tl.float32), tl.zeros([BR, C], tl.float32)
+        for first in range(0, B, BB):
+            b = first + tl.arange(0, BB)
+            to = b[None, :] * (2 * C) + row[:, None]
+            came = b[:, None] * (2 * C) + own[None, :]
+            y_re = tl.load(later + to, mask=(b < B)[None, :], other=0.0)
+            y_im = tl.load(later + to + C, mask=(b < B)[None, :], other=0.0)
+            x_re = tl.load(earlier + came, mask=(b < B)[:, None], other=0.0)
+            x_im = tl.load(earlier + came + C, mask=(b < B)[:, None], other=0.0)
+            t_re = product(y_re, x_re, t_re, PRECISION)
+            t_im = product(y_im, x_re, t_im, PRECISION)
+            t_re = product(y_im, x_im, t_re, PRECISION)
+            t_im = product(negative(y_re), x_im, t_im, PRECISION)
+        # Row r is turned by r, so that a lag, or the one C below it, stands in one column.
+        turn = (row[:, None] - own[None, :]) & (C - 1)
+        t_re, t_im = tl.gather(t_re, turn, 1), tl.gather(t_im, turn, 1)
+        below = row[:, None] < own[None, :]
+        re += tl.sum(tl.where(below, t_re * w_re + t_im * w_im, t_re), 0)
+        im += tl.sum(tl.where(below, t_im * w_re - t_re * w_im, t_im), 0)
+    to = out + (channel * N + f) * 2 * C + own
+    tl.store(to, re)
+    tl.store(to + C, im)
