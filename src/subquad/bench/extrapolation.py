@@ -27,8 +27,8 @@ from subquad.evals.learning.batches import Batches
 from subquad.evals.learning.characters import Characters
 from subquad.evals.learning.model import Learner, layers_of
 from subquad.evals.learning.passkey import Passkey
-from subquad.evals.learning.task import Task, token_batch
 from subquad.evals.learning.stage import TaskStage, answers, tested
+from subquad.evals.learning.task import Task, token_batch
 from subquad.evals.learning.training import Settings, check_folder
 from subquad.evals.stats import Interval, bootstrap_ratio, wilson
 from subquad.mixers.memmamba import MemMamba
@@ -86,7 +86,7 @@ class Plan:
         made = layers_of([mixer], self.layers, self.d_model, {BENCH: options}, task)
         sizes = config_to_dict(task.config)
         return Settings(
-            name, sizes, made, self.d_model, self.rows, self.lr, steps=self.steps or None, minutes=minutes,
+            name, sizes, made, self.d_model, batch=self.rows, lr=self.lr, steps=self.steps or None, minutes=minutes,
             held_out=self.rows,
         )  # fmt: skip
 
