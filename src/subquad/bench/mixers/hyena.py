@@ -12,13 +12,13 @@ from subquad.ops import attention, flashconv
 
 
 def run(bench: Bench) -> None:
-    """Width 768, 12 heads of 64 channels beside it: forward of the operator alone, then of the layer."""
+    """Width 768, 12 heads of 64 channels beside it, some rows: forward of the operator alone, then of the layer."""
     bench.name = "hyena"
     cuda = bench.device.type == "cuda"
-    d, h = bench.size((768, 12) if cuda else (128, 2), smoke=(16, 2))
+    b, d, h = bench.size((8, 768, 12) if cuda else (1, 128, 2), smoke=(2, 16, 2))
     lengths = bench.size((2048, 8192, 65536) if cuda else (1024, 4096, 16384), smoke=(70,))
     for t in lengths:
-        u, gate, v = (torch.randn(1, t, d, **bench.factory) for _ in range(3))
+        u, gate, v = (torch.randn(b, t, d, **bench.factory) for _ in range(3))
         k_gl = torch.randn(d, t, device=bench.device) / t**0.5
 
         def convolution(u: Tensor, gate: Tensor, v: Tensor, k_gl: Tensor = k_gl) -> Tensor:
@@ -33,7 +33,7 @@ def run(bench: Bench) -> None:
         exact = flashconv.equation(wide[2], k_gl.double(), gate_in_btd=wide[0], gate_out_btd=wide[1])
         # Sums of two hundred products, about as many roundings as its root.
         bench.gate("the operator equals its sum", convolution(*few), exact, rtol=16 * torch.finfo(bench.dtype).eps)
-        shape = {"b": 1, "t": t, "d": d, "h": h}
+        shape = {"b": b, "t": t, "d": d, "h": h}
         with torch.no_grad():
             bench.compare(
                 f"op_vs_flash.t{t}", convolution, softmax, baseline_name="causal SDPA", inputs=(u, gate, v), shape=shape
