@@ -78,7 +78,7 @@ class Engine:
         capacity: int,
         drafter: Drafter | None = None,
         draft_tokens: int | None = None,
-        most_drafted: int = 8,
+        most_drafted: int = 15,
         chunk: int = 1024,
         rounds: int | None = None,
         prefixes: PrefixCache | None = None,

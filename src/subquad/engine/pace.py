@@ -23,7 +23,8 @@ PATIENCE, LONGEST, DEAREST_TRY = 8, 128, 2.0
 
 
 class Pace:
-    """Chooses k, the guesses a row and round, among 0, 1, 2, 4, ... up to `most`.
+    """Chooses k, the guesses a row and round, among 0, 1, 3, 7, ... up to `most`: with its last token a row then reads
+    a power of two, as large as a kernel's tile.
 
     Expected of a round with k guesses are ``1 + c (a + ... + a^k)`` tokens a row, a the share of guesses that stand
     when it is their turn and c the share of those asked for that were there. Both are measured, older guesses
@@ -40,7 +41,11 @@ class Pace:
 
     def __init__(self, most: int, *, fixed: bool = False, watched: bool = False) -> None:
         self.most, self.fixed, self.watched = most, fixed, watched
-        self.ladder = [0, *(1 << i for i in range(most.bit_length()) if 1 << i < most), *([most] if most else [])]
+        self.ladder = [
+            0,
+            *((2 << i) - 1 for i in range(most.bit_length()) if (2 << i) - 1 < most),
+            *([most] if most else []),
+        ]
         self._costs: dict[int, _Costs] = {}
         self._accepted, self._covered = _Share(FIRST_ACCEPTED), _Share(FIRST_COVERED)
         self._since, self._patience, self._tours = 0, PATIENCE, 0

@@ -27,7 +27,7 @@ from subquad.serve.worker import Worker
 
 LOG = logging.getLogger("subquad.serve.served")
 T = TypeVar("T")
-MOST_DRAFTED = 8
+MOST_DRAFTED = 15
 """Guesses a row and round that may be chosen."""
 COMPILERS = 2
 """Grammars of a model that are compiled at the same time."""

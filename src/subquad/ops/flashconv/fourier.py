@@ -142,7 +142,7 @@ def turns(table_fn: Tensor) -> Tensor:
 
 
 def tables(n: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`table`, the same in the dtype of `like`, and `turns`; made once, since in short rows they are half the launches."""
+    """`table`, the same in the dtype of `like`, and `turns`; made once, since over short rows they are half of all."""
     key = n, like.dtype, like.device
     if key in _known:
         return _known[key]

@@ -36,14 +36,15 @@ def scan(
     (v_blank_bthv,) = chunks.blank(valid_bt, v_bthv)
     documents_bt = chunks.settle(documents_bt, valid_bt)
     before_b1 = None if documents_bt is None else torch.zeros_like(documents_bt[:, :1])
+    code_s = torch.arange(count_bhs.shape[2], device=code_bth.device)
     with torch.autocast(v_bthv.device.type, enabled=False):
         for part in (slice(i, i + chunks.CHUNK) for i in range(0, v_bthv.shape[1], chunks.CHUNK)):
             q_bhck, v_bhcv = (x[:, part].transpose(1, 2).to(dtype) for x in (q_bthk, v_blank_bthv))
             code_bhc, c = code_bth[:, part].transpose(1, 2), q_bhck.shape[2]
-            (member_bchs,) = chunks.blank(
-                None if valid_bt is None else valid_bt[:, part], F.one_hot(code_bth[:, part], count_bhs.shape[2])
-            )
-            member_bhcs = member_bchs.transpose(1, 2).to(dtype)
+            # one_hot would ask the device whether the codes are in range.
+            member_bchs = (code_bth[:, part, :, None] == code_s).to(dtype)
+            (member_bchs,) = chunks.blank(None if valid_bt is None else valid_bt[:, part], member_bchs)
+            member_bhcs = member_bchs.transpose(1, 2)
             pair = torch.ones(c, c, dtype=torch.bool, device=v_bthv.device).tril()
             # Which tokens go on where the state ends, and which are of the document that is the state's behind them.
             goes_on, lasts, kept_b = None, None, None
