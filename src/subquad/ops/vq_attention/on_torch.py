@@ -8,7 +8,6 @@ Chunks run one after the other: all at once their scores and states would not st
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops import chunks
@@ -36,15 +35,13 @@ def scan(
     (v_blank_bthv,) = chunks.blank(valid_bt, v_bthv)
     documents_bt = chunks.settle(documents_bt, valid_bt)
     before_b1 = None if documents_bt is None else torch.zeros_like(documents_bt[:, :1])
-    code_s = torch.arange(count_bhs.shape[2], device=code_bth.device)
     with torch.autocast(v_bthv.device.type, enabled=False):
         for part in (slice(i, i + chunks.CHUNK) for i in range(0, v_bthv.shape[1], chunks.CHUNK)):
             q_bhck, v_bhcv = (x[:, part].transpose(1, 2).to(dtype) for x in (q_bthk, v_blank_bthv))
             code_bhc, c = code_bth[:, part].transpose(1, 2), q_bhck.shape[2]
-            # one_hot would ask the device whether the codes are in range.
-            member_bchs = (code_bth[:, part, :, None] == code_s).to(dtype)
+            member_bchs = _members(code_bth[:, part], count_bhs)
             (member_bchs,) = chunks.blank(None if valid_bt is None else valid_bt[:, part], member_bchs)
-            member_bhcs = member_bchs.transpose(1, 2)
+            member_bhcs = member_bchs.transpose(1, 2).to(dtype)
             pair = torch.ones(c, c, dtype=torch.bool, device=v_bthv.device).tril()
             # Which tokens go on where the state ends, and which are of the document that is the state's behind them.
             goes_on, lasts, kept_b = None, None, None
@@ -97,10 +94,15 @@ def final_state(
         goes_on_b, ends_bt = last_b1[:, 0] == 0, documents_bt == last_b1
         count_bhs, sum_bhsv = _carry(count_bhs, goes_on_b), _carry(sum_bhsv, goes_on_b)
         valid_bt = ends_bt if valid_bt is None else valid_bt & ends_bt
-    (v_blank_bthv, member_bths) = chunks.blank(valid_bt, v_bthv, F.one_hot(code_bth, count_bhs.shape[2]))
+    (v_blank_bthv, member_bths) = chunks.blank(valid_bt, v_bthv, _members(code_bth, count_bhs))
     with torch.autocast(v_bthv.device.type, enabled=False):
         added_bhsv = member_bths.to(dtype).permute(0, 2, 3, 1) @ v_blank_bthv.to(dtype).transpose(1, 2)
     return count_bhs + member_bths.sum(1), sum_bhsv + added_bhsv
+
+
+def _members(code_bth: Tensor, count_bhs: Tensor) -> Tensor:
+    """1 at each token's code; `one_hot` would ask the device whether they are in range."""
+    return (code_bth[..., None] == torch.arange(count_bhs.shape[2], device=code_bth.device)).long()
 
 
 def _carry(state: Tensor, goes_on_b: Tensor | None) -> Tensor:
