@@ -46,7 +46,7 @@ def read_kernel(
     PRECISION: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
     BF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """See `subquad.ops.ring.read`. Grid: parts of what a query sees, fastest, then key heads, then rows.
+    """See `subquad.ops.ring.read`. Grid: parts of what a query sees, fastest, then BM queries, key heads, and rows.
 
     All parts but the last share the window's tokens before the block; the last one has the block, which it alone
     writes, the sinks and what lies behind the window. With one part the output is written, else each part's own and its
@@ -54,9 +54,11 @@ def read_kernel(
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     pid = tl.program_id(0)
-    part, g, b = pid % PARTS, (pid // PARTS) % G, (pid // (PARTS * G)).to(tl.int64)
     GROUP: tl.constexpr = H // G
-    m, j, c, f = tl.arange(0, BM), tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BF)
+    BLOCKS: tl.constexpr = (GROUP * T + BM - 1) // BM
+    part, block, pid = pid % PARTS, (pid // PARTS) % BLOCKS, pid // (PARTS * BLOCKS)
+    g, b = pid % G, (pid // G).to(tl.int64)
+    m, j, c, f = block * BM + tl.arange(0, BM), tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BF)
     t, h, real = m % T, g * GROUP + m // T, m < GROUP * T
     keys_ptr += (b * G + g) * R * K
     values_ptr += (b * G + g) * R * K
@@ -90,7 +92,8 @@ def read_kernel(
         best, total, sums = fold(q, near_k, near_v, allowed, factor, best, total, sums, PRECISION)
 
     if part == PARTS - 1:
-        # The block into the ring, and into the sinks; what is not kept is written over by the next read.
+        # The block into the ring, and into the sinks, by the first queries' program; what is not kept is written over
+        # by the next read.
         mine = j < T
         k_rows = k_ptr + b * k_stride_b + j * k_stride_t + g * k_stride_g
         held = mine[:, None] & (c < K)[None, :]
@@ -102,11 +105,11 @@ def read_kernel(
         v_rows = v_ptr + b * v_stride_b + j * v_stride_t + g * v_stride_g
         v = tl.load(v_rows[:, None] + c[None, :], mask=held, other=0.0)
         to = ((seen + j) % R)[:, None] * K + c[None, :]
-        tl.store(keys_ptr + to, k.to(keys_ptr.dtype.element_ty), mask=held)
-        tl.store(values_ptr + to, v.to(values_ptr.dtype.element_ty), mask=held)
+        tl.store(keys_ptr + to, k.to(keys_ptr.dtype.element_ty), mask=held & (block == 0))
+        tl.store(values_ptr + to, v.to(values_ptr.dtype.element_ty), mask=held & (block == 0))
         if S > 0:
             to = (seen + j)[:, None] * K + c[None, :]
-            early = held & (seen + j < S)[:, None]
+            early = held & (seen + j < S)[:, None] & (block == 0)
             tl.store(sink_k_ptr + to, k.to(keys_ptr.dtype.element_ty), mask=early)
             tl.store(sink_v_ptr + to, v.to(values_ptr.dtype.element_ty), mask=early)
         earlier = mine[None, :] & (j[None, :] <= t[:, None]) & (j[None, :] > t[:, None] - W)

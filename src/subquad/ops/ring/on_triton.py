@@ -14,6 +14,9 @@ from subquad.ops.ring.kernels import absorb_kernel, read_kernel
 
 # Programs at a time, and the least of a window's tokens that one reads.
 MOST, LEAST = 264, 64
+# Queries of a program. Of 64 the products would go to Hopper's wide units, where Triton 3.6 fails on such narrow ones;
+# see `subquad.ops.gla.on_triton`.
+QUERIES = 32
 
 if TYPE_CHECKING:
     from subquad.ops.ring import Maps, RingState, Tables
@@ -76,16 +79,18 @@ def _read(
     features = 0 if linear is None else linear.shape[2]
     # An absent tensor's place is taken by one that no branch reads.
     some = [q if x is None else x for x in (cos, sin, back_cos, back_sin)]
-    count = parts(b * g, window)
+    queries = min(QUERIES, _tile(h // g * t))
+    blocks = triton.cdiv(h // g * t, queries)
+    count = parts(b * g * blocks, window)
     part = launch.scratch(b, t, h, count, width, like=q, dtype=torch.float32) if count > 1 else q
     log = launch.scratch(b, t, h, count, like=q, dtype=torch.float32) if count > 1 else q
-    kernel: Any = read_kernel[(b * g * count,)]
+    kernel: Any = read_kernel[(b * g * blocks * count,)]
     kernel(
         q, k, v, *some, keys, values, sink_k, sink_v, q if linear is None else linear, seen, y, part, log,
         *(maps or [q] * 5),
         scale, width**-0.5, _stride(cos), _stride(back_cos), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         T=t, H=h, G=g, K=width, R=keys.shape[2], W=window, S=sinks, F=features, HALF=half, TURN=cos is not None,
-        FAR=linear is not None, PARTS=count, PRECISION=launch.precision(q.dtype), BM=_tile(h // g * t), BT=_tile(t),
+        FAR=linear is not None, PARTS=count, PRECISION=launch.precision(q.dtype), BM=queries, BT=_tile(t),
         BN=min(LEAST, _tile(window)), BS=_tile(sinks), BK=_tile(width), BF=_tile(features), num_warps=4,
         **overlap.options(q.device),
     )  # fmt: skip
