@@ -97,6 +97,7 @@ def read_kernel(
         mine = j < T
         k_rows = k_ptr + b * k_stride_b + j * k_stride_t + g * k_stride_g
         held = mine[:, None] & (c < K)[None, :]
+        written = (j + block * T < T)[:, None] & (c < K)[None, :]
         if TURN:
             k_table = b * table_stride_b + j * HALF
             k = turned(k_rows, c, held, cos_ptr + k_table, sin_ptr + k_table, HALF)
@@ -105,11 +106,11 @@ def read_kernel(
         v_rows = v_ptr + b * v_stride_b + j * v_stride_t + g * v_stride_g
         v = tl.load(v_rows[:, None] + c[None, :], mask=held, other=0.0)
         to = ((seen + j) % R)[:, None] * K + c[None, :]
-        tl.store(keys_ptr + to, k.to(keys_ptr.dtype.element_ty), mask=held & (block == 0))
-        tl.store(values_ptr + to, v.to(values_ptr.dtype.element_ty), mask=held & (block == 0))
+        tl.store(keys_ptr + to, k.to(keys_ptr.dtype.element_ty), mask=written)
+        tl.store(values_ptr + to, v.to(values_ptr.dtype.element_ty), mask=written)
         if S > 0:
             to = (seen + j)[:, None] * K + c[None, :]
-            early = held & (seen + j < S)[:, None] & (block == 0)
+            early = written & (seen + j < S)[:, None]
             tl.store(sink_k_ptr + to, k.to(keys_ptr.dtype.element_ty), mask=early)
             tl.store(sink_v_ptr + to, v.to(values_ptr.dtype.element_ty), mask=early)
         earlier = mine[None, :] & (j[None, :] <= t[:, None]) & (j[None, :] > t[:, None] - W)
