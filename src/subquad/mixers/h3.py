@@ -23,8 +23,8 @@ CARD = Card(
     gives="recall of what followed a token before, which plain state spaces lack: a key is held until its value comes",
     status="incubating",
     claim="a 125M hybrid with two attention layers beats the Transformer by 1.0 in perplexity; H3 alone is 0.4 behind",
-    measured="not reproduced: no language model was trained; a layer decodes 6 times as fast as attention on a CPU",
-    result="mixers.h3.cpu.json",
+    measured="induction heads and recall learnt to 100 %, as the paper says; no language model was trained",
+    result="tasks.recall.state_spaces.cpu.json",
     constant_state=True,
     examples={
         "paper": {"d_model": 12, "d_state": 8, "width": 8},

@@ -22,8 +22,8 @@ CARD = Card(
     gives="a small state in every channel, whose steps the token chooses; reads published Mamba-1 layers",
     status="incubating",
     claim="5 times the inference throughput of Transformers, scaling linearly to million-length sequences",
-    measured="not reproduced: it needs a GPU; on one CPU core the scan is 3.1 times as fast as transformers' loop",
-    result="mixers.mamba1.cpu.json",
+    measured="not reproduced; on one H100 the scan is 749 x as fast as transformers' loop over tokens",
+    result="mixers.mamba1.h100.json",
     constant_state=True,
     examples={
         "paper": {"d_model": 16, "state_dim": 4},
