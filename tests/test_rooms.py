@@ -63,7 +63,7 @@ def problems(root: Path) -> list[str]:
             if card.status == "stable" and not (card.claim and card.measured and card.result):
                 found.append(f"{family}/{slug}: stable needs a claim, our figure and its result file")
 
-    # The engine and the server are measured as a whole, by rooms that are named as what they run or what is done to them.
+    # Engine and server are measured as a whole, by rooms that are named as what they run or what is done to them.
     whole = {source / "bench/engine", source / "bench/serve"}
     for bench in sorted(set((source / "bench").glob("*/")) - whole):
         for slug in modules(bench):
