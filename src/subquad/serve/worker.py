@@ -19,8 +19,8 @@ from subquad.serve.queue import FairQueue, Turns
 
 LOG = logging.getLogger("subquad.serve.worker")
 T = TypeVar("T")
-TOLD_A_SECOND = 4000
-"""Times that all callers together are told something: each costs an event loop about a tenth of a millisecond."""
+TOLD_A_SECOND = 2000
+"""Times that all callers together are told something: each costs an event loop about a quarter of a millisecond."""
 
 
 class Worker:
