@@ -301,14 +301,14 @@ def test_a_row_that_is_put_aside_keeps_nothing_back(model: Stack, monkeypatch: p
 def test_what_is_told_late_as_on_a_gpu_is_all_told(model: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, requests = make(model, start=False), [ask([i, 2, 3], n) for i, n in ((1, 40), (2, 7), (3, 1), (4, 20))]
     monkeypatch.setattr(worker, "_late", True)
-    told = list[bool]()
-    hand_over = worker._hand_over
+    waited, tell = list[bool](), worker.engine.on_read
+    assert tell is not None
 
-    def noting(pieces: list[Piece]) -> None:
-        hand_over(pieces)
-        told.append(bool(worker._untold))
+    def noting() -> None:
+        waited.append(bool(worker._untold))
+        tell()
 
-    monkeypatch.setattr(worker, "_hand_over", noting)
+    worker.engine.on_read = noting
     worker.start()
 
     async def main() -> list[list[list[int]]]:
@@ -320,4 +320,4 @@ def test_what_is_told_late_as_on_a_gpu_is_all_told(model: Stack, monkeypatch: py
     got = asyncio.run(asyncio.wait_for(main(), 60))
     worker.stop()
     assert [one for (one,) in got] == [alone(model, request) for request in requests]
-    assert any(told) and not worker._untold
+    assert any(waited) and not worker._untold
