@@ -305,7 +305,7 @@ def test_what_is_told_late_as_on_a_gpu_is_all_told(model: Stack, monkeypatch: py
     assert tell is not None
 
     def noting() -> None:
-        waited.append(bool(worker._untold))
+        waited.append(bool(worker.untold))
         tell()
 
     worker.engine.on_read = noting
@@ -320,4 +320,4 @@ def test_what_is_told_late_as_on_a_gpu_is_all_told(model: Stack, monkeypatch: py
     got = asyncio.run(asyncio.wait_for(main(), 60))
     worker.stop()
     assert [one for (one,) in got] == [alone(model, request) for request in requests]
-    assert any(waited) and not worker._untold
+    assert any(waited) and not worker.untold

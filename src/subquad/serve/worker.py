@@ -36,6 +36,9 @@ class Worker:
         patience: seconds; infinite never puts a row aside.
         turns: shared by the workers of a process, since only one should compute at a time.
         on_step: called in the thread after each step with its seconds.
+
+    Attributes:
+        untold: what callers are told next, by their loops; the thread's alone.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class Worker:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="subquad-worker", daemon=True)
         self._warm: Sequence[Request] = ()
-        self._untold: dict[asyncio.AbstractEventLoop, list[tuple[Job, list[Piece]]]] = {}
+        self.untold: dict[asyncio.AbstractEventLoop, list[tuple[Job, list[Piece]]]] = {}
         # A GPU is told of hundreds of operations before the rounds, and needs the interpreter for each; then it works
         # alone. What came is told in that time: a loop that has it earlier would take the interpreter from this thread
         # just when that needs it.
@@ -279,12 +282,12 @@ class Worker:
 
     def _show(self, job: Job) -> None:
         """What a job has is told next."""
-        self._untold.setdefault(job.call.loop, []).append((job, job.held))
+        self.untold.setdefault(job.call.loop, []).append((job, job.held))
         job.held = []
 
     def _tell(self) -> None:
         """Give the callers what is to be told, each loop all at once."""
-        untold, self._untold = self._untold, {}
+        untold, self.untold = self.untold, {}
         for loop, some in untold.items():
             tell(loop, _deliver, some)
 
