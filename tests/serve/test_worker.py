@@ -296,3 +296,28 @@ def test_a_row_that_is_put_aside_keeps_nothing_back(model: Stack, monkeypatch: p
     worker.stop()
     assert [[*chain(*one)] for one in got] == [alone(model, request) for request in requests]
     assert worker.preemptions and max(map(len, got)) > 2
+
+
+def test_what_is_told_late_as_on_a_gpu_is_all_told(model: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, requests = make(model, start=False), [ask([i, 2, 3], n) for i, n in ((1, 40), (2, 7), (3, 1), (4, 20))]
+    monkeypatch.setattr(worker, "_late", True)
+    waited, tell = list[bool](), worker.engine.on_read
+    assert tell is not None
+
+    def noting() -> None:
+        waited.append(bool(worker.untold))
+        tell()
+
+    worker.engine.on_read = noting
+    worker.start()
+
+    async def main() -> list[list[list[int]]]:
+        gone = worker.submit([ask([5], 4000)], "b")
+        await anext(aiter(gone))
+        gone.close()
+        return await asyncio.gather(*(take(worker.submit([request], "a")) for request in requests))
+
+    got = asyncio.run(asyncio.wait_for(main(), 60))
+    worker.stop()
+    assert [one for (one,) in got] == [alone(model, request) for request in requests]
+    assert any(waited) and not worker.untold

@@ -54,6 +54,7 @@ class Engine:
         logprobs: give each token's log-probability to requests that do not ask for it as well.
         on_look: called with what each look at the device found; the last ones are in `looks`.
         on_prefix: called, when a request begins that some prefix serves, with its number and the tokens known.
+        on_read: called in each step once its prompts are read or, on a GPU, are under way.
         relaxed: let guesses stand that are merely good, for greedy requests alone: what comes is not what it would be
             without, and `exact` is False.
         compile: fuse a round's operations with torch.compile, at its first call for each number of rows and guesses,
@@ -85,6 +86,7 @@ class Engine:
         logprobs: bool = False,
         on_look: Callable[[Look], None] | None = None,
         on_prefix: Callable[[int, int], None] | None = None,
+        on_read: Callable[[], None] | None = None,
         relaxed: Relaxed | None = None,
         compile: bool = False,
     ) -> None:
@@ -106,7 +108,7 @@ class Engine:
         self.model, self.rows, self.capacity, self.chunk, self.rounds = model, rows, capacity, chunk, rounds
         self.relaxed = relaxed
         self.drafter, self.prefixes, self.logprobs, self.on_look = drafter, prefixes, logprobs, on_look
-        self.on_prefix = on_prefix
+        self.on_prefix, self.on_read = on_prefix, on_read
         if prefixes is not None:
             prefixes.bind(model)
         watched = drafter is not None and not drafter.always
@@ -292,7 +294,10 @@ class Engine:
     def step(self) -> list[Piece]:
         """Admit what fits, read a chunk of prompts, decode some rounds, and give what came, in order for each row."""
         self._admit()
-        if self._fill() and self.model.device.type == "cuda":
+        filled = self._fill()
+        if self.on_read is not None:
+            self.on_read()
+        if filled and self.model.device.type == "cuda":
             # Else the first rounds would be held to take as long as the prompts.
             torch.cuda.synchronize(self.model.device)
         if not any(row is not None and row.filled for row in self._slots):

@@ -84,6 +84,11 @@ class Turns:
         self._changed = threading.Condition()
         self._next, self._now = 0, 0
 
+    @property
+    def wanted(self) -> bool:
+        """Whether someone waits for who has it."""
+        return self._next - self._now > 1
+
     def __enter__(self) -> None:
         with self._changed:
             mine, self._next = self._next, self._next + 1

@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import signal
+import sys
 import time
 from datetime import UTC, datetime
 from types import FrameType
@@ -26,6 +27,9 @@ HEADER_BYTES = 32 * 2**10
 
 MOST_PIPELINED = 16
 """Requests on a connection that wait for the answer before them; each is held whole."""
+
+SWITCH_SECONDS = 1e-4
+"""After which a thread that computes gives the interpreter to one that waits: a step asks for it hundreds of times."""
 
 FLUSH_SECONDS = 5
 """For answers to leave once the last request has ended."""
@@ -121,6 +125,7 @@ class Server(uvicorn.Server):
         """Listen. What is there by now stays, so that no collection of a large body's garbage looks at it again."""
         gc.collect()
         gc.freeze()
+        sys.setswitchinterval(SWITCH_SECONDS)
         await super().startup(sockets)
 
     async def shutdown(self, sockets: list[Any] | None = None) -> None:

@@ -19,8 +19,8 @@ from subquad.serve.queue import FairQueue, Turns
 
 LOG = logging.getLogger("subquad.serve.worker")
 T = TypeVar("T")
-TOLD_A_SECOND = 4000
-"""Times that all callers together are told something: each costs an event loop about a tenth of a millisecond."""
+TOLD_A_SECOND = 2000
+"""Times that all callers together are told something: each costs an event loop about a quarter of a millisecond."""
 
 
 class Worker:
@@ -36,6 +36,9 @@ class Worker:
         patience: seconds; infinite never puts a row aside.
         turns: shared by the workers of a process, since only one should compute at a time.
         on_step: called in the thread after each step with its seconds.
+
+    Attributes:
+        untold: what callers are told next, by their loops; the thread's alone.
     """
 
     def __init__(
@@ -62,7 +65,12 @@ class Worker:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="subquad-worker", daemon=True)
         self._warm: Sequence[Request] = ()
-        engine.on_prefix = self._note_prefix
+        self.untold: dict[asyncio.AbstractEventLoop, list[tuple[Job, list[Piece]]]] = {}
+        # A GPU is told of hundreds of operations before the rounds, and needs the interpreter for each; then it works
+        # alone. What came is told in that time: a loop that has it earlier would take the interpreter from this thread
+        # just when that needs it.
+        self._late = engine.model.device.type == "cuda"
+        engine.on_prefix, engine.on_read = self._note_prefix, self._tell
 
     def start(self, warm: Sequence[Request] = ()) -> None:
         """Begin, and be `ready` once the rounds that requests like `warm` need were done."""
@@ -187,8 +195,10 @@ class Worker:
             self._refill()
             chore = self._chores.popleft() if self._chores else None
         if chore is not None:
+            self._tell()
             chore.do()
         if not self._running:
+            self._tell()
             return
         began = time.monotonic()
         pieces = self.engine.step()
@@ -196,6 +206,8 @@ class Worker:
         if self._on_step is not None:
             self._on_step(time.monotonic() - began)
         self._hand_over(pieces)
+        if not (self._late and self._running) or self._turns.wanted:
+            self._tell()
 
     def _forget(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -223,8 +235,7 @@ class Worker:
         if job is None or job.id is None or not self.engine.pause(job.id, aside=True):
             return
         if job.held:
-            tell(job.call.loop, _deliver, [(job, job.held)])
-            job.held = []
+            self._show(job)
         # The one that waited gets the slot: its turn comes before the paused one is in the queue.
         del self._running[job.id]
         self._refill()
@@ -253,11 +264,10 @@ class Worker:
         self._running[id].cached = tokens
 
     def _hand_over(self, pieces: Sequence[Piece]) -> None:
-        """Give the callers what came, each loop all at once; with many of them some wait for more to come."""
+        """Have what came be told to the callers; with many of them some wait for more to come."""
         mine: dict[int, list[Piece]] = {}
         for piece in pieces:
             mine.setdefault(piece.row, []).append(piece)
-        loops: dict[asyncio.AbstractEventLoop, list[tuple[Job, list[Piece]]]] = {}
         now, between = time.monotonic(), len(self._running) / TOLD_A_SECOND
         for id, some in mine.items():
             job = self._running[id]
@@ -267,12 +277,22 @@ class Worker:
             if ended:
                 del self._running[id]
             if ended or now - job.told >= between:
-                loops.setdefault(job.call.loop, []).append((job, job.held))
-                job.held, job.told = [], now
-        for loop, some in loops.items():
+                self._show(job)
+                job.told = now
+
+    def _show(self, job: Job) -> None:
+        """What a job has is told next."""
+        self.untold.setdefault(job.call.loop, []).append((job, job.held))
+        job.held = []
+
+    def _tell(self) -> None:
+        """Give the callers what is to be told, each loop all at once."""
+        untold, self.untold = self.untold, {}
+        for loop, some in untold.items():
             tell(loop, _deliver, some)
 
     def _give_up(self) -> None:
+        self._tell()
         with self._changed:
             jobs = [*self._running.values(), *self._queue.clear()]
             chores, self._chores = list(self._chores), deque()
