@@ -14,8 +14,8 @@ from subquad.ops.ring.kernels import absorb_kernel, read_kernel
 
 # Programs at a time, and the least of a window's tokens that one reads.
 MOST, LEAST = 264, 64
-# Queries of a program. Of 64 the products would go to Hopper's wide units, where Triton 3.6 fails on such narrow ones;
-# see `subquad.ops.gla.on_triton`.
+# Queries of a program. Of 64 the products go to Hopper's wide units, and a round of 16 tokens died of an illegal
+# access; see `subquad.ops.gla.on_triton` for what Triton does there.
 QUERIES = 32
 
 if TYPE_CHECKING:
