@@ -147,7 +147,8 @@ def test_prompts_read_as_graphs_of_few_shapes_give_the_same(name: str) -> None:
     got: list[Any] = []
     for captures in (True, False):
         engine = Engine(model, rows=5, capacity=48, chunk=20, prefixes=PrefixCache(1 << 24, block=8))
-        engine._reader.graphs.captures = captures
+        engine._reader._most_kept = 2
+        engine._reader.graphs.captures = engine._rounds.changes.captures = captures
         for prompt in prompts:
             engine.submit(Request(prompt, Limits(4, end_tokens=[])))
         got.append({row: [piece.token for piece in pieces] for row, pieces in drain(engine).items()})
@@ -158,12 +159,16 @@ def test_prompts_read_as_graphs_of_few_shapes_give_the_same(name: str) -> None:
 
 
 def test_reads_are_put_together_to_powers_of_two_of_like_lengths() -> None:
-    reader = Reader(build(MIXERS["attention"]), build(MIXERS["attention"]).init_state(9, 8), streams=False)
-    assert reader.parts([3, 9, 2]) == [[0, 1, 2]]
+    model = build(MIXERS["attention"])
+    reader = Reader(model, model.init_state(33, 8), 8, streams=False)
+    assert reader.parts([3, 9, 2], [0, 0, 0]) == [[1, 0, 2]]
+    # Those of whom a state is kept come together, as many as there are buffers for.
+    assert reader.parts([3, 9, 2, 5, 7, 8, 1], [1, 0, 2, 3, 3, 3, 0]) == [[5, 4, 3, 0], [2], [1, 6]]
     reader.graphs.captures = True
-    assert reader.parts([3, 9, 2]) == [[1, 0], [2]]
-    assert reader.parts([5000, 1]) == [[0], [1]]
-    assert list(map(len, reader.parts([1000] * 11))) == [4, 4, 2, 1]
+    assert reader.parts([3, 9, 2], [0] * 3) == [[1, 0], [2]]
+    assert reader.parts([3, 9, 2], [2, 0, 1]) == [[0, 2], [1]]
+    assert reader.parts([5000, 1], [0] * 2) == [[0], [1]]
+    assert list(map(len, reader.parts([1000] * 11, [0] * 11))) == [4, 4, 2, 1]
 
 
 @pytest.mark.usefixtures("recorded")

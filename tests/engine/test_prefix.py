@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
+from subquad.core.packed import Packed
 from subquad.core.registry import methods
 from subquad.core.state import State
 from subquad.engine.engine import Engine
@@ -61,8 +62,8 @@ def same(a: State, b: State) -> bool:
     return all(torch.equal(x, y) for (_, x), (_, y) in zip(a.tensors(), b.tensors(), strict=True))
 
 
-def state(model: Stack, tokens: int) -> StackState:
-    return model.init_state(1, tokens)
+def state(model: Stack, tokens: int) -> Packed:
+    return Packed.of(model.init_state(1, tokens))
 
 
 class Reads:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subquad.core.transfer import sent
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -21,9 +23,5 @@ class Batch:
     wanted_bt: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`, copied to a GPU from pinned memory, so that nobody waits for it."""
-
-        def move(x_bt: Tensor) -> Tensor:
-            return (x_bt.pin_memory() if device.type == "cuda" else x_bt).to(device, non_blocking=True)
-
-        return Batch(move(self.tokens_bt), None if self.wanted_bt is None else move(self.wanted_bt))
+        """The batch on `device`, and nobody waits for it."""
+        return Batch(sent(self.tokens_bt, device), None if self.wanted_bt is None else sent(self.wanted_bt, device))

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
+from subquad.core.transfer import sent
 from subquad.engine.detokenize import Detokenizer
 from subquad.engine.draft import Drafter
+from subquad.engine.gathering import Gathering
 from subquad.engine.masks import Rule
 from subquad.engine.pace import Pace
 from subquad.engine.prefix import PrefixCache
@@ -28,6 +30,9 @@ from subquad.models.stack import Stack
 LOOKS_KEPT = 4096
 CHUNKS_AT_ONCE = 32
 """Most tokens of prompts in one forward pass, in chunks; it bounds what that holds in memory beside the state."""
+
+# Seconds for which a free slot waits at most, on a GPU, for others whose prompts are read with its own.
+GATHERED = 0.05
 
 # A round is captured at its second time or, where that fails, its third; what is done once a look comes once a look.
 REHEARSALS = 3
@@ -50,6 +55,8 @@ class Engine:
         chunk: tokens of a prompt read at once.
         rounds: rounds between two looks; by default 1 on a CPU, where a look is free, and 8 on a GPU. While a row with
             a grammar decodes it is 1.
+        gather: seconds for which a free slot waits at most while other rows decode, so that several prompts are read
+            at once; by default 0 on a CPU, where that gains nothing, and 0.05 on a GPU. See `Gathering`.
         prefixes: keeps states of prompts' beginnings for later ones; None keeps nothing.
         logprobs: give each token's log-probability to requests that do not ask for it as well.
         on_look: called with what each look at the device found; the last ones are in `looks`.
@@ -82,6 +89,7 @@ class Engine:
         most_drafted: int = 15,
         chunk: int = 1024,
         rounds: int | None = None,
+        gather: float | None = None,
         prefixes: PrefixCache | None = None,
         logprobs: bool = False,
         on_look: Callable[[Look], None] | None = None,
@@ -93,6 +101,9 @@ class Engine:
         check_model(model)
         on_gpu = model.device.type == "cuda"
         rounds = rounds if rounds is not None else 8 if on_gpu else 1
+        gather = gather if gather is not None else GATHERED if on_gpu else 0.0
+        if gather < 0:
+            raise ConfigError(f"gather: expected seconds of at least 0, got {gather}; 0 lets everyone in at once")
         if min(rows, capacity, chunk, rounds) < 1:
             raise ConfigError(
                 f"engine: expected rows, capacity, chunk and rounds of at least 1, got {rows}, {capacity}, {chunk} "
@@ -120,6 +131,9 @@ class Engine:
         self._slots: list[Row | None] = [None] * rows
         self._aside: dict[int, Row] = {}
         self._submitted = 0
+        self._gathering = Gathering(gather)
+        # Around a read of prompts, on a GPU, until it is known how long that took.
+        self._read_between: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         block = widest + 1
         self._rounds = Rounds(
             model,
@@ -131,7 +145,8 @@ class Engine:
             compile=compile,
             relaxed=None if self.exact else relaxed,
         )
-        self._reader = Reader(model, self._rounds.pool, streams=drafter is not None and drafter.hears)
+        streams = drafter is not None and drafter.hears
+        self._reader = Reader(model, self._rounds.pool, capacity, streams=streams)
 
     @property
     def exact(self) -> bool:
@@ -297,8 +312,8 @@ class Engine:
         filled = self._fill()
         if self.on_read is not None:
             self.on_read()
-        if filled and self.model.device.type == "cuda":
-            # Else the first rounds would be held to take as long as the prompts.
+        if filled and self.drafter is not None and self.model.device.type == "cuda":
+            # Else the first rounds would be held to take as long as the prompts, and guesses to cost as much.
             torch.cuda.synchronize(self.model.device)
         if not any(row is not None and row.filled for row in self._slots):
             return []
@@ -325,11 +340,12 @@ class Engine:
         return steady
 
     def _admit(self) -> None:
-        """Give free slots to those who wait, all at once."""
+        """Give free slots to those who wait, all at once, as soon as that is worth it."""
         free = [slot for slot, row in enumerate(self._slots) if row is None]
-        slots = free[: len(self._waiting)]
-        if not slots:
+        decoding, now = sum(row is not None and row.filled for row in self._slots), time.perf_counter()
+        if not self._gathering.over(waiting=len(self._waiting), free=len(free), live=decoding, now=now):
             return
+        slots = free[: len(self._waiting)]
         rows = [self._waiting.popleft() for _ in slots]
         self._rounds.admit(slots, [row.request for row in rows], [row.drawn for row in rows])
         for slot, row in zip(slots, rows, strict=True):
@@ -353,42 +369,55 @@ class Engine:
 
     def _fill(self) -> bool:
         """Read one chunk of the prompts that are not read yet; whether there was any."""
-        slots, blocks = list[int](), list[list[int]]()
+        slots, blocks, kept = list[int](), list[list[int]](), list[int]()
         width = 0
         for slot, row in enumerate(self._slots):
             if row is None or row.filled:
                 continue
             stop = min(row.read + self.chunk, len(row.tokens) - 1)
-            # A state is kept where it was asked for, so a block ends there.
-            stop = next((mark for mark in row.marks if row.read < mark < stop), stop)
+            # Of a block one state can be kept, so it ends there where another is asked for behind it.
+            first, *_ = marks = [*(mark for mark in row.marks if row.read < mark <= stop), row.read]
+            stop = first if len(marks) > 2 else stop
             width = max(width, stop - row.read)
             if slots and (len(slots) + 1) * width > CHUNKS_AT_ONCE * self.chunk:
                 break
             slots.append(slot)
             blocks.append(row.tokens[row.read : stop])
-        for part in self._reader.parts(list(map(len, blocks))) if slots else ():
-            self._read([slots[i] for i in part], [blocks[i] for i in part])
+            kept.append(first - row.read)
+        if not slots:
+            return False
+        began, steady = self._mark(), True
+        for part in self._reader.parts(list(map(len, blocks)), kept):
+            self._read([slots[i] for i in part], [blocks[i] for i in part], [kept[i] for i in part])
+            steady &= self._reader.steady
+        if began is not None and steady:
+            self._read_between = began, self._mark() or began
         self._start([slot for slot in slots if (row := self._slots[slot]) is not None and row.filled])
-        return bool(slots)
+        return True
 
-    def _read(self, slots: Sequence[int], blocks: Sequence[Sequence[int]]) -> None:
-        """Read pieces of prompts together, tell the drafter, and keep those states that were asked for."""
+    def _mark(self) -> torch.cuda.Event | None:
+        """A point of the device's time; None on a CPU."""
+        if self.model.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _read(self, slots: Sequence[int], blocks: Sequence[Sequence[int]], kept: Sequence[int]) -> None:
+        """Read pieces of prompts together, tell the drafter, and keep the states after so many tokens of them."""
         rows = [row for slot in slots if (row := self._slots[slot]) is not None]
-        hidden_btd = self._reader.read(slots, blocks, fresh=not any(row.read for row in rows))
+        hidden_btd = self._reader.read(slots, blocks, kept, before=[row.read for row in rows])
         if self.drafter is not None and self.drafter.hears:
             following = [row.tokens[row.read + 1 :][: len(block)] for row, block in zip(rows, blocks, strict=True)]
             next_bt = self._at([some + [0] * (hidden_btd.shape[1] - len(some)) for some in following])
             self.drafter.hear(slots, next_bt, self._at([len(block) for block in blocks]), hidden_btd)
-        for row, block in zip(rows, blocks, strict=True):
+        for i, (row, block, n) in enumerate(zip(rows, blocks, kept, strict=True)):
+            if n and self.prefixes is not None:
+                self.prefixes.keep(row.tokens[: row.read + n], self._reader.kept(i))
             row.read += len(block)
-        kept = [(slot, row) for slot, row in zip(slots, rows, strict=True) if row.read in row.marks]
-        if self.prefixes is not None and kept:
-            states = self._rounds.pool.select(self._at([slot for slot, _ in kept])).settled()
-            for i, (_, row) in enumerate(kept):
-                self.prefixes.keep(row.tokens[: row.read], states.row(i).cut(row.read).snapshot())
 
     def _at(self, numbers: Sequence[Any]) -> Tensor:
-        return torch.tensor(numbers, device=self.model.device)
+        return sent(torch.tensor(numbers), self.model.device)
 
     def _start(self, slots: Sequence[int]) -> None:
         """From now on `slots`, whose prompts are read, take part in the rounds."""
@@ -409,6 +438,10 @@ class Engine:
     def _take(self, n: int, k: int, began: float, *, steady: bool) -> list[Piece]:
         """Look at what came."""
         given, (pace, rounds) = self._rounds.take(n), self._turn
+        if self._read_between is not None:
+            before, after = self._read_between
+            self._gathering.learn(before.elapsed_time(after) / 1000)
+            self._read_between = None
         pieces, ended = list[Piece](), list[int]()
         for slot, (row, new) in enumerate(zip(self._slots, given, strict=False)):
             if row is not None and new.tokens:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from subquad.core.errors import ConfigError
+from subquad.core.packed import Packed
 from subquad.models.stack import Stack, StackState
 
 
@@ -17,7 +18,12 @@ class Prefix:
     """A state of one row that has read `tokens` tokens."""
 
     tokens: int
-    state: StackState
+    packed: Packed
+
+    @property
+    def state(self) -> StackState:
+        """It, in the memory of the cache."""
+        return self.packed.state()
 
 
 class PrefixCache:
@@ -84,7 +90,7 @@ class PrefixCache:
         wanted = {i * self.block for i in (shared, len(keys)) if i > 0 and keys[i - 1] not in self._kept}
         return sorted(wanted)
 
-    def keep(self, tokens: Sequence[int], state: StackState) -> None:
+    def keep(self, tokens: Sequence[int], state: Packed) -> None:
         """Take over the `state` of one row that has read `tokens`; what no longer fits goes, itself if need be.
 
         Raises:
@@ -99,7 +105,7 @@ class PrefixCache:
             return
         while self._bytes + state.nbytes > self.most:
             _, old = self._kept.popitem(last=False)
-            self._bytes -= old.state.nbytes
+            self._bytes -= old.packed.nbytes
         self._kept[key] = Prefix(len(tokens), state)
         self._bytes += state.nbytes
 

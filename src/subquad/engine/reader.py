@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from subquad.core.packed import Packed
+from subquad.core.transfer import sent
 from subquad.engine.graphs import Graphs
-from subquad.models.stack import Stack, StackState
+from subquad.models.stack import Stack, StackState, StackUpdate
 
 # Columns of a piece that is read as a graph: few widths, so that few are recorded, and little padding.
 WIDTHS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 # Tokens that a graph reads at most. What is longer keeps a device busy while its launches come one by one.
 MOST = 4096
+# Most rows of a read whose states inside their pieces are kept: there are buffers for them, a state for each.
+KEPT = 16
+
+
+class Shape(NamedTuple):
+    """What reads have in common that are one graph.
+
+    Attributes:
+        rows, width: of the pieces together.
+        fresh: whether nothing was read into their slots before.
+        room: tokens for which states that are kept have room, 0 where none is.
+    """
+
+    rows: int
+    width: int
+    fresh: bool
+    room: int
 
 
 class Reader:
@@ -22,69 +42,121 @@ class Reader:
     A read of a few tokens is thousands of launches that take a host longer than a device, so on a GPU pieces are put
     together to shapes that come again, powers of two of rows at one of `WIDTHS`, and these are graphs.
 
+    An update can be committed up to any of its tokens, so a state that is asked for somewhere inside a piece is
+    committed beside the slots', and the piece is read once.
+
     Args:
         model: that reads.
         pool: with the slots.
+        capacity: most tokens of a slot.
         streams: whether somebody asks for the stream.
+
+    Attributes:
+        steady: whether all of the last read had been done before, so that its time says what such a read takes.
     """
 
-    def __init__(self, model: Stack, pool: StackState, *, streams: bool) -> None:
-        self.model, self.pool, self.streams = model, pool, streams
+    def __init__(self, model: Stack, pool: StackState, capacity: int, *, streams: bool) -> None:
+        self.model, self.pool, self.capacity, self.streams = model, pool, capacity, streams
         self.graphs = Graphs(model.device.type == "cuda", "reads of prompts")
-        self._given: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
+        self._given: dict[Shape, tuple[Tensor, Tensor]] = {}
+        # Where states inside pieces are committed, and where they are then put side by side.
+        self._beside: StackState | None = None
+        self._sides: dict[torch.dtype, Tensor] = {}
+        self._most_kept = max(1, min(KEPT, pool.batch // 8))
+        self._kept: dict[Shape, Packed] = {}
+        self._last = Shape(0, 0, True, 0)
+        self.steady = False
 
-    def parts(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Which of so long pieces to read together: all, or as many as a graph takes, those of like lengths."""
-        if not self.graphs.captures:
-            return [list(range(len(lengths)))]
-        longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    def parts(self, lengths: Sequence[int], kept: Sequence[int]) -> list[list[int]]:
+        """Which of so long pieces to read together: as many as a graph takes, those of like lengths.
+
+        Args:
+            lengths: tokens.
+            kept: tokens of each after which its state is kept, 0 for none.
+        """
+        wanted = [i for i in range(len(lengths)) if kept[i]]
+        others = [i for i in range(len(lengths)) if not kept[i]]
         parts: list[list[int]] = []
-        while longest_first:
-            most = max(1, min(len(longest_first), MOST // _width(lengths[longest_first[0]])))
-            count = 1 << (most.bit_length() - 1)
-            parts.append(longest_first[:count])
-            del longest_first[:count]
+        for some, most in ((wanted, self._most_kept), (others, len(others))):
+            some.sort(key=lambda i: -lengths[i])
+            while some:
+                count = min(len(some), most)
+                if self.graphs.captures:
+                    count = max(1, min(count, MOST // _width(lengths[some[0]])))
+                    count = 1 << (count.bit_length() - 1)
+                parts.append(some[:count])
+                del some[:count]
         return parts
 
-    def read(self, slots: Sequence[int], blocks: Sequence[Sequence[int]], *, fresh: bool) -> Tensor:
+    def read(
+        self, slots: Sequence[int], blocks: Sequence[Sequence[int]], kept: Sequence[int], *, before: Sequence[int]
+    ) -> Tensor:
         """Read `blocks` into `slots`; the stream ``[b, t, d]``, which is right until the next read.
 
         Args:
             slots: each once.
             blocks: tokens, at least one each.
-            fresh: nothing was read into any of these slots.
+            kept: tokens of each after which its state is kept, 0 for none; see `kept`.
+            before: tokens that each slot has read before.
         """
         width, rows = max(map(len, blocks)), len(blocks)
-        wide = _width(width)
+        wide, fresh = _width(width), not any(before)
         graph = self.graphs.captures and rows * wide <= MOST and rows.bit_count() == 1
+        room = max((read + n for read, n in zip(before, kept, strict=True) if n), default=0)
+        room = min(_width(room), self.capacity) if graph and room else room
         padded = [[*block, *[0] * ((wide if graph else width) - len(block))] for block in blocks]
-        given_bt = torch.tensor([[*row, len(b), slot] for row, b, slot in zip(padded, blocks, slots, strict=True)])
+        numbers = zip(padded, map(len, blocks), kept, slots, strict=True)
+        given_bt = torch.tensor([[*row, *three] for row, *three in numbers])
+        self._last = key = Shape(rows, wide if graph else width, fresh, room)
+        given_bt = sent(given_bt, self.model.device)
         if not graph:
-            return self._read(given_bt.to(self.model.device), fresh, ragged=any(len(b) < width for b in blocks))
-        key = (rows, wide, fresh)
+            self.steady = False
+            return self._read(given_bt, key, ragged=any(len(b) < width for b in blocks))
         if key not in self._given:
             size = self.model.config.d_model if self.streams else 0
             hidden_btd = torch.zeros(rows, wide, size, device=self.model.device, dtype=self.model.dtype)
-            self._given[key] = given_bt.to(self.model.device), hidden_btd
+            self._given[key] = given_bt.clone(), hidden_btd
         held_bt, hidden_btd = self._given[key]
         held_bt.copy_(given_bt)
 
         def work() -> None:
-            read_btd = self._read(held_bt, fresh, ragged=True)
+            read_btd = self._read(held_bt, key, ragged=True)
             if self.streams:
                 hidden_btd.copy_(read_btd)
 
-        self.graphs.launch(key, work)
+        self.steady = self.graphs.launch(key, work)
         return hidden_btd[:, :width]
 
-    def _read(self, given_bt: Tensor, fresh: bool, *, ragged: bool) -> Tensor:
-        """Tokens, with their number and the slot behind them."""
-        tokens_bt, (lengths_b, at_b) = given_bt[:, :-2].contiguous(), given_bt[:, -2:].mT.contiguous()
+    def kept(self, i: int) -> Packed:
+        """The state of row `i` of the last read, after the tokens named there; it may have room for a few more."""
+        return self._kept[self._last].row(i)
+
+    def _read(self, given_bt: Tensor, key: Shape, *, ragged: bool) -> Tensor:
+        """Tokens, with their number, that of the kept ones and the slot behind them."""
+        tokens_bt, (lengths_b, kept_b, at_b) = given_bt[:, :-3].contiguous(), given_bt[:, -3:].mT.contiguous()
         # Nothing to look at costs less than an empty buffer.
-        state = self.model.init_state(len(given_bt)) if fresh else self.pool.select(at_b).settled()
+        state = self.model.init_state(len(given_bt)) if key.fresh else self.pool.select(at_b).settled()
         hidden_btd, update = self.model.read(tokens_bt, state, lengths_b if ragged else None)
+        if key.room:
+            self._kept[key] = self._commit_beside(update, None if key.fresh else state, kept_b, key.room)
         update.commit_(self.pool, at_b, lengths_b)
         return hidden_btd
+
+    def _commit_beside(self, update: StackUpdate, state: StackState | None, kept_b: Tensor, room: int) -> Packed:
+        """The first `kept_b` tokens of a read of `state`, None being an empty one."""
+        if self._beside is None:
+            self._beside = self.model.init_state(self._most_kept, self.capacity)
+            for _, x in self._beside.tensors():
+                side = self._sides.get(x.dtype, x.new_empty(0))
+                self._sides[x.dtype] = x.new_empty(len(side) + x.numel())
+        rows_b = torch.arange(len(kept_b), device=kept_b.device)
+        beside = self._beside.first(len(kept_b))
+        if state is None:
+            beside.clear_(rows_b)
+        else:
+            beside.write_(None, state.cut(room))
+        update.commit_(beside, rows_b, kept_b)
+        return Packed.of(beside.cut(room), out=self._sides)
 
 
 def _width(tokens: int) -> int:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.core.transfer import sent
 from subquad.engine.chains import select, verify_chains
 from subquad.engine.draft import Draft, Drafter
 from subquad.engine.graphs import Graphs
@@ -101,6 +102,9 @@ class Rounds:
         # How many guesses there are that nobody reads, and they.
         self._foreseen_bk = torch.zeros(rows, block, dtype=torch.int64, device=device)
         self.graphs = Graphs(device.type == "cuda", "rounds")
+        # By how many slots are emptied, and which.
+        self.changes = Graphs(device.type == "cuda", "changes of slots")
+        self._cleared: dict[int, Tensor] = {}
         # Of a fixed shape; else a round reads no more guesses than some row has, which asks the device.
         self.static = self.graphs.captures or compile
         self._compiled = torch.compile(self._round, fullgraph=True, dynamic=False) if compile else None
@@ -112,36 +116,51 @@ class Rounds:
         """Whether some round is one CUDA graph by now."""
         return len(self.graphs) > 0
 
-    def _at(self, slots: Sequence[int]) -> Tensor:
-        return torch.tensor(slots, device=self.model.device)
+    def _at(self, numbers: Sequence[Any]) -> Tensor:
+        return sent(torch.tensor(numbers), self.model.device)
 
     def admit(self, slots: Sequence[int], requests: Sequence[Request], drawn: Sequence[int]) -> None:
         """Empty `slots` for `requests`, of which so many tokens were drawn before; none takes part in rounds yet."""
-        device, at = self.model.device, self._at(slots)
-        self.pool.clear_(at)
+        self._clear(slots)
         if self.drafter is not None:
             self.drafter.drop(slots)
         self._sampler.put(slots, [request.sampling for request in requests])
         self._widen_history()
-        prompts = [request.prompt for request in requests]
-        vocab_size, room = self._history.room
-        self._history.write_(at, History.start(prompts, vocab_size, device, room))
-        self._history.step_b[at] = torch.tensor(drawn, device=device)
         ends = [sorted(request.ends(self.model)) for request in requests]
         width = self._slots.ends_be.shape[1]
         if (more := max(map(len, ends)) - width) > 0:
+            width += more
             self._slots = self._slots._replace(ends_be=F.pad(self._slots.ends_be, (0, more), value=-2))
             self._forget_rounds()
-        padded = [row + [-2] * (self._slots.ends_be.shape[1] - len(row)) for row in ends]
-        self._slots.ends_be[at] = torch.tensor(padded, dtype=torch.int64, device=device)
         left = [request.limits.max_new_tokens - n for request, n in zip(requests, drawn, strict=True)]
-        self._slots.left_b[at] = torch.tensor(left, device=device)
-        self._slots.alive_b[at] = 0
+        padded = [row + [-2] * (width - len(row)) for row in ends]
+        # In one piece, since each transfer costs as much as a launch.
+        numbers_bn = self._at([[*three, *row] for *three, row in zip(slots, drawn, left, padded, strict=True)])
+        (at_b, drawn_b, left_b), ends_be = numbers_bn[:, :3].unbind(1), numbers_bn[:, 3:]
+        if self._history.room == (0, 0):
+            self._history.clear_(at_b)
+        else:
+            (vocab_size, room), prompts = self._history.room, [request.prompt for request in requests]
+            self._history.write_(at_b, History.start(prompts, vocab_size, self.model.device, room))
+        self._history.step_b[at_b] = drawn_b
+        self._slots.ends_be[at_b] = ends_be
+        self._slots.left_b[at_b] = left_b
+        self._slots.alive_b[at_b] = 0
         self._hold(slots, [request.limits.min_new_tokens for request in requests])
         self.scores.put(slots, [request.logprobs for request in requests])
 
+    def _clear(self, slots: Sequence[int]) -> None:
+        """Empty the state of some slots, on a GPU by a graph for as many, or for more of which some come twice."""
+        wide = 1 << (len(slots) - 1).bit_length() if self.changes.captures else len(slots)
+        at_b = self._at([*slots, *[slots[0]] * (wide - len(slots))])
+        held_b = self._cleared.setdefault(wide, at_b)
+        held_b.copy_(at_b)
+        self.changes.launch(wide, lambda: self.pool.clear_(held_b))
+
     def _hold(self, slots: Sequence[int], least: Sequence[int]) -> None:
         """Let no end token come in `slots` before so many others."""
+        if all(self._least[slot] == n for slot, n in zip(slots, least, strict=True)):
+            return
         for slot, n in zip(slots, least, strict=True):
             self._least[slot] = n
         self._least_b[self._at(slots)] = self._at(least)
@@ -174,7 +193,7 @@ class Rounds:
         """From now on `slots` take part no more."""
         if slots:
             self._slots.alive_b[self._at(slots)] = 0
-            self._sampler.put(slots, [IDLE] * len(slots))
+            self._sampler.leave(slots)
             self._hold(slots, [0] * len(slots))
             self.masks.put(slots, [None] * len(slots))
             self.scores.put(slots, [None] * len(slots))

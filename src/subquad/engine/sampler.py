@@ -8,7 +8,7 @@ last of them is the p of speculative decoding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 
 import torch
@@ -172,6 +172,8 @@ class Sampler:
         self._bias_bv = torch.zeros(len(configs), 0, device=device)
         self._words_bwl = torch.zeros(len(configs), 0, 0, dtype=torch.int64, device=device)
         self.greedy_b, self.seed_b, *columns = _buffers(configs, device)
+        # What the buffers hold of each row.
+        self._said = list(configs)
         self._columns = dict(zip(COLUMNS, columns, strict=True))
         self._note_biases(range(len(configs)), configs)
         self._note_words(range(len(configs)), configs)
@@ -179,14 +181,26 @@ class Sampler:
 
     def put(self, rows: Sequence[int], configs: Sequence[SamplingConfig]) -> None:
         """From now on `rows` are asked for what `configs` say."""
+        # What the buffers say already is not written: that would be a dozen transfers.
+        new: dict[int, SamplingConfig] = {}
         for row, config in zip(rows, configs, strict=True):
             self.configs[row] = config
-        device, mine = self.seed_b.device, (self.greedy_b, self.seed_b, *self._columns.values())
-        rows_b = torch.tensor(rows, device=device)
-        for buffer, values in zip(mine, _buffers(configs, device), strict=True):
-            buffer.index_copy_(0, rows_b, values)
+            said = config if config.temperature else replace(config, seed=0)
+            if self._said[row] != said:
+                self._said[row] = new[row] = said
+        if new:
+            device, mine = self.seed_b.device, (self.greedy_b, self.seed_b, *self._columns.values())
+            rows_b = torch.tensor(list(new), device=device)
+            for buffer, values in zip(mine, _buffers(list(new.values()), device), strict=True):
+                buffer.index_copy_(0, rows_b, values)
         self._note_biases(rows, configs)
         self._note_words(rows, configs)
+        self._choose()
+
+    def leave(self, rows: Sequence[int]) -> None:
+        """From now on nobody asks `rows`."""
+        for row in rows:
+            self.configs[row] = IDLE
         self._choose()
 
     def _note_biases(self, rows: Sequence[int], configs: Sequence[SamplingConfig]) -> None:

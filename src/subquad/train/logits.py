@@ -16,6 +16,7 @@ from torch import Tensor
 
 from subquad.core.errors import CheckpointError, ConfigError, DataError
 from subquad.core.state import precise
+from subquad.core.transfer import sent
 from subquad.data import TokenStream
 from subquad.data.tokenizers import SAMPLES
 from subquad.models.difference import digest
@@ -50,12 +51,8 @@ class TopK:
         return TopK(self.ids_btk[part], self.log_p_btk[part], self.log_tail_bt[part])
 
     def to(self, device: torch.device) -> TopK:
-        """It on `device`, copied to a GPU from pinned memory, so that nobody waits for it."""
-
-        def move(x: Tensor) -> Tensor:
-            return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-        return TopK(move(self.ids_btk), move(self.log_p_btk), move(self.log_tail_bt))
+        """It on `device`, and nobody waits for it."""
+        return TopK(sent(self.ids_btk, device), sent(self.log_p_btk, device), sent(self.log_tail_bt, device))
 
 
 @torch.no_grad()

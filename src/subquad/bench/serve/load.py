@@ -281,6 +281,8 @@ async def _left(port: int) -> float:
 
 
 def _waits(bench: Bench, id: str, answers: Sequence[Answer], shape: dict[str, Any]) -> None:
-    for what, waits in {"first": [a.first for a in answers], "whole": [a.seconds for a in answers]}.items():
+    # Of an answer that is an end token and nothing else no text comes.
+    told = [answer for answer in answers if answer.texts]
+    for what, waits in {"first": [a.first for a in told], "whole": [a.seconds for a in told]}.items():
         for which, seconds in zip(("p50", "p95"), quantiles(waits), strict=True):
             bench.value(f"{id}.{what}.{which}", seconds, "s", "lower", shape=shape)
