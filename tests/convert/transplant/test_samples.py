@@ -159,3 +159,16 @@ def test_what_can_not_be_asked(tmp_path, teacher, tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="expected a tokenizer with a start or end token"):
         write_samples(teacher, tokenizer, tmp_path / "a", documents=9, length=10)
+
+
+def test_samples_at_another_temperature_lie_beside_the_others(tmp_path, teacher, tokenizer):
+    drawn, greedy = (
+        own_samples(spec, teacher, tokenizer, tmp_path, documents=4, length=12) for spec in ("self", "self@0")
+    )
+    assert is_own("self@0.7:a.jsonl,weight=2") and not is_own("selfies.txt")
+    assert len(set(drawn.open())) > 1
+    assert len(set(greedy.open())) == 1
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {"samples.jsonl", "samples-0.jsonl"}
+    for text in ("warm", "-1", "inf"):
+        with pytest.raises(DataError, match=f"self@{text}: expected a temperature of at least 0 behind self@, got"):
+            own_samples(f"self@{text}", teacher, tokenizer, tmp_path, documents=1, length=12)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +28,17 @@ MOST_ROWS = 512
 ROWS_ON_CPU = 16
 
 
+# The teacher itself, at some temperature, and the prompts that it answers.
+OWN = re.compile(r"self(?:@(?P<temperature>[^:]*))?(?::(?P<prompts>.*))?")
+
+
 def is_own(spec: str) -> bool:
-    """Whether ``--data`` names the teacher itself: ``self``, or ``self:FILE`` with what `parse_source` takes."""
-    place, _ = split_options(spec)
-    return place == "self" or place.startswith("self:")
+    """Whether ``--data`` names the teacher itself.
+
+    That is ``self``, or ``self:FILE`` with what `parse_source` takes; ``self@0.7`` and ``self@0.7:FILE`` are at another
+    temperature than 1, and 0 is greedy.
+    """
+    return OWN.fullmatch(split_options(spec)[0]) is not None
 
 
 def own_samples(
@@ -51,18 +60,39 @@ def own_samples(
         folder: where the samples go.
 
     Raises:
-        DataError: as `parse_source` and `write_samples`.
+        DataError: as `parse_source` and `write_samples`, or a temperature that is none.
     """
     place, options = split_options(spec)
-    prompts = None if place == "self" else parse_source(place.removeprefix("self:"))
+    own = OWN.fullmatch(place)
+    assert own is not None
+    prompts = None if own["prompts"] is None else parse_source(own["prompts"])
     # The name tells of which prompts, so that answers to several files lie side by side.
     name = "samples" if prompts is None else f"answers-{hashlib.blake2b(place.encode(), digest_size=4).hexdigest()}"
+    name += "" if own["temperature"] is None or prompts else f"-{own['temperature']}"
     path = folder / f"{name}.jsonl"
     write_samples(
-        teacher, tokenizer, path, documents=documents, length=length, prompts=prompts, seed=seed, display=display
+        teacher,
+        tokenizer,
+        path,
+        documents=documents,
+        length=length,
+        prompts=prompts,
+        seed=seed,
+        temperature=_temperature(spec, own["temperature"]),
+        display=display,
     )
     # Called as it was asked for, wherever the folder is moved to before a resume.
     return Source(spec, parse_source(str(path)).open, **options)
+
+
+def _temperature(spec: str, text: str | None) -> float:
+    try:
+        temperature = 1.0 if text is None else float(text)
+    except ValueError:
+        temperature = math.nan
+    if not 0 <= temperature < math.inf:
+        raise DataError(f"{spec}: expected a temperature of at least 0 behind self@, got {text!r}; write self@0.7")
+    return temperature
 
 
 def write_samples(
