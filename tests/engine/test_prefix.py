@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
+from subquad.core.layout import Layout
 from subquad.core.packed import Packed
 from subquad.core.registry import methods
 from subquad.core.state import State
@@ -73,9 +74,16 @@ class Reads:
         self.tokens = 0
         read = Stack.read
 
-        def spy(model: Stack, tokens_bt: Tensor, state: StackState, lengths_b: Tensor | None = None, *more: Any) -> Any:
+        def spy(
+            model: Stack,
+            tokens_bt: Tensor,
+            state: StackState,
+            lengths_b: Tensor | None = None,
+            layout: Layout | None = None,
+        ) -> Any:
+            lengths_b = lengths_b if layout is None else layout.lengths_b
             self.tokens += tokens_bt.numel() if lengths_b is None else int(lengths_b.sum())
-            return read(model, tokens_bt, state, lengths_b, *more)
+            return read(model, tokens_bt, state, None if layout is not None else lengths_b, layout)
 
         monkeypatch.setattr(Stack, "read", spy)
 

@@ -29,12 +29,14 @@ class Layout:
         documents_bt: int64 ``[b, t]``, or None when a row is one document. Document 0 continues the incoming
             state; every later one starts from an empty state. Never decreases along a row.
         padded: False promises that every column is a token, without asking the device.
+        fresh: True promises that the state before the block has seen nothing, likewise.
     """
 
     lengths_b: Tensor
     positions_bt: Tensor
     documents_bt: Tensor | None = None
     padded: bool = True
+    fresh: bool = False
     _made: dict[Hashable, Any] = field(default_factory=lambda: {}, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -62,8 +64,10 @@ class Layout:
     @property
     def valid_bt(self) -> Tensor:
         """bool ``[b, t]``: True where a token stands."""
-        t = self.positions_bt.shape[1]
-        return torch.arange(t, device=self.lengths_b.device) < self.lengths_b[:, None]
+        columns_t = self.positions_bt.shape[1]
+        return self.once(
+            "valid", lambda: torch.arange(columns_t, device=self.lengths_b.device) < self.lengths_b[:, None]
+        )
 
     @staticmethod
     def dense(batch: int, time: int, *, start_b: Tensor | int = 0, device: torch.device | str | None = None) -> Layout:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from subquad.core.layout import Layout
 from subquad.core.packed import Packed
 from subquad.core.transfer import sent
 from subquad.engine.graphs import Graphs
@@ -59,6 +61,7 @@ class Reader:
         self.model, self.pool, self.capacity, self.streams = model, pool, capacity, streams
         self.graphs = Graphs(model.device.type == "cuda", "reads of prompts")
         self._given: dict[Shape, tuple[Tensor, Tensor]] = {}
+        self._empty: dict[int, StackState] = {}
         # Where states inside pieces are committed, and where they are then put side by side.
         self._beside: StackState | None = None
         self._sides: dict[torch.dtype, Tensor] = {}
@@ -134,13 +137,25 @@ class Reader:
     def _read(self, given_bt: Tensor, key: Shape, *, ragged: bool) -> Tensor:
         """Tokens, with their number, that of the kept ones and the slot behind them."""
         tokens_bt, (lengths_b, kept_b, at_b) = given_bt[:, :-3].contiguous(), given_bt[:, -3:].mT.contiguous()
-        # Nothing to look at costs less than an empty buffer.
-        state = self.model.init_state(len(given_bt)) if key.fresh else self.pool.select(at_b).settled()
-        hidden_btd, update = self.model.read(tokens_bt, state, lengths_b if ragged else None)
+        state = self._nothing(key.rows) if key.fresh else self.pool.select(at_b).settled()
+        b, t = tokens_bt.shape
+        start = 0 if key.fresh else state.seen_b
+        layout = (
+            Layout.ragged(lengths_b, t, start_b=start)
+            if ragged
+            else Layout.dense(b, t, start_b=start, device=given_bt.device)
+        )
+        hidden_btd, update = self.model.read(tokens_bt, state, layout=replace(layout, fresh=key.fresh))
         if key.room:
             self._kept[key] = self._commit_beside(update, None if key.fresh else state, kept_b, key.room)
         update.commit_(self.pool, at_b, lengths_b)
         return hidden_btd
+
+    def _nothing(self, rows: int) -> StackState:
+        """An empty state, without a buffer for what grows: nothing to look at costs less. Reads leave it as it is."""
+        if rows not in self._empty:
+            self._empty[rows] = self.model.init_state(rows)
+        return self._empty[rows]
 
     def _commit_beside(self, update: StackUpdate, state: StackState | None, kept_b: Tensor, room: int) -> Packed:
         """The first `kept_b` tokens of a read of `state`, None being an empty one."""

@@ -16,7 +16,7 @@ from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Counts, Mixer, Shared, Update
 from subquad.core.state import State, axes
-from subquad.ops import attention, cached, ring, skinny, windowed
+from subquad.ops import attention, cached, ring, skinny, slide, windowed
 from subquad.ops.qkv import QKV
 from subquad.ops.ring import RingState, RingUpdate
 from subquad.ops.window import WindowState
@@ -154,6 +154,15 @@ class WindowUpdate(Update):
         """Shift the window by the kept tokens and fill the sinks that have come."""
         return self.state.after(self.k_bgtk, self.v_bgtk, self.layout, self.layout.lengths_b if n_b is None else n_b)
 
+    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+        """The same in place, in one launch where rows of one document go into others."""
+        if rows is None or self.layout.documents_bt is not None or not slide.takes(self.k_bgtk):
+            super().commit_(pool, rows, n_b)
+            return
+        assert isinstance(pool, (WindowState, RingState))
+        n_b = self.layout.lengths_b if n_b is None else n_b
+        slide.write_(pool, rows, self.state, self.k_bgtk.detach(), self.v_bgtk.detach(), n_b)
+
 
 class WindowRingUpdate(RingUpdate):
     """A block before a window alone."""
@@ -257,7 +266,7 @@ class Attention(Mixer):
         q_bthk, k_btgk, v_btgk = self.qkv(x_btd, layout)
         k_bgtk, v_bgtk = k_btgk.transpose(1, 2), v_btgk.transpose(1, 2)
         if isinstance(state, WindowState):
-            y_bthk = self._slide(q_bthk, k_btgk, v_btgk, state, layout)
+            y_bthk = self._slide(q_bthk, k_btgk, v_btgk, None if layout.fresh else state, layout)
             update: Update = WindowUpdate(state, k_bgtk, v_bgtk, layout)
         else:
             assert isinstance(state, CacheState)

@@ -61,7 +61,8 @@ def blank(valid_bt: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """`tensors` with zeros where no token stands, whatever stood there."""
     if valid_bt is None:
         return tensors
-    return tuple(x.masked_fill(~valid_bt.reshape(valid_bt.shape + (1,) * (x.dim() - 2)), 0) for x in tensors)
+    empty_bt = ~valid_bt
+    return tuple(x.masked_fill(empty_bt.reshape(empty_bt.shape + (1,) * (x.dim() - 2)), 0) for x in tensors)
 
 
 def settle(documents_bt: Tensor | None, valid_bt: Tensor | None) -> Tensor | None:

@@ -17,9 +17,10 @@ from subquad.core.layout import Layout
 from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State, axes, precise
 from subquad.mixers.windowed_linear import start
-from subquad.ops import attention, linear_attention, ring, rope, skinny, window, windowed
+from subquad.ops import attention, linear_attention, ring, rope, skinny, slide, window, windowed
 from subquad.ops.qkv import QKV
 from subquad.ops.ring import RingState, RingUpdate
+from subquad.ops.slide import Behind
 from subquad.ops.window import Far, WindowState
 
 CARD = Card(
@@ -102,6 +103,18 @@ class WindowedLinearUpdate(Update):
             old.window.after(self.k_bgtk, self.v_bgtk, self.layout, n_b),
             linear_attention.absorb(leaving.f_btgf, v_btgv, old.linear_bgfv, kept_bt, continues_b),
         )
+
+    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+        """The same in place, in one launch where rows of one document go into others."""
+        n_b = self.layout.lengths_b if n_b is None else n_b
+        assert isinstance(pool, (WindowedLinearState, LinearRingState))
+        features = self.window_f_bgnf.detach(), self.f_bgtf.detach()
+        behind = Behind(*features, self.state.linear_bgfv.detach(), pool.linear_bgfv)
+        if rows is None or self.layout.documents_bt is not None or not slide.takes(self.k_bgtk, behind):
+            super().commit_(pool, rows, n_b)
+            return
+        near = pool.ring if isinstance(pool, LinearRingState) else pool.window
+        slide.write_(near, rows, self.state.window, self.k_bgtk.detach(), self.v_bgtk.detach(), n_b, behind)
 
 
 @dataclass(frozen=True)
@@ -255,9 +268,13 @@ class WindowedLinear(Mixer):
                 return self._turn(x_btd, state, layout)
             state = state.settled()
         assert isinstance(state, WindowedLinearState)
-        window_f_bgnf = self._leaving_features(state.window, layout)
-        y_btd, k_btgk, v_btgk, f_btgf = self._mix(x_btd, (state, window_f_bgnf), layout)
+        window_f_bgnf = None if layout.fresh else self._leaving_features(state.window, layout)
+        past = None if window_f_bgnf is None else (state, window_f_bgnf)
+        y_btd, k_btgk, v_btgk, f_btgf = self._mix(x_btd, past, layout)
         k_bgtk, v_bgtk, f_bgtf = (x.transpose(1, 2) for x in (k_btgk, v_btgk, f_btgf))
+        if window_f_bgnf is None:
+            # Any: an empty window has no token that could leave it.
+            window_f_bgnf = f_bgtf[:, :, : self.config.window]
         return y_btd, WindowedLinearUpdate(state, window_f_bgnf, k_bgtk, v_bgtk, f_bgtf, layout)
 
     def read_stream(
@@ -348,8 +365,11 @@ class WindowedLinear(Mixer):
 
     def _far_bt(self, layout: Layout, seen_b: Tensor | None = None) -> Tensor:
         """How many tokens of its document stand before each token's window, sinks left out."""
-        seen_b = torch.zeros_like(layout.lengths_b) if seen_b is None else seen_b
-        return (layout.index_bt(seen_b) - (self.config.window + self.config.sinks - 1)).clamp(min=0)
+        near = self.config.window + self.config.sinks - 1
+        if seen_b is None:
+            start_b = torch.zeros_like(layout.lengths_b)
+            return layout.once(("far", near), lambda: (layout.index_bt(start_b) - near).clamp(min=0))
+        return (layout.index_bt(seen_b) - near).clamp(min=0)
 
     def far_length(self, far: Tensor) -> Tensor:
         """``log(1 + n / w)`` of numbers of far tokens."""
