@@ -15,7 +15,7 @@ LINE = tl.constexpr(32)
 
 @triton.jit
 def _ahead(state_ptr, d, b, D, B, stride, SIZE: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr):
-    """Fetch states while the launch before this one still runs: into the cache that it writes to, so never too early."""
+    """Fetch states while the launch before this one runs: into the cache that it writes to, so never too early."""
     LINES: tl.constexpr = (BN + LINE - 1) // LINE
     at = tl.minimum(tl.arange(0, LINES) * LINE, SIZE - 1)[None, None, :]
     row = tl.minimum(b, B - 1).to(tl.int64) * stride

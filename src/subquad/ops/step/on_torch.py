@@ -18,11 +18,11 @@ def refusal(*tensors: Tensor) -> str | None:
 def read(u_bd: Tensor, table: Table, state_bdnp: Tensor, skip_d: Tensor | None, gelu: bool) -> Tensor:
     """`subquad.ops.step.read`."""
     dtype = chunks.compute_dtype(u_bd, table.reads_gnp, state_bdnp)
-    each = u_bd.shape[1] // len(table.direct_g)
-    reads_dnp, direct_d = (x.to(dtype).repeat_interleave(each, dim=0) for x in table[:2])
+    reads_g1np, direct_g1 = table.reads_gnp.to(dtype)[:, None], table.direct_g.to(dtype)[:, None]
+    u_bgr, state_bgrnp = (x.to(dtype).unflatten(1, (len(direct_g1), -1)) for x in (u_bd, state_bdnp))
+    y_bd = ((reads_g1np * state_bgrnp).sum((-2, -1)) + direct_g1 * u_bgr).flatten(1)
     if skip_d is not None:
-        direct_d = direct_d + skip_d.to(dtype)
-    y_bd = (reads_dnp * state_bdnp.to(dtype)).sum((-2, -1)) + direct_d * u_bd.to(dtype)
+        y_bd = y_bd + skip_d.to(dtype) * u_bd.to(dtype)
     return (F.gelu(y_bd) if gelu else y_bd).to(u_bd.dtype)
 
 

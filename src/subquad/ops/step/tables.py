@@ -44,4 +44,4 @@ def table(
     # Re(c x) = Re c Re x - Im c Im x.
     reads_gnp = torch.view_as_real(reads_gn.conj().resolve_conj())
     moves_kgnp = torch.view_as_real(torch.stack(torch.broadcast_tensors(*moves)))
-    return Table(reads_gnp, (output_gn * input_gn).sum(-1).real, moves_kgnp)
+    return Table(reads_gnp, (output_gn * input_gn).sum(-1).real.contiguous(), moves_kgnp)
