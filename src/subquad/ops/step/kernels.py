@@ -37,14 +37,15 @@ def read_kernel(
     g = d // (D // G)
     reads = tl.load(reads_ptr + (g * SIZE)[:, None, None] + n, mask=among, other=0.0)
     direct = tl.load(direct_ptr + g, mask=d < D, other=0.0)
-    if SKIP:
-        direct += tl.load(skip_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    skip = tl.load(skip_ptr + d, mask=d < D, other=0.0) if SKIP else 0.0
     _ahead(state_ptr, d, b, D, B, stride_state, SIZE, BN, OVERLAP)
     begin(OVERLAP)
     place = (wide * stride_state)[None, :, None] + (d * SIZE)[:, None, None] + n
     state = tl.load(state_ptr + place, mask=among & (b < B)[None, :, None], other=0.0)
     inside = (d < D)[:, None] & (b < B)[None, :]
     u = tl.load(u_ptr + (wide * stride_u)[None, :] + d[:, None], mask=inside, other=0.0).to(tl.float32)
+    if SKIP:
+        direct += skip.to(tl.float32)
     y = tl.sum(state * reads, 2) + direct[:, None] * u
     if GELU:
         y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))

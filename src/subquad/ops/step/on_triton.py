@@ -12,10 +12,11 @@ from subquad.ops import launch, overlap
 from subquad.ops.step.kernels import read_kernel, write_kernel
 from subquad.ops.step.tables import Table
 
-# Of a row a thread takes one load of 16 bytes, so that a program's states and its part of the table are laid out alike.
-# Eight such rows a thread put about 100 KB under way on each of Hopper's processors, which need 20 to keep memory busy,
-# and a table is read, out of the cache, at a quarter to a half of what the states are.
-WARPS, ROWS = 4, 8
+# Of a row a thread takes one load of 16 bytes: then a program's states and its part of the table are laid out alike, and
+# neither goes through shared memory. Of more rows than four the compiler loads some only when others are done with. So
+# each of Hopper's processors has at least nine programs with 8 KB of states under way, of which 20 KB keep memory busy;
+# what is read of the table, out of the cache, is no more than the states.
+WARPS, ROWS = 4, 4
 TILE = WARPS * 32 * 4
 # Real numbers of a channel that a program can still hold.
 WIDEST = 2 * TILE
