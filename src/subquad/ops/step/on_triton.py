@@ -12,10 +12,10 @@ from subquad.ops import launch, overlap
 from subquad.ops.step.kernels import read_kernel, write_kernel
 from subquad.ops.step.tables import Table
 
-# Of a row a thread takes one load of 16 bytes: then a program's states and its part of the table are laid out alike, and
-# neither goes through shared memory. Of more rows than four the compiler loads some only when others are done with. So
-# each of Hopper's processors has at least nine programs with 8 KB of states under way, of which 20 KB keep memory busy;
-# what is read of the table, out of the cache, is no more than the states.
+# Of a row a thread takes one load of 16 bytes: then a program's states and its part of the table are laid out alike and
+# neither goes through shared memory. With more than four rows the compiler puts some loads behind the use of others.
+# So each of Hopper's processors has nine programs or more with 8 KB of states under way; 20 KB keep memory busy. Of the
+# table as much is read, out of the cache, as of the states.
 WARPS, ROWS = 4, 4
 TILE = WARPS * 32 * 4
 # Real numbers of a channel that a program can still hold.
