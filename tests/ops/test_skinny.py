@@ -53,6 +53,23 @@ def test_layers_side_by_side_give_what_each_gives_alone(
 
 @pytest.mark.parametrize("backend", ["torch", TRITON])
 @pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("b", "t", "d", "bias"), [(1, 1, 40, True), (3, 9, 65, False)])
+def test_a_gated_linear_unit_is_its_formula(
+    b: int, t: int, d: int, bias: bool, dtype: torch.dtype, backend: str
+) -> None:
+    x_btd, layer = torch.randn(b, t, d, device=DEVICE, dtype=dtype), linear(d, 66, bias, dtype)
+    with torch.no_grad(), backends.use(backend):
+        got = skinny.glu(x_btd, layer)
+        called: list[int] = []
+        layer.register_forward_pre_hook(lambda *_: called.append(1))
+        skinny.glu(x_btd, layer)
+    assert called == [1]
+    up_btn, gate_btn = layer.double()(x_btd.double()).chunk(2, dim=-1)
+    assert apart(got, up_btn * gate_btn.sigmoid()) < 1.5 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("backend", ["torch", TRITON])
+@pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 40), (3, 2, 1100), (1, 7, 33), (2, 9, 33)])
 def test_layers_behind_a_norm_give_what_they_give_of_it(
     b: int, t: int, d: int, dtype: torch.dtype, backend: str

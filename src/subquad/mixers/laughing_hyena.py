@@ -62,7 +62,7 @@ class ModalFilter(Precise):
         self.angle_ngm = nn.Parameter(math.pi * torch.rand(*filters, modes, **high))
         self.residue_ngmp = nn.Parameter(torch.randn(*filters, modes, 2, **high) / modes)
         self.first_ng = nn.Parameter(torch.zeros(*filters, **high))
-        self._step = Kept[Tensor]()
+        self._step = Kept[tuple[step.Table, ...]]()
         self.register_load_state_dict_post_hook(_check_loaded)
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -71,13 +71,13 @@ class ModalFilter(Precise):
         rate_ngm = LEAST_RATE + self.log_rate_ngm.clamp(max=math.log(100.0)).exp()
         return torch.complex(-rate_ngm, self.angle_ngm), torch.view_as_complex(self.residue_ngmp)
 
-    def step(self) -> Tensor:
-        """`subquad.ops.step.table` of each convolution, ``[convolutions, k, heads, modes, 2]``, kept while it holds."""
+    def step(self) -> tuple[step.Table, ...]:
+        """`subquad.ops.step.table` of each convolution, kept while it holds."""
 
-        def make() -> Tensor:
+        def make() -> tuple[step.Table, ...]:
             log_a_ngm, residue_ngm = self()
             one_gm = torch.ones_like(log_a_ngm[0])
-            return torch.stack([step.table(a, one_gm, c) for a, c in zip(log_a_ngm.exp(), residue_ngm, strict=True)])
+            return tuple(step.table(a, one_gm, c) for a, c in zip(log_a_ngm.exp(), residue_ngm, strict=True))
 
         made = self._step(self.parameters(), make)
         return make() if made is None else made
@@ -214,23 +214,22 @@ class LaughingHyena(Mixer):
         inputs: list[Tensor] = []
         ends: list[Tensor] = []
         if step.alone(layout):
-            tables_nkgmp = self.filters.step()
+            tables = self.filters.step()
 
-            def run(n: int, u_btd: Tensor) -> Tensor:
-                return step.read(u_btd[:, 0], tables_nkgmp[n], state.modal_bndmp[:, n])[:, None]
+            def run(n: int, u_btd: Tensor, direct_d: Tensor) -> Tensor:
+                return step.read(u_btd[:, 0], tables[n], state.modal_bndmp[:, n], direct_d)[:, None]
         else:
             log_a_ngm, residue_ngm = self.filters()
 
-            def run(n: int, u_btd: Tensor) -> Tensor:
+            def run(n: int, u_btd: Tensor, direct_d: Tensor) -> Tensor:
                 y_btd, end_bdmp = modal.scan(u_btd, log_a_ngm[n], residue_ngm[n], state.modal_bndmp[:, n], **where)
                 ends.append(end_bdmp)
-                return y_btd
+                return (y_btd + direct_d * u_btd).to(u_btd.dtype)
 
         def convolve(n: int, z_btd: Tensor, gate_in: Tensor | None, gate_out: Tensor | None) -> Tensor:
             u_btd = z_btd if gate_in is None else z_btd * gate_in
             inputs.append(u_btd)
-            direct_d = self.recurrence.direct_d(n, self.filters.first_ng)
-            y_btd = (run(n, u_btd) + direct_d * u_btd).to(u_btd.dtype)
+            y_btd = run(n, u_btd, self.recurrence.direct_d(n, self.filters.first_ng))
             return y_btd if gate_out is None else y_btd * gate_out
 
         y_btd, inputs_btd = self.recurrence(x_btd, state.conv_bdw, layout, convolve)

@@ -17,6 +17,7 @@ from subquad.core.mixer import NOTHING, Mixer, Shared
 from subquad.core.state import State
 from subquad.ops import dplr, hippo
 from subquad.ops.state_space import SLOWLY, ModalState, ModalUpdate, StateSpaceLayer, System, filled, log_steps
+from subquad.ops.step import Table
 
 CARD = Card(
     title="Efficiently Modeling Long Sequences with Structured State Spaces",
@@ -65,7 +66,7 @@ class DiagonalPlusLowRank(System):
         self.low, self.input = (filled(torch.view_as_real(x.contiguous())) for x in (low_n, input_n))
         drawn_gn = torch.randn(groups, self.modes, dtype=torch.complex128, device="cpu")
         self.output = filled(torch.view_as_real(drawn_gn))
-        self._step = Kept[Tensor]()
+        self._step = Kept[Table]()
 
     def poles(self) -> Tensor:
         """``dt a``, without the low-rank part; see `System.poles`."""
@@ -81,7 +82,7 @@ class DiagonalPlusLowRank(System):
         )
         return dplr.System(poles_gn, low_gn, input_gn, output_gn, self.log_dt.exp())
 
-    def step(self) -> Tensor:
+    def step(self) -> Table:
         """See `System.step`."""
         made = self._step(self.parameters(), lambda: dplr.step(self.system()))
         return dplr.step(self.system()) if made is None else made

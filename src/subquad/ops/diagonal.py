@@ -60,7 +60,7 @@ class Diagonal(System):
         drawn_gn = torch.randn(groups, self.modes, dtype=torch.complex128, device="cpu")
         # B only ever appears as C B, so C takes it in.
         self.output = filled(torch.view_as_real(drawn_gn * inputs_n))
-        self._step = Kept[Tensor]()
+        self._step = Kept[step.Table]()
 
     def poles(self) -> Tensor:
         """``dt A``, complex ``[g, n]`` in the widest dtype of the device."""
@@ -82,10 +82,10 @@ class Diagonal(System):
         narrow = lti.complex_of(self.log_dt.dtype)
         return log_a_gn.to(narrow), residue_gn.to(narrow)
 
-    def step(self) -> Tensor:
+    def step(self) -> step.Table:
         """See `System.step`."""
 
-        def make() -> Tensor:
+        def make() -> step.Table:
             log_a_gn, residue_gn = self.discrete()
             return step.table(log_a_gn.exp(), torch.ones_like(log_a_gn), residue_gn)
 

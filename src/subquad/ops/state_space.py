@@ -17,7 +17,7 @@ from subquad.core.layout import Layout
 from subquad.core.mixer import Update
 from subquad.core.precise import Precise
 from subquad.core.state import State, axes, precise
-from subquad.ops import chunks, flashconv, step
+from subquad.ops import chunks, flashconv, skinny, step
 
 # The rate that published training gives poles, steps and inputs, whatever the rest learns with.
 SLOWLY = 1e-3
@@ -64,7 +64,7 @@ class System(Precise, ABC):
         """The final state alone."""
 
     @abstractmethod
-    def step(self) -> Tensor:
+    def step(self) -> step.Table:
         """`subquad.ops.step.table` of the discrete system, as far as can be kept."""
 
     @abstractmethod
@@ -169,7 +169,7 @@ class StateSpaceLayer(nn.Module):
                 turned_bt = (documents_bt[:, -1:] - documents_bt).flip(1)
             back_btd = flashconv.parallel(u_btd.flip(1), back_gt, documents_bt=turned_bt)
             y_btd = y_btd + back_btd.flip(1)
-        return self._leave(y_btd)
+        return self._leave(F.gelu(y_btd))
 
     def read(self, x_btd: Tensor, state: ModalState, layout: Layout) -> tuple[Tensor, ModalUpdate]:
         """Read a block against a state.
@@ -184,16 +184,18 @@ class StateSpaceLayer(nn.Module):
             )
         system, end_bdnp = self.systems[0], None
         if step.alone(layout):
-            y_btd = step.read(x_btd[:, 0], system.step(), state.modes_bdnp)[:, None]
+            y_bd = step.read(x_btd[:, 0], system.step(), state.modes_bdnp, self.skip, gelu=True)
+            inner_btd = y_bd[:, None]
         else:
             where = {"valid_bt": chunks.kept(layout), "documents_bt": layout.documents_bt}
             y_btd, end_bdnp = system.scan(x_btd, state.modes_bdnp, **where)
-        y_btd = self._leave(torch.addcmul(y_btd, x_btd, self.skip))
-        return y_btd, ModalUpdate(state, end_bdnp, x_btd, layout, system)
+            inner_btd = F.gelu(torch.addcmul(y_btd, x_btd, self.skip))
+        return self._leave(inner_btd), ModalUpdate(state, end_bdnp, x_btd, layout, system)
 
-    def _leave(self, y_btd: Tensor) -> Tensor:
-        y_btd = self.out_proj(F.gelu(y_btd))
-        return F.glu(y_btd) if self.glu else y_btd
+    def _leave(self, inner_btd: Tensor) -> Tensor:
+        if self.glu:
+            return skinny.glu(inner_btd, self.out_proj)
+        return skinny.project(inner_btd, self.out_proj)[0]
 
 
 def log_steps(groups: int, dt_min: float, dt_max: float) -> Tensor:

@@ -63,7 +63,7 @@ def bilinear(system: System) -> tuple[Tensor, Tensor, Tensor]:
     return made_gpq[..., :-1], made_gpq[..., -1], c_gp
 
 
-def step(system: System) -> Tensor:
+def step(system: System) -> one_step.Table:
     """`subquad.ops.step.table` of the discrete system, worked out in the widest dtype of the device.
 
     Woodbury's identity (2111.00396, appendix C.2), with all that no state enters worked out beforehand: what the

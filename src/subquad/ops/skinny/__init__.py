@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.ops import launch
 from subquad.ops.backends import Backends
 from subquad.ops.norm import add_rms
 
-__all__ = ["project", "swiglu"]
+__all__ = ["glu", "project", "swiglu"]
 
 _backends = Backends(__name__)
 
@@ -32,6 +33,19 @@ def project(x_btd: Tensor, *layers: nn.Module, norm: nn.RMSNorm | None = None) -
         return tuple(layer(x_btd) for layer in layers)
     weights, biases = zip(*map(_parts, layers), strict=True)
     return _backends.choose(x_btd, *weights).project(x_btd, weights, biases, norm)
+
+
+def glu(x_btd: Tensor, layer: nn.Module) -> Tensor:
+    """``a * sigmoid(b)``, a and b the halves of what `layer` makes (arXiv 1612.08083), for a few tokens in one launch.
+
+    Args:
+        x_btd: the input.
+        layer: a linear layer; one that is hooked, adapted or trained is called as it is.
+    """
+    if not _few(x_btd, layer):
+        return F.glu(layer(x_btd))
+    weight, bias = _parts(layer)
+    return _backends.choose(x_btd, weight).glu(x_btd, weight, bias)
 
 
 def swiglu(

@@ -25,6 +25,11 @@ def project(
     return tuple(F.linear(x_btd, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
 
+def glu(x_btd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`subquad.ops.skinny.glu`."""
+    return F.glu(F.linear(x_btd, weight, bias))
+
+
 def swiglu(x_btd: Tensor, y_btd: Tensor, normed: nn.RMSNorm, gate: Layer, up: Layer, down: Layer) -> Tensor:
     """`subquad.ops.skinny.swiglu`."""
     h_btd = x_btd + y_btd

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor, nn
 
 from subquad.ops import launch, norm, overlap
-from subquad.ops.skinny.kernels import gate_few_kernel, gate_kernel, project_few_kernel, project_kernel
+from subquad.ops.skinny.kernels import gate_few_kernel, gate_kernel, glu_kernel, project_few_kernel, project_kernel
 from subquad.ops.skinny.on_torch import Layer
 
 
@@ -89,6 +89,11 @@ def project(
     return y_btn.split([len(weight) for weight in weights], dim=-1)
 
 
+def glu(x_btd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`subquad.ops.skinny.glu`."""
+    return _glu(x_btd.contiguous(), weight, bias)
+
+
 def swiglu(x_btd: Tensor, y_btd: Tensor, normed: nn.RMSNorm, gate: Layer, up: Layer, down: Layer) -> Tensor:
     """`subquad.ops.skinny.swiglu`."""
     layers = gate[0], up[0], gate[1], up[1]
@@ -164,15 +169,7 @@ def _gate(
             **cut, **overlap.options(x.device),
         )  # fmt: skip
         return out
-    tile = tiling(rows, k, x.element_size())
-    bm = _tokens(rows, tile)
-    kernel = gate_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(rows, bm))]
-    kernel(
-        x, gate, up, *biases, out, rows, k, n,
-        BIAS=gate_bias is not None, PRECISION=launch.precision(x.dtype),
-        BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
-        num_warps=tile.warps, **overlap.options(x.device),
-    )  # fmt: skip
+    _launch_pair(gate_kernel, x, gate, up, gate_bias, up_bias, out)
     return out
 
 
@@ -182,6 +179,38 @@ def _(
     up_bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], x.shape[1], len(gate))
+
+
+@torch.library.custom_op("subquad::skinny_glu", mutates_args=())
+@launch.guarded
+def _glu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = launch.scratch(x.shape[0], x.shape[1], len(weight) // 2, like=x, dtype=x.dtype)
+    up, gate = weight.chunk(2)
+    up_bias, gate_bias = (None, None) if bias is None else bias.chunk(2)
+    _launch_pair(glu_kernel, x, gate, up, gate_bias, up_bias, out)
+    return out
+
+
+@_glu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], len(weight) // 2)
+
+
+def _launch_pair(
+    kernel: Any, x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, out: Tensor
+) -> None:
+    """Launch one of the kernels that make two layers' columns side by side."""
+    (b, t, k), n = x.shape, len(gate)
+    rows, tile = b * t, tiling(b * t, k, x.element_size())
+    bm = _tokens(rows, tile)
+    # What is absent has its place taken by something that no branch reads.
+    biases = gate if gate_bias is None else gate_bias, up if up_bias is None else up_bias
+    kernel[(triton.cdiv(n, tile.columns), triton.cdiv(rows, bm))](
+        x, gate, up, *biases, out, rows, k, n,
+        BIAS=gate_bias is not None, PRECISION=launch.precision(x.dtype),
+        BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
+        num_warps=tile.warps, **overlap.options(x.device),
+    )  # fmt: skip
 
 
 def _tokens(rows: int, tile: Tiling) -> int:

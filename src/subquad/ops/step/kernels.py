@@ -1,58 +1,98 @@
-"""A step in Triton: one pass over the state, to read it or to write the next one."""
+"""A step in Triton: one pass over the states, to read them or to write the next ones.
+
+A program holds a tile of channels and rows whole, so that all its loads are under way at once. Channels come first: the
+compiler then deals them out to threads before rows, and a thread has what it needs of its systems once for all rows.
+"""
 
 import triton
 import triton.language as tl
 
+from subquad.ops.overlap.kernels import begin, prefetch
+
+# Real numbers of a line of the cache.
+LINE = tl.constexpr(32)
+
 
 @triton.jit
-def _part(table, at, inside, k: tl.constexpr, size):
-    """Real and imaginary parts of part k of the systems, of a tile of channels and modes."""
-    return tl.split(tl.load(table + k * size + at, mask=inside, other=0.0))
+def _ahead(state_ptr, d, b, D, B, stride, SIZE: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr):
+    """Fetch states while the launch before this one runs: into the cache that it writes to, so never too early."""
+    LINES: tl.constexpr = (BN + LINE - 1) // LINE
+    at = tl.minimum(tl.arange(0, LINES) * LINE, SIZE - 1)[None, None, :]
+    row = tl.minimum(b, B - 1).to(tl.int64) * stride
+    prefetch(state_ptr + row[None, :, None] + (tl.minimum(d, D - 1) * SIZE)[:, None, None] + at, OVERLAP)
 
 
 @triton.jit(do_not_specialize=["B"])
-def step_kernel(
-    state_ptr, u_ptr, table_ptr, y_ptr, pool_ptr, rows_ptr, n_ptr,
-    B, D, G, stride_state, stride_u, stride_pool,
-    N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
-    LOW: tl.constexpr, WRITE: tl.constexpr, INDEXED: tl.constexpr,
+def read_kernel(
+    state_ptr, u_ptr, reads_ptr, direct_ptr, skip_ptr, y_ptr,
+    B, D, G, stride_state, stride_u,
+    SIZE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+    SKIP: tl.constexpr, GELU: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of ``ROWS`` rows and ``BD`` channels, or, for WRITE, their states. Grid: tiles of channels, of rows."""
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    n, p = tl.arange(0, BN), tl.arange(0, 2)
-    within = (n * 2)[None, :, None] + p[None, None, :]
-    inside = (d < D)[:, None, None] & (n < N)[None, :, None] & (p < 2)[None, None, :]
+    """Outputs. Grid: tiles of channels, of rows."""
+    d, b = tl.program_id(0) * BD + tl.arange(0, BD), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, BN)[None, None, :]
+    among, wide = (d < D)[:, None, None] & (n < SIZE), b.to(tl.int64)
     # A system is shared by channels in succession.
-    at = (d // (D // G) * (N * 2))[:, None, None] + within
-    size = G * N * 2
-    keep_re, keep_im = _part(table_ptr, at, inside, 0, size)
-    input_re, input_im = _part(table_ptr, at, inside, 1, size)
-    if not WRITE:
-        output_re, output_im = _part(table_ptr, at, inside, 2, size)
+    g = d // (D // G)
+    reads = tl.load(reads_ptr + (g * SIZE)[:, None, None] + n, mask=among, other=0.0)
+    direct = tl.load(direct_ptr + g, mask=d < D, other=0.0)
+    skip = tl.load(skip_ptr + d, mask=d < D, other=0.0) if SKIP else 0.0
+    _ahead(state_ptr, d, b, D, B, stride_state, SIZE, BN, OVERLAP)
+    begin(OVERLAP)
+    place = (wide * stride_state)[None, :, None] + (d * SIZE)[:, None, None] + n
+    state = tl.load(state_ptr + place, mask=among & (b < B)[None, :, None], other=0.0)
+    inside = (d < D)[:, None] & (b < B)[None, :]
+    u = tl.load(u_ptr + (wide * stride_u)[None, :] + d[:, None], mask=inside, other=0.0).to(tl.float32)
+    if SKIP:
+        direct += skip.to(tl.float32)
+    y = tl.sum(state * reads, 2) + direct[:, None] * u
+    if GELU:
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    tl.store(y_ptr + (wide * D)[None, :] + d[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _complex(ptrs, inside, BD: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr):
+    """Real and imaginary parts that lie side by side."""
+    return tl.split(tl.reshape(tl.load(ptrs, mask=inside, other=0.0), (BD, ROWS, BN // 2, 2)))
+
+
+@triton.jit(do_not_specialize=["B"])
+def write_kernel(
+    state_ptr, u_ptr, moves_ptr, pool_ptr, rows_ptr, n_ptr,
+    B, D, G, stride_state, stride_u, stride_pool,
+    SIZE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+    LOW: tl.constexpr, INDEXED: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Next states. Grid: tiles of channels, of rows."""
+    d, b = tl.program_id(0) * BD + tl.arange(0, BD), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, BN)[None, None, :]
+    among, wide = (d < D)[:, None, None] & (n < SIZE), b.to(tl.int64)
+    # A system is shared by channels in succession.
+    moves_ptr += (d // (D // G) * SIZE)[:, None, None] + n
+    size = G * SIZE
+    keep_re, keep_im = _complex(moves_ptr, among, BD, 1, BN)
+    input_re, input_im = _complex(moves_ptr + size, among, BD, 1, BN)
     if LOW:
-        low_re, low_im = _part(table_ptr, at, inside, 3, size)
-        sees_re, sees_im = _part(table_ptr, at, inside, 4, size)
-    place = (d * (N * 2))[:, None, None] + within
-    for i in range(ROWS):
-        b = tl.program_id(1) * ROWS + i
-        row = b.to(tl.int64)
-        here = d < tl.where(b < B, D, 0)
-        live = inside & here[:, None, None]
-        re, im = tl.split(tl.load(state_ptr + row * stride_state + place, mask=live, other=0.0))
-        u = tl.load(u_ptr + row * stride_u + d, mask=here, other=0.0).to(tl.float32)[:, None]
-        next_re = keep_re * re - keep_im * im + input_re * u
-        next_im = keep_re * im + keep_im * re + input_im * u
-        if LOW:
-            seen = tl.sum(sees_re * re - sees_im * im, 1)[:, None]
-            next_re -= low_re * seen
-            next_im -= low_im * seen
-        if WRITE:
-            kept = tl.load(n_ptr + b, mask=b < B, other=0) > 0
-            target = row
-            if INDEXED:
-                target = tl.load(rows_ptr + b, mask=b < B, other=0)
-            after = tl.join(tl.where(kept, next_re, re), tl.where(kept, next_im, im))
-            tl.store(pool_ptr + target * stride_pool + place, after, mask=live)
-        else:
-            y = tl.sum(output_re * next_re - output_im * next_im, 1)
-            tl.store(y_ptr + row * D + d, y.to(y_ptr.dtype.element_ty), mask=here)
+        low_re, low_im = _complex(moves_ptr + 2 * size, among, BD, 1, BN)
+        sees_re, sees_im = _complex(moves_ptr + 3 * size, among, BD, 1, BN)
+    _ahead(state_ptr, d, b, D, B, stride_state, SIZE, BN, OVERLAP)
+    begin(OVERLAP)
+    place = (d * SIZE)[:, None, None] + n
+    inside = among & (b < B)[None, :, None]
+    re, im = _complex(state_ptr + (wide * stride_state)[None, :, None] + place, inside, BD, ROWS, BN)
+    u_ptrs = u_ptr + (wide * stride_u)[None, :] + d[:, None]
+    u = tl.load(u_ptrs, mask=(d < D)[:, None] & (b < B)[None, :], other=0.0).to(tl.float32)[:, :, None]
+    kept = (tl.load(n_ptr + b, mask=b < B, other=0) > 0)[None, :, None]
+    target = wide
+    if INDEXED:
+        target = tl.load(rows_ptr + b, mask=b < B, other=0)
+    next_re = keep_re * re - keep_im * im + input_re * u
+    next_im = keep_re * im + keep_im * re + input_im * u
+    if LOW:
+        seen = tl.sum(sees_re * re - sees_im * im, 2)[:, :, None]
+        next_re -= low_re * seen
+        next_im -= low_im * seen
+    after = tl.reshape(tl.join(tl.where(kept, next_re, re), tl.where(kept, next_im, im)), (BD, ROWS, BN))
+    tl.store(pool_ptr + (target * stride_pool)[None, :, None] + place, after, mask=inside)
