@@ -145,7 +145,7 @@ class Rounds:
         self._history.step_b[at_b] = drawn_b
         self._slots.ends_be[at_b] = ends_be
         self._slots.left_b[at_b] = left_b
-        self._slots.alive_b[at_b] = 0
+        self._slots.alive_b.index_fill_(0, at_b, 0)
         self._hold(slots, [request.limits.min_new_tokens for request in requests])
         self.scores.put(slots, [request.logprobs for request in requests])
 
@@ -185,14 +185,14 @@ class Rounds:
         at = self._at(slots)
         self.masks.put(slots, rules or [None] * len(slots))
         self._slots.last_b[at] = self._at([row[-1] for row in tokens])
-        self._slots.alive_b[at] = 1
+        self._slots.alive_b.index_fill_(0, at, 1)
         if self.drafter is not None:
             self.drafter.put(slots, tokens)
 
     def leave(self, slots: Sequence[int]) -> None:
         """From now on `slots` take part no more."""
         if slots:
-            self._slots.alive_b[self._at(slots)] = 0
+            self._slots.alive_b.index_fill_(0, self._at(slots), 0)
             self._sampler.leave(slots)
             self._hold(slots, [0] * len(slots))
             self.masks.put(slots, [None] * len(slots))
@@ -205,7 +205,7 @@ class Rounds:
             state.write_(to, state.select(at))
         for buffer in self._slots:
             buffer[to] = buffer[at]
-        self._slots.alive_b[at] = 0
+        self._slots.alive_b.index_fill_(0, at, 0)
         self._hold([*targets, *sources], [*(self._least[slot] for slot in sources), *[0] * len(sources)])
         self.masks.move(sources, targets)
         self.scores.move(sources, targets)

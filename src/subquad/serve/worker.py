@@ -19,7 +19,7 @@ from subquad.serve.queue import FairQueue, Turns
 
 LOG = logging.getLogger("subquad.serve.worker")
 T = TypeVar("T")
-TOLD_A_SECOND = 2000
+TOLD_A_SECOND = 1000
 """Times that all callers together are told something: each costs an event loop about a quarter of a millisecond."""
 
 

@@ -310,7 +310,7 @@ class WindowedLinear(Mixer):
             q_bthk,
             attention.expand_heads(k_btgk, h),
             v_bthv,
-            Far(self._weights(plain_q_bthk, self._far_bt(layout)), f_bthf, bias_hf=self.q_map_bias),
+            Far(self._weights(plain_q_bthk, self._length_bt(layout)), f_bthf, bias_hf=self.q_map_bias),
             None,
             layout,
             window=self.config.window,
@@ -324,8 +324,8 @@ class WindowedLinear(Mixer):
         """The output, and the block's keys, values and key features; `past` is the state and its leaving features."""
         plain_q_bthk, plain_k_btgk, v_btgk = self.qkv.project(x_btd)
         q_bthk, k_btgk = self.qkv.rotate(plain_q_bthk, plain_k_btgk, layout)
-        far_bt = self._far_bt(layout, None if past is None else past[0].window.seen_b)
-        weight_bthf, f_btgf = self._weights(plain_q_bthk, far_bt), self.key_features(plain_k_btgk)
+        length_bt = self._length_bt(layout, None if past is None else past[0].window.seen_b)
+        weight_bthf, f_btgf = self._weights(plain_q_bthk, length_bt), self.key_features(plain_k_btgk)
         near, *carried = (None,) if past is None else (past[0].window, past[1], past[0].linear_bgfv)
         y_bthk = windowed.attend(
             q_bthk,
@@ -355,21 +355,21 @@ class WindowedLinear(Mixer):
 
     def query_weights(self, q_bthk: Tensor, far_bt: Tensor) -> Tensor:
         """Logarithm of ``phi(q)`` of queries before RoPE, ``[b, t, h, f]``, each with `far_bt` far tokens behind it."""
-        return self._weights(q_bthk, far_bt) + self.q_map_bias
+        return self._weights(q_bthk, self.far_length(far_bt)) + self.q_map_bias
 
-    def _weights(self, q_bthk: Tensor, far_bt: Tensor) -> Tensor:
+    def _weights(self, q_bthk: Tensor, length_bt: Tensor) -> Tensor:
         weight_hkf = self.q_map_weight * self.config.head_dim**-0.5
         weight_bthf = torch.einsum("bthk,hkf->bthf", q_bthk, weight_hkf)
-        fade_bth = self.far_length(far_bt)[..., None] * self.q_map_fade
+        fade_bth = length_bt[..., None] * self.q_map_fade
         return (weight_bthf - fade_bth[..., None]).to(weight_bthf.dtype)
 
-    def _far_bt(self, layout: Layout, seen_b: Tensor | None = None) -> Tensor:
-        """How many tokens of its document stand before each token's window, sinks left out."""
-        near = self.config.window + self.config.sinks - 1
+    def _length_bt(self, layout: Layout, seen_b: Tensor | None = None) -> Tensor:
+        """`far_length` of the tokens of its document before each token's window, sinks left out."""
+        near, dtype = self.config.window + self.config.sinks - 1, self.q_map_fade.dtype
         if seen_b is None:
-            start_b = torch.zeros_like(layout.lengths_b)
-            return layout.once(("far", near), lambda: (layout.index_bt(start_b) - near).clamp(min=0))
-        return (layout.index_bt(seen_b) - near).clamp(min=0)
+            key = ("far length", self.config.window, near, dtype)
+            return layout.once(key, lambda: self._length_bt(layout, torch.zeros_like(layout.lengths_b)))
+        return self.far_length((layout.index_bt(seen_b) - near).clamp(min=0))
 
     def far_length(self, far: Tensor) -> Tensor:
         """``log(1 + n / w)`` of numbers of far tokens."""
