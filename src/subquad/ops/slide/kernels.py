@@ -55,12 +55,12 @@ def slide_kernel(
         held = (wide * G + g) * S * K + j[:, None] * K + columns[None, :]
         place = row * sink_row + (g * S + j)[:, None] * K + columns[None, :]
         new = tl.minimum(tl.maximum(j - seen, 0), T - 1)[:, None]
-        k = tl.load(old_sink_k_ptr + held, mask=inside & there, other=0.0)
-        k += tl.load(k_ptr + new * k_t + columns[None, :], mask=inside & ~there, other=0.0)
-        tl.store(sink_k_pool + place, k, mask=inside)
-        v = tl.load(old_sink_v_ptr + held, mask=inside & there, other=0.0)
-        v += tl.load(v_ptr + new * v_t + columns[None, :], mask=inside & ~there, other=0.0)
-        tl.store(sink_v_pool + place, v, mask=inside)
+        sink_k = tl.load(old_sink_k_ptr + held, mask=inside & there, other=0.0)
+        sink_k += tl.load(k_ptr + new * k_t + columns[None, :], mask=inside & ~there, other=0.0)
+        tl.store(sink_k_pool + place, sink_k, mask=inside)
+        sink_v = tl.load(old_sink_v_ptr + held, mask=inside & there, other=0.0)
+        sink_v += tl.load(v_ptr + new * v_t + columns[None, :], mask=inside & ~there, other=0.0)
+        tl.store(sink_v_pool + place, sink_v, mask=inside)
     if FAR:
         f_ptr += wide * f_b + g * f_g
         old_f_ptr += wide * old_f_b + g * old_f_g
@@ -77,8 +77,8 @@ def slide_kernel(
                 other=0.0,
             )
             f += tl.load(f_ptr + (at - W)[:, None] * f_t + features[None, :], mask=far & ~early[:, None], other=0.0)
-            v = _joint(old_v_ptr, v_ptr, at, columns, leaves[:, None] & (columns < K)[None, :], W, T, K, v_t)
-            added = tl.dot(tl.trans(f), v, added, input_precision=PRECISION)
+            lost_v = _joint(old_v_ptr, v_ptr, at, columns, leaves[:, None] & (columns < K)[None, :], W, T, K, v_t)
+            added = tl.dot(tl.trans(f), lost_v, added, input_precision=PRECISION)
             mass += tl.sum(f.to(tl.float32), 0)
         inside = (features < F)[:, None] & (columns < K)[None, :]
         held = (wide * G + g) * F * (K + 1)
