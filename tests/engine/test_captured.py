@@ -80,7 +80,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 def engine_for(model: Stack, drafter: Drafter | None, *, captures: bool) -> Engine:
     engine = Engine(model, rows=4, capacity=48, drafter=drafter, most_drafted=2, rounds=3, logprobs=True)
     engine._rounds.graphs.captures, engine._rounds.static = captures, True
-    engine._reader.graphs.captures = captures
+    engine._prompts.reader.graphs.captures = captures
     return engine
 
 
@@ -134,7 +134,7 @@ def test_replayed_rounds_give_what_rounds_launched_anew_give(drafter: str) -> No
     replayed, anew = (engine_for(model, make(), captures=captures) for captures in (True, False))
     assert answers(replayed, requests) == answers(anew, requests)
     assert replayed.captured
-    assert len(replayed._reader.graphs) > 0
+    assert len(replayed._prompts.reader.graphs) > 0
     assert not anew.captured
 
 
@@ -147,12 +147,12 @@ def test_prompts_read_as_graphs_of_few_shapes_give_the_same(name: str) -> None:
     got: list[Any] = []
     for captures in (True, False):
         engine = Engine(model, rows=5, capacity=48, chunk=20, prefixes=PrefixCache(1 << 24, block=8))
-        engine._reader._most_kept = 2
-        engine._reader.graphs.captures = engine._rounds.changes.captures = captures
+        engine._prompts.reader._most_kept = 2
+        engine._prompts.reader.graphs.captures = engine._rounds.changes.captures = captures
         for prompt in prompts:
             engine.submit(Request(prompt, Limits(4, end_tokens=[])))
         got.append({row: [piece.token for piece in pieces] for row, pieces in drain(engine).items()})
-        assert (len(engine._reader.graphs) > 1) == captures
+        assert (len(engine._prompts.reader.graphs) > 1) == captures
         assert engine.prefixes is not None
         assert engine.prefixes.hits > 0
     assert got[0] == got[1]

@@ -6,20 +6,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from subquad.core.errors import ConfigError
-from subquad.core.transfer import sent
 from subquad.engine.detokenize import Detokenizer
 from subquad.engine.draft import Drafter
 from subquad.engine.gathering import Gathering
 from subquad.engine.masks import Rule
 from subquad.engine.pace import Pace
 from subquad.engine.prefix import PrefixCache
-from subquad.engine.reader import Reader
+from subquad.engine.prompts import Prompts
 from subquad.engine.relax import Relaxed
 from subquad.engine.request import Piece, Request, check_model, check_request
 from subquad.engine.rounds import Given, Rounds
@@ -28,9 +25,6 @@ from subquad.engine.trace import Look
 from subquad.models.stack import Stack
 
 LOOKS_KEPT = 4096
-CHUNKS_AT_ONCE = 32
-"""Most tokens of prompts in one forward pass, in chunks; it bounds what that holds in memory beside the state."""
-
 # Seconds for which a free slot waits at most, on a GPU, for others whose prompts are read with its own.
 GATHERED = 0.05
 
@@ -132,8 +126,6 @@ class Engine:
         self._aside: dict[int, Row] = {}
         self._submitted = 0
         self._gathering = Gathering(gather)
-        # Around a read of prompts, on a GPU, until it is known how long that took.
-        self._read_between: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         block = widest + 1
         self._rounds = Rounds(
             model,
@@ -145,8 +137,7 @@ class Engine:
             compile=compile,
             relaxed=None if self.exact else relaxed,
         )
-        streams = drafter is not None and drafter.hears
-        self._reader = Reader(model, self._rounds.pool, capacity, streams=streams)
+        self._prompts = Prompts(self._rounds, chunk, prefixes)
 
     @property
     def exact(self) -> bool:
@@ -309,10 +300,11 @@ class Engine:
     def step(self) -> list[Piece]:
         """Admit what fits, read a chunk of prompts, decode some rounds, and give what came, in order for each row."""
         self._admit()
-        filled = self._fill()
+        read = self._prompts.read(self._slots)
+        self._start([slot for slot in read if (row := self._slots[slot]) is not None and row.filled])
         if self.on_read is not None:
             self.on_read()
-        if filled and self.drafter is not None and self.model.device.type == "cuda":
+        if read and self.drafter is not None and self.model.device.type == "cuda":
             # Else the first rounds would be held to take as long as the prompts, and guesses to cost as much.
             torch.cuda.synchronize(self.model.device)
         if not any(row is not None and row.filled for row in self._slots):
@@ -350,74 +342,9 @@ class Engine:
         self._rounds.admit(slots, [row.request for row in rows], [row.drawn for row in rows])
         for slot, row in zip(slots, rows, strict=True):
             self._slots[slot] = row
-            self._recall(slot, row)
+            if self._prompts.recall(slot, row) and self.on_prefix is not None:
+                self.on_prefix(row.id, row.read)
         self._start([slot for slot, row in zip(slots, rows, strict=True) if row.filled])
-
-    def _recall(self, slot: int, row: Row) -> None:
-        """Write into a slot what is known of its tokens already: its own saved state, or that of a beginning."""
-        if row.saved is not None:
-            self._rounds.restore(slot, *row.saved)
-            row.saved = None
-        elif self.prefixes is not None:
-            found = self.prefixes.find(row.tokens[:-1])
-            row.marks = self.prefixes.marks(row.tokens[:-1])
-            if found is not None:
-                self._rounds.restore(slot, found.state)
-                row.read = found.tokens
-                if self.on_prefix is not None:
-                    self.on_prefix(row.id, found.tokens)
-
-    def _fill(self) -> bool:
-        """Read one chunk of the prompts that are not read yet; whether there was any."""
-        slots, blocks, kept = list[int](), list[list[int]](), list[int]()
-        width = 0
-        for slot, row in enumerate(self._slots):
-            if row is None or row.filled:
-                continue
-            stop = min(row.read + self.chunk, len(row.tokens) - 1)
-            # Of a block one state can be kept, so it ends there where another is asked for behind it.
-            first, *_ = marks = [*(mark for mark in row.marks if row.read < mark <= stop), row.read]
-            stop = first if len(marks) > 2 else stop
-            width = max(width, stop - row.read)
-            if slots and (len(slots) + 1) * width > CHUNKS_AT_ONCE * self.chunk:
-                break
-            slots.append(slot)
-            blocks.append(row.tokens[row.read : stop])
-            kept.append(first - row.read)
-        if not slots:
-            return False
-        began, steady = self._mark(), True
-        for part in self._reader.parts(list(map(len, blocks)), kept):
-            self._read([slots[i] for i in part], [blocks[i] for i in part], [kept[i] for i in part])
-            steady &= self._reader.steady
-        if began is not None and steady:
-            self._read_between = began, self._mark() or began
-        self._start([slot for slot in slots if (row := self._slots[slot]) is not None and row.filled])
-        return True
-
-    def _mark(self) -> torch.cuda.Event | None:
-        """A point of the device's time; None on a CPU."""
-        if self.model.device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _read(self, slots: Sequence[int], blocks: Sequence[Sequence[int]], kept: Sequence[int]) -> None:
-        """Read pieces of prompts together, tell the drafter, and keep the states after so many tokens of them."""
-        rows = [row for slot in slots if (row := self._slots[slot]) is not None]
-        hidden_btd = self._reader.read(slots, blocks, kept, before=[row.read for row in rows])
-        if self.drafter is not None and self.drafter.hears:
-            following = [row.tokens[row.read + 1 :][: len(block)] for row, block in zip(rows, blocks, strict=True)]
-            next_bt = self._at([some + [0] * (hidden_btd.shape[1] - len(some)) for some in following])
-            self.drafter.hear(slots, next_bt, self._at([len(block) for block in blocks]), hidden_btd)
-        for i, (row, block, n) in enumerate(zip(rows, blocks, kept, strict=True)):
-            if n and self.prefixes is not None:
-                self.prefixes.keep(row.tokens[: row.read + n], self._reader.kept(i))
-            row.read += len(block)
-
-    def _at(self, numbers: Sequence[Any]) -> Tensor:
-        return sent(torch.tensor(numbers), self.model.device)
 
     def _start(self, slots: Sequence[int]) -> None:
         """From now on `slots`, whose prompts are read, take part in the rounds."""
@@ -438,10 +365,8 @@ class Engine:
     def _take(self, n: int, k: int, began: float, *, steady: bool) -> list[Piece]:
         """Look at what came."""
         given, (pace, rounds) = self._rounds.take(n), self._turn
-        if self._read_between is not None:
-            before, after = self._read_between
-            self._gathering.learn(before.elapsed_time(after) / 1000)
-            self._read_between = None
+        if (seconds := self._prompts.seconds()) is not None:
+            self._gathering.learn(seconds)
         pieces, ended = list[Piece](), list[int]()
         for slot, (row, new) in enumerate(zip(self._slots, given, strict=False)):
             if row is not None and new.tokens:
