@@ -167,7 +167,9 @@ class Reader:
         rows_b = torch.arange(len(kept_b), device=kept_b.device)
         beside = self._beside.first(len(kept_b))
         if state is None:
-            beside.clear_(rows_b)
+            for dtype in self._sides:
+                some = [x for _, x in beside.tensors() if x.dtype == dtype]
+                torch._foreach_zero_(some)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         else:
             beside.write_(None, state.cut(room))
         update.commit_(beside, rows_b, kept_b)
