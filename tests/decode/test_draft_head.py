@@ -22,7 +22,7 @@ from subquad.models.config import ModelConfig
 from subquad.models.draft_head import Head, HeadConfig, load_head, save_head, untrained
 from subquad.models.load import load_model
 from subquad.models.stack import Stack
-from subquad.ops import linear_loss
+from subquad.ops import backends, linear_loss
 from subquad.train.draft_head import compare, guess, guessable, measure, scored
 
 from .conftest import V
@@ -100,6 +100,30 @@ def test_guesses_follow_the_pairs_that_stood(models: Models) -> None:
     drafter.move([1], [2])
     history = History.start([[0]] * 3, 0)
     assert drafter.propose(3, 3, sampler, history).tokens_bk[2].tolist() == chain(model, head, told[1], 3)
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
+def test_guesses_read_on_in_the_ring_as_in_states_of_their_own(models: Models) -> None:
+    """More guesses than a ring has room for behind its window, before and after it has gone around."""
+    model = models("attention").float()
+    model = model.cuda() if torch.cuda.is_available() else model
+    head, told = head_for(model, window=4, ids=FEW).float(), [[1, 3], [4, 4], [5, 0], [14, 9], [2, 11]]
+    found: dict[str, list[list[list[int]]]] = {}
+    for backend in ("torch", "triton"):
+        with backends.use(backend), torch.random.fork_rng():
+            torch.manual_seed(0)
+            drafter = DraftHead(head)
+            drafter.open(model, 2, 80)
+            sampler, history = Sampler([SamplingConfig()] * 2, model.device), History.start([[0]] * 2, 0, model.device)
+            found[backend] = []
+            for n in told:
+                tokens_bt, hidden_btd = torch.randint(V, (2, 16)), torch.randn(2, 16, 32)
+                at = [x.to(model.device) for x in (tokens_bt, torch.tensor(n), hidden_btd)]
+                drafter.observe(*at)
+                # The second is behind what the first has written.
+                for k in (22, 5):
+                    found[backend].append(drafter.propose(2, k, sampler, history).tokens_bk.tolist())
+    assert found["triton"] == found["torch"]
 
 
 def test_a_head_reads_prompts_in_pieces(models: Models) -> None:
