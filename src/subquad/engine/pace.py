@@ -14,7 +14,7 @@ UNREAD_WEIGHT = 4
 CHEAPER, DEARER = 0.5, 0.1
 # What a round with one guess more is thought to cost, until it is measured: little, so that it is tried.
 GUESS_COST = 0.05
-# Guessing must promise this much.
+# Guessing must promise this much to begin; where only a try tells, it goes on while it promises anything.
 MARGIN = 1.05
 # Looks between two that try what is not the best, while guesses pay; and while they do not, at first and at most,
 # with no more guesses than keep such a round within so many plain ones.
@@ -81,10 +81,15 @@ class Pace:
         return self._other(best, costs)
 
     def _best(self, costs: _Costs) -> int:
-        """What promises most, none unless it is ahead by the margin."""
+        """What promises most, none unless it is ahead; by the margin, where it is not what is done."""
+        best, ahead = self._likeliest(costs)
+        return best if ahead > (1 if self._last and not self.watched else MARGIN) else 0
+
+    def _likeliest(self, costs: _Costs) -> tuple[int, float]:
+        """The number of guesses that promises most, and how many times the tokens a second of none."""
         rates = {k: self._tokens(k) / max(costs.of(k), 1e-9) for k in self.ladder}
-        best = max(self.ladder, key=rates.__getitem__)
-        return best if rates[best] > MARGIN * rates[0] else 0
+        best = max(self.ladder[1:], key=rates.__getitem__)
+        return best, rates[best] / rates[0]
 
     def _other(self, best: int, costs: _Costs) -> int:
         """What to try in place of the best: none or one of its neighbours, or a number that is not too dear."""
@@ -92,7 +97,9 @@ class Pace:
             at = self.ladder.index(best)
             near = [self.ladder[i] for i in (at - 1, at + 1) if 0 < i < len(self.ladder)]
             return [0, *near][self._tours % (1 + len(near))]
-        self._patience = min(2 * self._patience, LONGEST)
+        if self._likeliest(costs)[1] <= 1:
+            # Else a try costs nothing, and tells whether it is more than that.
+            self._patience = min(2 * self._patience, LONGEST)
         cheap = [k for k in self.ladder[1:] if costs.of(k) <= DEAREST_TRY * costs.of(0)] or [self.ladder[1]]
         return cheap[self._tours % len(cheap)]
 
