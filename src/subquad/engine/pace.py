@@ -16,6 +16,8 @@ CHEAPER, DEARER = 0.5, 0.1
 GUESS_COST = 0.05
 # Guessing must promise this much to begin; where only a try tells, it goes on while it promises anything.
 MARGIN = 1.05
+# Stands for the k of a round that asked for guesses and found none, among costs.
+IN_VAIN = -1
 # Looks between two that try what is not the best, while guesses pay; and while they do not, at first and at most,
 # with no more guesses than keep such a round within so many plain ones.
 TOUR = 24
@@ -37,10 +39,11 @@ class Pace:
         fixed: always take `most`.
         watched: `see` tells what guesses would have brought while none are read: where they don't pay, nothing is tried
             but what has no cost yet.
+        asks: rounds of up to so many slots ask whether there are guesses, and read none if not.
     """
 
-    def __init__(self, most: int, *, fixed: bool = False, watched: bool = False) -> None:
-        self.most, self.fixed, self.watched = most, fixed, watched
+    def __init__(self, most: int, *, fixed: bool = False, watched: bool = False, asks: int = 0) -> None:
+        self.most, self.fixed, self.watched, self.asks = most, fixed, watched, asks
         self.ladder = [
             0,
             *((2 << i) - 1 for i in range(most.bit_length()) if (2 << i) - 1 < most),
@@ -87,7 +90,9 @@ class Pace:
 
     def _likeliest(self, costs: _Costs) -> tuple[int, float]:
         """The number of guesses that promises most, and how many times the tokens a second of none."""
-        rates = {k: self._tokens(k) / max(costs.of(k), 1e-9) for k in self.ladder}
+        vain = (1 - self.covered) ** costs.slots if costs.slots <= self.asks else 0.0
+        seconds = {k: (1 - vain) * costs.of(k) + vain * costs.of(IN_VAIN if k else 0) for k in self.ladder}
+        rates = {k: self._tokens(k) / max(seconds[k], 1e-9) for k in self.ladder}
         best = max(self.ladder[1:], key=rates.__getitem__)
         return best, rates[best] / rates[0]
 
@@ -115,7 +120,12 @@ class Pace:
             return
         costs = self._of(look.slots)
         if look.steady:
-            costs.look(look.k, look.seconds / look.rounds)
+            read = look.rounds if look.read is None or not look.k else look.read
+            if read:
+                vain = (look.rounds - read) * costs.of(IN_VAIN) if read < look.rounds else 0.0
+                costs.look(look.k, max(look.seconds - vain, 0) / read)
+            else:
+                costs.look(IN_VAIN, look.seconds / look.rounds)
         if not look.k:
             return
         asked = look.rows * look.rounds * look.k
@@ -136,7 +146,8 @@ class Pace:
         return {k: costs.of(k) for k in self.ladder if costs.known(k)}
 
     def _of(self, slots: int) -> _Costs:
-        return self._costs.setdefault((slots - 1).bit_length(), _Costs())
+        bits = (slots - 1).bit_length()
+        return self._costs.setdefault(bits, _Costs(1 << bits))
 
     def _tokens(self, k: int) -> float:
         """Expected of a round."""
@@ -149,7 +160,8 @@ class _Costs:
     A round over empty rows has no context to read, so that notes are too low, but all of them alike.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
         self.looked: dict[int, float] = {}
         self.noted: dict[int, float] = {}
 
@@ -168,7 +180,7 @@ class _Costs:
             return self.looked[k]
         if k in self.noted:
             return self.noted[k] * self._scale()
-        return self.of(0) * (1 + GUESS_COST * k)
+        return self.of(0) * (1 + GUESS_COST * abs(k))
 
     def _scale(self) -> float:
         ratios = [cost / self.noted[k] for k, cost in self.looked.items() if k in self.noted]
