@@ -293,16 +293,15 @@ def test_guesses_that_stand_all_or_none_never_cost_a_twentieth(
 
 @pytest.mark.parametrize("cost", ["cheap", "middling", "a step and then flat"])
 def test_asking_pays_where_copies_come_and_go(cost: str) -> None:
-    """Free writing and copying in turns of 12 looks: more than without asking, and free writing costs next to nothing."""
+    """Free writing and copying in turns of 12 looks: far ahead of reading guesses where there are none."""
     rates: dict[int, float] = {}
     for asks in (0, 4):
         runs = Runs(COSTS[cost], asks=asks)
         parts = [(runs.run(12, 0.1, 0.1), runs.run(12, 0.7, 0.8)) for _ in range(60)][5:]
         free, copied = (sum(part) / len(part) for part in zip(*parts, strict=True))
-        assert free >= 0.95
         rates[asks] = 2 / (1 / free + 1 / copied)
-    assert rates[4] > 1.1 * rates[0]
-    assert rates[4] > 1.5
+        assert rates[asks] >= 0.95
+    assert rates[4] > 1.2 * rates[0]
 
 
 def test_a_round_that_asked_in_vain_has_a_cost_of_its_own() -> None:

@@ -8,6 +8,9 @@ from subquad.engine.trace import Look
 FIRST_ACCEPTED, FIRST_COVERED, FIRST_WEIGHT = 0.7, 1.0, 4.0
 # Guesses after which an older one counts half.
 HALF_LIFE = 256.0
+# What rounds of one k brought counts half after so many rounds of a row at any k, and less than what guesses that stand
+# each by itself would bring while there were fewer than these.
+RECENT, DOUBT = 64.0, 16.0
 # As how many a guess counts that was made but not read: it costs nothing to see, and there are few of them.
 UNREAD_WEIGHT = 4
 # Weight of a new cost in the running one. What disturbs a machine makes rounds dearer, never cheaper.
@@ -29,10 +32,11 @@ class Pace:
     a power of two, as large as a kernel's tile.
 
     Expected of a round with k guesses are ``1 + c (a + ... + a^k)`` tokens a row, a the share of guesses that stand
-    when it is their turn and c the share of those asked for that were there. Both are measured, older guesses
-    counting less and less, and so are the seconds of a round at each k, for each number of slots apart: what one row
-    checks for nothing, many may pay for. The k of most tokens a second is taken, none unless it is ahead; now and then
-    another is tried, so that what has changed is found out.
+    when it is their turn and c the share of those asked for that were there. But guesses come in runs: few rounds may
+    keep all and the others none. So what rounds of this k brought lately counts too, and the more the more there were.
+    All is measured, what is older counting less and less, and so are the seconds of a round at each k, for each number
+    of slots apart: what one row checks for nothing, many may pay for. The k of most tokens a second is taken, none
+    unless it is ahead; now and then another is tried, so that what has changed is found out.
 
     Args:
         most: largest k; 0 never guesses.
@@ -51,6 +55,8 @@ class Pace:
         ]
         self._costs: dict[int, _Costs] = {}
         self._accepted, self._covered = _Share(FIRST_ACCEPTED), _Share(FIRST_COVERED)
+        # Guesses that stood of rounds of a row, by k.
+        self._brought = {k: _Share(0.0, half_life=RECENT, weight=0.0) for k in self.ladder[1:]}
         self._since, self._patience, self._tours = 0, PATIENCE, 0
         self._last = 0
 
@@ -131,6 +137,12 @@ class Pace:
         asked = look.rows * look.rounds * look.k
         self._covered.add(min(look.guessed, asked), asked)
         self._accepted.add(look.kept, look.judged)
+        rounds = look.rows * look.rounds
+        for k, brought in self._brought.items():
+            if k == look.k:
+                brought.add(look.kept, rounds)
+            else:
+                brought.fade(rounds)
         if costs.known(0) and self._best(costs):
             self._patience = PATIENCE
 
@@ -151,7 +163,10 @@ class Pace:
 
     def _tokens(self, k: int) -> float:
         """Expected of a round."""
-        return 1 + self.covered * sum(self.accepted**i for i in range(1, k + 1))
+        if not k:
+            return 1.0
+        apart, seen = self.covered * sum(self.accepted**i for i in range(1, k + 1)), self._brought[k]
+        return 1 + (seen.some + apart * DOUBT) / (seen.all + DOUBT)
 
 
 class _Costs:
@@ -190,13 +205,18 @@ class _Costs:
 class _Share:
     """A share of many, the older counting less."""
 
-    def __init__(self, first: float) -> None:
-        self.some, self.all = first * FIRST_WEIGHT, FIRST_WEIGHT
+    def __init__(self, first: float, half_life: float = HALF_LIFE, weight: float = FIRST_WEIGHT) -> None:
+        self.some, self.all, self.half_life = first * weight, weight, half_life
 
     @property
     def value(self) -> float:
         return self.some / self.all
 
     def add(self, some: float, of: float) -> None:
-        kept = 0.5 ** (of / HALF_LIFE)
-        self.some, self.all = self.some * kept + some, self.all * kept + of
+        self.fade(of)
+        self.some, self.all = self.some + some, self.all + of
+
+    def fade(self, of: float) -> None:
+        """Let what is known count less, as if so many had been added."""
+        kept = 0.5 ** (of / self.half_life)
+        self.some, self.all = self.some * kept, self.all * kept

@@ -74,6 +74,7 @@ def join_rms(
     norms = norm_x, norm_embedded
     if not launch.untouched(embed, nn.Embedding) or not all(launch.untouched(one, nn.RMSNorm) for one in norms):
         return None
+    assert isinstance(embed, nn.Embedding)
     table_vd = embed.weight
     weights, eps = (norm_x.weight, norm_embedded.weight), (norm_x.eps, norm_embedded.eps)
     if None in eps or any(t.dtype != x_btd.dtype for t in (table_vd, *weights)):
