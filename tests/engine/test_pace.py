@@ -309,6 +309,6 @@ def test_a_round_that_asked_in_vain_has_a_cost_of_its_own() -> None:
     for k, cost in ((0, 1.0), (1, 1.3), (3, 1.5), (IN_VAIN, 1.1)):
         pace.note(1, k, cost)
     pace.learn(Look(1, 3, 8, 14, 6, 6, 6, seconds=2 * 1.5 + 6 * 1.1, read=2))
-    assert pace.costs(1) == pytest.approx({0: 1.0, 1: 1.3, 3: 1.5})
+    assert pace.costs(1) == pytest.approx({0: 1.0, 1: 1.3, 3: 1.5, IN_VAIN: 1.1})
     pace.learn(Look(1, 3, 8, 8, 0, 0, 0, seconds=8 * 1.1, read=0))
-    assert pace.costs(1) == pytest.approx({0: 1.0, 1: 1.3, 3: 1.5})
+    assert pace.costs(1) == pytest.approx({0: 1.0, 1: 1.3, 3: 1.5, IN_VAIN: 1.1})

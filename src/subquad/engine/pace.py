@@ -153,9 +153,9 @@ class Pace:
             self._accepted.add(UNREAD_WEIGHT * kept, UNREAD_WEIGHT * judged)
 
     def costs(self, slots: int) -> dict[int, float]:
-        """Seconds of a round by k, as far as they are known, for numbers of slots like this one."""
+        """Seconds of a round by k or `IN_VAIN`, as far as they are known, for numbers of slots like this one."""
         costs = self._of(slots)
-        return {k: costs.of(k) for k in self.ladder if costs.known(k)}
+        return {k: costs.of(k) for k in (*self.ladder, IN_VAIN) if costs.known(k)}
 
     def _of(self, slots: int) -> _Costs:
         bits = (slots - 1).bit_length()
