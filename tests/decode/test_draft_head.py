@@ -14,6 +14,7 @@ from subquad import cli
 from subquad.core.errors import CheckpointError, ConfigError
 from subquad.core.layout import Layout
 from subquad.decode.draft_head import DraftHead
+from subquad.engine import head_draft
 from subquad.engine.draft import parse_drafter
 from subquad.engine.generate import Limits, generate
 from subquad.engine.history import History
@@ -22,7 +23,7 @@ from subquad.models.config import ModelConfig
 from subquad.models.draft_head import Head, HeadConfig, load_head, save_head, untrained
 from subquad.models.load import load_model
 from subquad.models.stack import Stack
-from subquad.ops import linear_loss
+from subquad.ops import backends, linear_loss
 from subquad.train.draft_head import compare, guess, guessable, measure, scored
 
 from .conftest import V
@@ -100,6 +101,27 @@ def test_guesses_follow_the_pairs_that_stood(models: Models) -> None:
     drafter.move([1], [2])
     history = History.start([[0]] * 3, 0)
     assert drafter.propose(3, 3, sampler, history).tokens_bk[2].tolist() == chain(model, head, told[1], 3)
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
+def test_guesses_read_on_in_the_ring_as_in_states_of_their_own(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More guesses than a ring has room for behind its window, and fewer, before and after it has gone around."""
+    monkeypatch.setattr(head_draft, "FEW_PAIRS", 3)
+    model = models("attention").float()
+    model = model.cuda() if torch.cuda.is_available() else model
+    head, found = head_for(model, window=4, ids=FEW).float(), dict[str, list[list[list[int]]]]()
+    for backend in ("torch", "triton"):
+        with backends.use(backend), torch.random.fork_rng():
+            torch.manual_seed(0)
+            drafter = DraftHead(head)
+            drafter.open(model, 2, 80)
+            sampler, history = Sampler([SamplingConfig()] * 2, model.device), History.start([[0]] * 2, 0, model.device)
+            found[backend] = []
+            for n, k in (([1, 3], 7), ([3, 2], 3), ([2, 3], 5)):
+                told = torch.randint(V, (2, 3)), torch.tensor(n), torch.randn(2, 3, 32)
+                drafter.observe(*(x.to(model.device) for x in told))
+                found[backend].append(drafter.propose(2, k, sampler, history).tokens_bk.tolist())
+    assert found["triton"] == found["torch"]
 
 
 def test_a_head_reads_prompts_in_pieces(models: Models) -> None:

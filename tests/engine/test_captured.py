@@ -112,6 +112,31 @@ SETTINGS = [
 
 
 @pytest.mark.usefixtures("recorded")
+def test_rounds_read_guesses_where_there_are_some_and_end_with_their_rows() -> None:
+    model, prompts, n = build(MIXERS["attention"]), [[5, 6, 5, 6, 5], [1, 2, 3, 4]], 21
+    expected = plain(model, prompts, n)
+    engine = Engine(model, rows=1, capacity=48, drafter=CopySpec((2,)), draft_tokens=3, rounds=8)
+    engine._rounds.graphs.captures = engine._rounds.static = True
+    engine.warm(Request(prompts[0], Limits(n, end_tokens=[])))
+    made = len(engine._rounds.graphs)
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        engine.submit(Request(prompt, Limits(n, end_tokens=[])))
+        got: list[int] = []
+        while engine.busy:
+            got += [piece.token for piece in engine.step()]
+        assert got == tokens
+    looks = list(engine.looks)
+    read = sum(look.read or 0 for look in looks)
+    assert 0 < read < sum(look.rounds for look in looks)
+    # Each reads 3 guesses but where fewer tokens are left.
+    assert 3 * read - 4 <= sum(look.guessed for look in looks) <= 3 * read
+    # No round for nothing, and none that was not made beforehand.
+    assert sum(look.tokens for look in looks) == sum(look.rounds for look in looks) + sum(look.kept for look in looks)
+    assert len(engine._rounds.graphs) == made
+    assert all(look.steady for look in looks)
+
+
+@pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("drafter", ["none", "copyspec", "draft_head", "draft_model"])
 def test_replayed_rounds_give_what_rounds_launched_anew_give(drafter: str) -> None:
     """Settings that come and go, ends of unlike numbers, and least lengths: each combination is a graph of its own."""

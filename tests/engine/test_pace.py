@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from subquad.engine.pace import LONGEST, Pace
+from subquad.engine.pace import IN_VAIN, LONGEST, Pace
 from subquad.engine.trace import Look
 
 Cost = Callable[[int], float]
@@ -242,3 +242,73 @@ def test_what_is_watched_is_not_tried_where_it_does_not_pay() -> None:
     for _ in range(20):
         pace.see(4, 4, 4, 4)
     assert pace.choose() > 0
+
+
+class Runs:
+    """Rounds of one row whose guesses all stand or all fall; those that nobody reads are seen, as copies are."""
+
+    def __init__(self, cost: Cost, *, asks: int = 0, most: int = 15) -> None:
+        self.pace, self.cost, self.asks = Pace(most, watched=True, asks=asks), cost, asks
+        self.random = random.Random(0)
+        for k in self.pace.ladder:
+            self.pace.note(1, k, self._seconds(k, asked=bool(asks and k)))
+        if asks:
+            self.pace.note(1, IN_VAIN, self._seconds(0, asked=True))
+
+    def _seconds(self, k: int, *, asked: bool) -> float:
+        return self.cost(k) + 0.08 * asked
+
+    def run(self, looks: int, covered: float, stands: float) -> float:
+        """Tokens a second of some looks at 8 rounds, where plain rounds give one."""
+        seconds, tokens = 0.0, 0
+        for _ in range(looks):
+            k, kept, guessed, read, spent = self.pace.choose(), 0, 0, 0, 0.0
+            for _ in range(8):
+                there = self.random.random() < covered
+                reads = k if there or not self.asks else 0
+                read += reads > 0
+                spent += self._seconds(reads, asked=bool(self.asks and k))
+                guessed += k * there
+                kept += k * (there and self.random.random() < stands)
+            fell = guessed // k - kept // k if k else 0
+            self.pace.learn(Look(1, k, 8, 8 + kept, guessed, kept + fell, kept, spent, read=read))
+            if not k:
+                there = self.random.random() < covered
+                stood = 8 * (there and self.random.random() < stands)
+                self.pace.see(8, 8 * there, max(stood, int(there)), stood)
+            seconds, tokens = seconds + spent, tokens + 8 + kept
+        return tokens / seconds
+
+
+@pytest.mark.parametrize("asks", [0, 4])
+@pytest.mark.parametrize("cost", ["cheap", "middling", "a step and then flat"])
+@pytest.mark.parametrize(("covered", "stands"), [(0.3, 0.05), (0.3, 0.3), (0.8, 0.1), (0.8, 0.5), (1.0, 0.9)])
+def test_guesses_that_stand_all_or_none_never_cost_a_twentieth(
+    covered: float, stands: float, cost: str, asks: int
+) -> None:
+    runs = Runs(COSTS[cost], asks=asks)
+    runs.run(60, covered, stands)
+    assert runs.run(1_000, covered, stands) >= 0.95
+
+
+@pytest.mark.parametrize("cost", ["cheap", "middling", "a step and then flat"])
+def test_asking_pays_where_copies_come_and_go(cost: str) -> None:
+    """Free writing and copying in turns of 12 looks: far ahead of reading guesses where there are none."""
+    rates: dict[int, float] = {}
+    for asks in (0, 4):
+        runs = Runs(COSTS[cost], asks=asks)
+        parts = [(runs.run(12, 0.1, 0.1), runs.run(12, 0.7, 0.8)) for _ in range(60)][5:]
+        free, copied = (sum(part) / len(part) for part in zip(*parts, strict=True))
+        rates[asks] = 2 / (1 / free + 1 / copied)
+        assert rates[asks] >= 0.95
+    assert rates[4] > 1.2 * rates[0]
+
+
+def test_a_round_that_asked_in_vain_has_a_cost_of_its_own() -> None:
+    pace = Pace(3, watched=True, asks=4)
+    for k, cost in ((0, 1.0), (1, 1.3), (3, 1.5), (IN_VAIN, 1.1)):
+        pace.note(1, k, cost)
+    pace.learn(Look(1, 3, 8, 14, 6, 6, 6, seconds=2 * 1.5 + 6 * 1.1, read=2))
+    assert pace.costs(1) == pytest.approx({0: 1.0, 1: 1.3, 3: 1.5, IN_VAIN: 1.1})
+    pace.learn(Look(1, 3, 8, 8, 0, 0, 0, seconds=8 * 1.1, read=0))
+    assert pace.costs(1) == pytest.approx({0: 1.0, 1: 1.3, 3: 1.5, IN_VAIN: 1.1})

@@ -115,3 +115,22 @@ def test_the_decay_in_one_launch_keeps_the_digits_of_small_steps() -> None:
     for x, y in zip(got, want, strict=True):
         # Exponentials on a GPU are right to a few units of the last place of their argument.
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=0)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_norms_and_an_embedding_in_one_launch_are_what_they_are_apart(dtype: torch.dtype) -> None:
+    x_btd, ids_bt = torch.randn(2, 3, 40).to(DEVICE, dtype), torch.tensor([[6, 0, 3], [1, 1, 5]], device=DEVICE)
+    embed = nn.Embedding(7, 40, dtype=dtype, device=DEVICE)
+    first, second = (nn.RMSNorm(40, eps=eps, dtype=dtype, device=DEVICE) for eps in (1e-5, 0.1))
+    for one in (first, second):
+        nn.init.normal_(one.weight)
+    with torch.no_grad(), backends.use("triton"):
+        joined_btd = norm.join_rms(x_btd, ids_bt, embed, first, second)
+    assert joined_btd is not None
+    apart_btd = torch.cat((first(x_btd), second(embed(ids_bt))), dim=-1)
+    torch.testing.assert_close(joined_btd, apart_btd, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    # What no kernel knows is left to who asks, and so is what needs gradients.
+    assert norm.join_rms(x_btd, ids_bt, embed, first, second) is None
+    with torch.no_grad(), backends.use("triton"):
+        assert norm.join_rms(x_btd.double(), ids_bt, embed, first, second) is None

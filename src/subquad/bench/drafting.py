@@ -27,7 +27,7 @@ from subquad.bench.prompts import KINDS, prompt_tokens, spread
 from subquad.core.errors import ConfigError
 from subquad.engine.draft import Drafter, read_vocab
 from subquad.engine.engine import Engine
-from subquad.engine.pace import Pace
+from subquad.engine.pace import IN_VAIN, Pace
 from subquad.engine.relax import Relaxed
 from subquad.engine.request import Limits, Request, diverged
 from subquad.engine.sampler import SamplingConfig
@@ -302,11 +302,15 @@ def _record(bench: Bench, id: str, pairs: Sequence[_Pair]) -> None:
 
 
 def _record_costs(bench: Bench, id: str, pace: Pace, rows: int) -> None:
-    """What a round of so many rows takes by the guesses that it reads, in milliseconds, with all that belongs to it."""
-    costs = {k: 1e3 * seconds for k, seconds in sorted(pace.costs(rows).items())}
-    for k, cost in costs.items():
-        bench.value(f"{id}.round.k{k}", cost, "ms", "lower")
-    bench.say(f"{bench.name}.{id}: " + ", ".join(f"k={k} {cost:.3f} ms" for k, cost in costs.items()))
+    """What a round of so many rows takes by the guesses that it reads, in milliseconds, with all that belongs to it.
+
+    ``in_vain`` is one that asked for guesses and found none.
+    """
+    names = {k: "in_vain" if k == IN_VAIN else f"k{k}" for k in pace.costs(rows)}
+    costs = {names[k]: 1e3 * seconds for k, seconds in sorted(pace.costs(rows).items())}
+    for name, cost in costs.items():
+        bench.value(f"{id}.round.{name}", cost, "ms", "lower")
+    bench.say(f"{bench.name}.{id}: " + ", ".join(f"{name} {cost:.3f} ms" for name, cost in costs.items()))
 
 
 def _record_changes(bench: Bench, id: str, pairs: Sequence[_Pair], relaxed: Relaxed) -> None:

@@ -30,6 +30,8 @@ class Layout:
             state; every later one starts from an empty state. Never decreases along a row.
         padded: False promises that every column is a token, without asking the device.
         fresh: True promises that the state before the block has seen nothing, likewise.
+        part: a layout that this one is some rows of, and which, where `steps` made it: what is made of its positions
+            is made for all at once.
     """
 
     lengths_b: Tensor
@@ -37,6 +39,8 @@ class Layout:
     documents_bt: Tensor | None = None
     padded: bool = True
     fresh: bool = False
+    # Of no value that is made of this one, as `dataclasses.replace` makes them.
+    part: tuple[Layout, slice] | None = field(default=None, init=False, repr=False, compare=False)
     _made: dict[Hashable, Any] = field(default_factory=lambda: {}, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -74,6 +78,19 @@ class Layout:
         """Every column a token; row ``i`` starts at position ``start_b[i]``."""
         lengths_b = torch.full((batch,), time, device=start_b.device if isinstance(start_b, Tensor) else device)
         return Layout(lengths_b, Layout._positions(batch, time, start_b, device), padded=False)
+
+    @staticmethod
+    def steps(start_b: Tensor, count: int) -> list[Layout]:
+        """`count` blocks of one token a row, one behind the other, from `start_b` on."""
+        b, device = len(start_b), start_b.device
+        positions_nb = start_b + torch.arange(count, device=device)[:, None]
+        lengths_n = torch.ones(count * b, dtype=torch.int64, device=device)
+        whole = Layout(lengths_n, positions_nb.view(-1, 1), padded=False)
+        steps: list[Layout] = []
+        for own in (slice(i * b, (i + 1) * b) for i in range(count)):
+            steps.append(Layout(lengths_n[own], whole.positions_bt[own], padded=False))
+            object.__setattr__(steps[-1], "part", (whole, own))
+        return steps
 
     @staticmethod
     def _positions(batch: int, time: int, start_b: Tensor | int, device: torch.device | str | None) -> Tensor:

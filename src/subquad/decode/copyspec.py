@@ -26,7 +26,7 @@ CARD = Card(
     claim="2.35 times faster on CNN/DM, 3.08 on selected second turns of MT-Redundant",
     measured="2.93 times plain greedy decoding of a hybrid of SmolLM2-135M where it edits texts, 8 at a time, one H100",
     result="spec.copyspec.h100.json",
-    examples={"paper": {}, "prompt_lookup": {"gammas": "3+2+1"}},
+    examples={"paper": {"gammas": "3"}, "prompt_lookup": {"gammas": "3+2+1"}},
 )
 
 # Where two runs share a bucket the later one is found, so few should.
@@ -42,11 +42,11 @@ class CopySpec(Drafter):
     text that repeats does.
 
     Args:
-        gammas: lengths of runs, tried in this order; the paper's is 3. ``(3, 2, 1)`` is prompt lookup, as it is known
-            from other libraries.
+        gammas: lengths of runs, tried in this order; the paper's is 3 alone. ``(3, 2, 1)`` is prompt lookup, as it is
+            known from other libraries.
     """
 
-    def __init__(self, gammas: Sequence[int] = (3,)) -> None:
+    def __init__(self, gammas: Sequence[int] = (3, 2)) -> None:
         if not gammas or min(gammas) < 1:
             raise ConfigError(f"copyspec: expected gammas of at least 1, got {list(gammas)}; the paper takes 3")
         self.gammas = tuple(gammas)
@@ -55,7 +55,7 @@ class CopySpec(Drafter):
     def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:
         """Options: ``gammas``, joined by ``+``; see `Drafter.build`."""
         take_options("copyspec", options, ("gammas",))
-        return cls(take_lengths("copyspec", options, "gammas", "3"))
+        return cls(take_lengths("copyspec", options, "gammas", "3+2"))
 
     def open(self, target: Stack, rows: int, capacity: int) -> None:
         """Allocate tokens and tables; see `Drafter.open`."""

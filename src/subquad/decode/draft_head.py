@@ -36,7 +36,7 @@ CARD = Card(
 class DraftHead(HeadDrafter):
     """A head as drafter; see `HeadDrafter`.
 
-    Every guess but the first is a read of the guesses before it, which is forgotten.
+    Every guess but the first is a read of the one before it, behind those before that, and all are forgotten.
 
     Args:
         head, coupled: as in `HeadDrafter`.
@@ -61,15 +61,16 @@ class DraftHead(HeadDrafter):
     def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
         """k - 1 reads of guesses, and none for rows that nothing was drawn for yet; see `Drafter.propose`."""
         pool = self._pool.first(rows)
-        streams = [pool.stream_bd]
+        steps = Layout.steps(pool.block.seen_b, k - 1) if k > 1 else []
+        stream_b1d, state = pool.stream_bd[:, None], pool.block
 
-        def logits(guesses: Sequence[Tensor]) -> Tensor:
+        def few(guesses: Sequence[Tensor]) -> Tensor:
+            nonlocal stream_b1d, state
             if guesses:
-                layout = Layout.dense(rows, len(guesses), start_b=pool.block.seen_b)
-                pairs = (torch.stack(streams, dim=1), torch.stack(list(guesses), dim=1))
-                stream_btd, _ = self._head.read(self._target, *pairs, pool.block, layout)
-                streams.append(stream_btd[:, -1])
-            return self._guessable.logits(streams[-1])
+                pair = stream_b1d, guesses[-1][:, None]
+                stream_b1d, update = self._head.read(self._target, *pair, state, steps[len(guesses) - 1])
+                if len(guesses) < len(steps):
+                    state = self._head.behind(update, len(guesses), steps[len(guesses)])
+            return self._guessable.few(stream_b1d[:, 0])
 
-        draft = draw(k, logits, sampler, history, coupled=self.coupled)
-        return Draft(draft.tokens_bk, draft.length_b * (pool.block.seen_b > 0), draft.q_bkv)
+        return draw(self._asked(pool, k), k, few, self._guessable, sampler, history, coupled=self.coupled)

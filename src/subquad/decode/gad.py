@@ -78,13 +78,13 @@ class Gad(HeadDrafter):
         pool, head = self._pool.first(rows), cast("BlockHead", self._head)
         n = min(k, head.config.guesses)
         stream_bkd = head.ahead(self._target, pool.stream_bd, n, pool.block)
-        logits_bkv = self._guessable.logits(stream_bkd.flatten(0, 1)).unflatten(0, (rows, n))
+        few_bkm = self._guessable.few(stream_bkd.flatten(0, 1)).unflatten(0, (rows, n))
 
-        def logits(guesses: Sequence[Tensor]) -> Tensor:
-            return logits_bkv[:, len(guesses)]
+        def few(guesses: Sequence[Tensor]) -> Tensor:
+            return few_bkm[:, len(guesses)]
 
-        draft = draw(n, logits, sampler, history, coupled=self.coupled)
+        draft = draw(self._asked(pool, n), n, few, self._guessable, sampler, history, coupled=self.coupled)
         # Columns of which none counts.
         tokens_bk = F.pad(draft.tokens_bk, (0, k - n))
         q_bkv = None if draft.q_bkv is None else F.pad(draft.q_bkv, (0, 0, 0, k - n))
-        return Draft(tokens_bk, draft.length_b * (pool.block.seen_b > 0), q_bkv)
+        return Draft(tokens_bk, draft.length_b, q_bkv)

@@ -84,7 +84,8 @@ class Drafter(ABC):
     back: guesses that were not kept are forgotten by themselves.
 
     Attributes:
-        always: whether it guesses for every row, so that none can stand behind it.
+        always: whether it guesses for every row, so that none can stand behind it. What one guesses that does not is
+            certain, with no q.
         hears: whether it reads the model's stream, which nobody keeps for it otherwise.
         forks: whether it may guess several chains a row.
     """

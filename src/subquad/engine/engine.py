@@ -14,7 +14,7 @@ from subquad.engine.detokenize import Detokenizer
 from subquad.engine.draft import Drafter
 from subquad.engine.gathering import Gathering
 from subquad.engine.masks import Rule
-from subquad.engine.pace import Pace
+from subquad.engine.pace import IN_VAIN, Pace
 from subquad.engine.prefix import PrefixCache
 from subquad.engine.prompts import Prompts
 from subquad.engine.relax import Relaxed
@@ -116,10 +116,6 @@ class Engine:
         self.on_prefix, self.on_read = on_prefix, on_read
         if prefixes is not None:
             prefixes.bind(model)
-        watched = drafter is not None and not drafter.always
-        self.pace = Pace(widest, fixed=draft_tokens is not None, watched=watched)
-        # While a row has a grammar rounds cost more, and other guesses stand.
-        self.ruled_pace = Pace(widest, fixed=draft_tokens is not None, watched=watched)
         self.looks = deque[Look](maxlen=LOOKS_KEPT)
         self._waiting = deque[Row]()
         self._slots: list[Row | None] = [None] * rows
@@ -138,6 +134,10 @@ class Engine:
             relaxed=None if self.exact else relaxed,
         )
         self._prompts = Prompts(self._rounds, chunk, prefixes)
+        watched = drafter is not None and not drafter.always
+        self.pace = Pace(widest, fixed=draft_tokens is not None, watched=watched, asks=self._rounds.most_asked)
+        # While a row has a grammar rounds cost more, and other guesses stand.
+        self.ruled_pace = Pace(widest, fixed=draft_tokens is not None, watched=watched)
 
     @property
     def exact(self) -> bool:
@@ -235,15 +235,17 @@ class Engine:
             for n in sorted({min(1 << i, self.rows) for i in range(self.rows.bit_length() + 1)}):
                 for k in [pace.most] if pace.fixed else pace.ladder:
                     pace.note(n, k, self._rehearse(n, k))
+                if self._rounds.asks(n):
+                    pace.note(n, IN_VAIN, self._rehearse(n, pace.most, found=False))
         finally:
             self._leave([0])
 
-    def _rehearse(self, n: int, k: int) -> float:
-        """Seconds of a round when nothing in it is done for the first time."""
+    def _rehearse(self, n: int, k: int, *, found: bool = True) -> float:
+        """Seconds of a round when nothing in it is done for the first time, and where guesses are found, or none."""
         taken: list[float] = []
         for _ in range(2 * REHEARSALS):
             began = time.perf_counter()
-            self._run(n, k)
+            self._run(n, k, found=found)
             self._rounds.take(n)
             taken.append((time.perf_counter() - began) / self._turn[1])
         return min(taken[REHEARSALS:])
@@ -316,20 +318,39 @@ class Engine:
         pace, _ = self._turn
         k = pace.choose(n) if self.drafter is not None else 0
         began = time.perf_counter()
-        return self._take(n, k, began, steady=self._run(n, k))
+        return self._take(n, k, began, *self._run(n, k))
 
-    def _run(self, n: int, k: int) -> bool:
-        """The rounds between two looks; whether none did anything for the first time."""
+    def _run(self, n: int, k: int, *, found: bool | None = None) -> tuple[bool, int, int]:
+        """The rounds between two looks: whether none did anything for the first time, how many, how many read guesses.
+
+        Args:
+            n, k: slots and guesses.
+            found: what is held to be found where rounds ask for guesses; None asks.
+        """
         _, rounds = self._turn
         if k and self.drafter is not None:
             self.drafter.prepare(n, k)
         elif self.drafter is not None and not self.drafter.always:
             # Such a guess costs next to nothing: so what is not worth a read now is seen as soon as it would be.
             self._rounds.foresee(n, min(self.pace.most, rounds))
+        if k and self._rounds.asks(n):
+            return self._ask_and_run(n, k, rounds, found)
         steady = sum(self._rounds.run(n, k) for _ in range(rounds)) == rounds
         if not k and self.drafter is not None:
             self._rounds.catch_up(n)
-        return steady
+        return steady, rounds, rounds if k else 0
+
+    def _ask_and_run(self, n: int, k: int, rounds: int, found: bool | None) -> tuple[bool, int, int]:
+        """`_run` where every round first asks for guesses; once no row is under way there is nothing more to run."""
+        steady, done, read = True, 0, 0
+        for _ in range(rounds):
+            guessed, alive, known = self._rounds.ask(n, k)
+            if found is None and not alive:
+                break
+            reads = guessed if found is None else found
+            steady = self._rounds.run(n, k if reads else 0, asked=True) and known and steady
+            done, read = done + 1, read + reads
+        return steady, done, read
 
     def _admit(self) -> None:
         """Give free slots to those who wait, all at once, as soon as that is worth it."""
@@ -362,9 +383,9 @@ class Engine:
         for source, target in zip(sources, targets, strict=True):
             self._slots[target], self._slots[source] = self._slots[source], None
 
-    def _take(self, n: int, k: int, began: float, *, steady: bool) -> list[Piece]:
-        """Look at what came."""
-        given, (pace, rounds) = self._rounds.take(n), self._turn
+    def _take(self, n: int, k: int, began: float, steady: bool, rounds: int, read: int) -> list[Piece]:
+        """Look at what came of so many rounds, of which some read guesses."""
+        given, (pace, _) = self._rounds.take(n), self._turn
         if (seconds := self._prompts.seconds()) is not None:
             self._gathering.learn(seconds)
         pieces, ended = list[Piece](), list[int]()
@@ -387,6 +408,7 @@ class Engine:
             slots=n,
             steady=steady,
             loose=sum(new.loose for new in given),
+            read=read,
         )
         self.looks.append(look)
         pace.learn(look)

@@ -111,6 +111,10 @@ class HeadDrafter(Drafter):
         pool.stream_bd.copy_(torch.where(n_b[:, None] > 0, last(stream_btd, n_b), pool.stream_bd))
         update.commit_(pool.block, None, n_b)
 
+    def _asked(self, pool: HeadState, k: int) -> Tensor:
+        """How many guesses of `k` count: none for rows that nothing was drawn for yet."""
+        return pool.block.seen_b.clamp(max=1) * k
+
     @torch.no_grad()
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """The state; see `Drafter.move`."""

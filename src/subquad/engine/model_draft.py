@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -55,13 +54,24 @@ class Guessable:
                 own_m = self._own_v[self._ids_m]
             self._head_md = model.lm_head.weight.detach()[own_m]
 
-    def logits(self, hidden_bd: Tensor) -> Tensor:
-        """Logits ``[b, v]``, minus infinity for what is never guessed."""
+    def few(self, hidden_bd: Tensor) -> Tensor:
+        """Logits ``[b, m]`` of the tokens that may be guessed, in the order of their ids."""
+        return self.model.head(hidden_bd) if self._ids_m is None else F.linear(hidden_bd, self._head_md)
+
+    def among_all(self, few_bm: Tensor) -> Tensor:
+        """These logits as ``[b, v]``, minus infinity for what is never guessed."""
         if self._ids_m is None:
-            return self.model.head(hidden_bd)
-        few_bm = F.linear(hidden_bd, self._head_md)
+            return few_bm
         none_bv = few_bm.new_full((len(few_bm), self.size), -torch.inf)
         return none_bv.index_copy_(1, self._ids_m, few_bm)
+
+    def logits(self, hidden_bd: Tensor) -> Tensor:
+        """Logits ``[b, v]``, minus infinity for what is never guessed."""
+        return self.among_all(self.few(hidden_bd))
+
+    def named(self, at_b: Tensor) -> Tensor:
+        """The ids of tokens by their places in `few`; any that may be guessed for -1."""
+        return at_b.clamp(min=0) if self._ids_m is None else self._ids_m[at_b]
 
     def own(self, guesses_bt: Tensor) -> Tensor:
         """Guesses as the model's tokens."""
@@ -69,13 +79,22 @@ class Guessable:
 
 
 def draw(
-    k: int, logits: Callable[[Sequence[Tensor]], Tensor], sampler: Sampler, history: History, *, coupled: bool
+    length_b: Tensor,
+    k: int,
+    few: Callable[[Sequence[Tensor]], Tensor],
+    guessable: Guessable,
+    sampler: Sampler,
+    history: History,
+    *,
+    coupled: bool,
 ) -> Draft:
     """`k` guesses for every row, each drawn behind those before it.
 
     Args:
+        length_b: how many of them count.
         k: at least 1.
-        logits: gives logits ``[b, v]`` behind guesses ``[b]``, which are one more at each call, the first with none.
+        few: gives `Guessable.few` behind guesses ``[b]``, which are one more at each call, the first with none.
+        guessable: the tokens that may be guessed.
         sampler: of the rows.
         history: behind the rows' last tokens; not changed.
         coupled: draw each with the noise that the row will draw its own token with (arXiv 2408.07978): all tokens are
@@ -85,13 +104,17 @@ def draw(
     drawn_from: list[Tensor] = []
     exchange = sampler.draws and not coupled
     for _ in range(k):
-        logits_bv = logits(guesses)
+        few_bm = few(guesses)
+        if sampler.plain:
+            # The likeliest of all is the likeliest of these, and nothing else is asked.
+            guesses.append(guessable.named(sampler.sample(few_bm, history)))
+            continue
+        logits_bv = guessable.among_all(few_bm)
         if exchange:
             drawn_from.append(sampler.probabilities(logits_bv, history))
         guess_b = sampler.sample(logits_bv, history, DRAFT_STREAM if exchange else 0).clamp(min=0)
         guesses.append(guess_b)
         history = history.after(guess_b)
-    length_b = torch.full_like(guesses[0], k)
     return Draft(torch.stack(guesses, 1), length_b, torch.stack(drawn_from, 1) if exchange else None)
 
 
@@ -183,12 +206,12 @@ class ModelDrafter(Drafter):
         """k reads, the first of what stood since the last time; see `Drafter.propose`."""
         first_bd, length_b = self._read_kept(rows, k)
 
-        def logits(guesses: Sequence[Tensor]) -> Tensor:
+        def few(guesses: Sequence[Tensor]) -> Tensor:
             if not guesses:
-                return self._guessable.logits(first_bd)
-            return self._guessable.logits(self._read_guesses(torch.stack(list(guesses), 1), self._pool.first(rows)))
+                return self._guessable.few(first_bd)
+            return self._guessable.few(self._read_guesses(torch.stack(list(guesses), 1), self._pool.first(rows)))
 
-        return replace(draw(k, logits, sampler, history, coupled=self.coupled), length_b=length_b)
+        return draw(length_b, k, few, self._guessable, sampler, history, coupled=self.coupled)
 
     def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:
         """Note them; see `Drafter.observe`."""

@@ -8,14 +8,19 @@ from subquad.engine.trace import Look
 FIRST_ACCEPTED, FIRST_COVERED, FIRST_WEIGHT = 0.7, 1.0, 4.0
 # Guesses after which an older one counts half.
 HALF_LIFE = 256.0
+# What rounds of one k brought counts half after so many rounds of a row at any k, and less than what guesses that stand
+# each by itself would bring while there were fewer than these.
+RECENT, DOUBT = 64.0, 16.0
 # As how many a guess counts that was made but not read: it costs nothing to see, and there are few of them.
 UNREAD_WEIGHT = 4
 # Weight of a new cost in the running one. What disturbs a machine makes rounds dearer, never cheaper.
 CHEAPER, DEARER = 0.5, 0.1
 # What a round with one guess more is thought to cost, until it is measured: little, so that it is tried.
 GUESS_COST = 0.05
-# Guessing must promise this much.
+# Guessing must promise this much to begin; where only a try tells, it goes on while it promises anything.
 MARGIN = 1.05
+# Stands for the k of a round that asked for guesses and found none, among costs.
+IN_VAIN = -1
 # Looks between two that try what is not the best, while guesses pay; and while they do not, at first and at most,
 # with no more guesses than keep such a round within so many plain ones.
 TOUR = 24
@@ -27,20 +32,22 @@ class Pace:
     a power of two, as large as a kernel's tile.
 
     Expected of a round with k guesses are ``1 + c (a + ... + a^k)`` tokens a row, a the share of guesses that stand
-    when it is their turn and c the share of those asked for that were there. Both are measured, older guesses
-    counting less and less, and so are the seconds of a round at each k, for each number of slots apart: what one row
-    checks for nothing, many may pay for. The k of most tokens a second is taken, none unless it is ahead; now and then
-    another is tried, so that what has changed is found out.
+    when it is their turn and c the share of those asked for that were there. But guesses come in runs: few rounds may
+    keep all and the others none. So what rounds of this k brought lately counts too, and the more the more there were.
+    All is measured, what is older counting less and less, and so are the seconds of a round at each k, for each number
+    of slots apart: what one row checks for nothing, many may pay for. The k of most tokens a second is taken, none
+    unless it is ahead; now and then another is tried, so that what has changed is found out.
 
     Args:
         most: largest k; 0 never guesses.
         fixed: always take `most`.
         watched: `see` tells what guesses would have brought while none are read: where they don't pay, nothing is tried
             but what has no cost yet.
+        asks: rounds of up to so many slots ask whether there are guesses, and read none if not.
     """
 
-    def __init__(self, most: int, *, fixed: bool = False, watched: bool = False) -> None:
-        self.most, self.fixed, self.watched = most, fixed, watched
+    def __init__(self, most: int, *, fixed: bool = False, watched: bool = False, asks: int = 0) -> None:
+        self.most, self.fixed, self.watched, self.asks = most, fixed, watched, asks
         self.ladder = [
             0,
             *((2 << i) - 1 for i in range(most.bit_length()) if (2 << i) - 1 < most),
@@ -48,6 +55,8 @@ class Pace:
         ]
         self._costs: dict[int, _Costs] = {}
         self._accepted, self._covered = _Share(FIRST_ACCEPTED), _Share(FIRST_COVERED)
+        # Guesses that stood of rounds of a row, by k.
+        self._brought = {k: _Share(0.0, half_life=RECENT, weight=0.0) for k in self.ladder[1:]}
         self._since, self._patience, self._tours = 0, PATIENCE, 0
         self._last = 0
 
@@ -81,10 +90,17 @@ class Pace:
         return self._other(best, costs)
 
     def _best(self, costs: _Costs) -> int:
-        """What promises most, none unless it is ahead by the margin."""
-        rates = {k: self._tokens(k) / max(costs.of(k), 1e-9) for k in self.ladder}
-        best = max(self.ladder, key=rates.__getitem__)
-        return best if rates[best] > MARGIN * rates[0] else 0
+        """What promises most, none unless it is ahead; by the margin, where it is not what is done."""
+        best, ahead = self._likeliest(costs)
+        return best if ahead > (1 if self._last and not self.watched else MARGIN) else 0
+
+    def _likeliest(self, costs: _Costs) -> tuple[int, float]:
+        """The number of guesses that promises most, and how many times the tokens a second of none."""
+        vain = (1 - self.covered) ** costs.slots if costs.slots <= self.asks else 0.0
+        seconds = {k: (1 - vain) * costs.of(k) + vain * costs.of(IN_VAIN if k else 0) for k in self.ladder}
+        rates = {k: self._tokens(k) / max(seconds[k], 1e-9) for k in self.ladder}
+        best = max(self.ladder[1:], key=rates.__getitem__)
+        return best, rates[best] / rates[0]
 
     def _other(self, best: int, costs: _Costs) -> int:
         """What to try in place of the best: none or one of its neighbours, or a number that is not too dear."""
@@ -92,7 +108,9 @@ class Pace:
             at = self.ladder.index(best)
             near = [self.ladder[i] for i in (at - 1, at + 1) if 0 < i < len(self.ladder)]
             return [0, *near][self._tours % (1 + len(near))]
-        self._patience = min(2 * self._patience, LONGEST)
+        if self._likeliest(costs)[1] <= 1:
+            # Else a try costs nothing, and tells whether it is more than that.
+            self._patience = min(2 * self._patience, LONGEST)
         cheap = [k for k in self.ladder[1:] if costs.of(k) <= DEAREST_TRY * costs.of(0)] or [self.ladder[1]]
         return cheap[self._tours % len(cheap)]
 
@@ -108,12 +126,23 @@ class Pace:
             return
         costs = self._of(look.slots)
         if look.steady:
-            costs.look(look.k, look.seconds / look.rounds)
+            read = look.rounds if look.read is None or not look.k else look.read
+            if read:
+                vain = (look.rounds - read) * costs.of(IN_VAIN) if read < look.rounds else 0.0
+                costs.look(look.k, max(look.seconds - vain, 0) / read)
+            else:
+                costs.look(IN_VAIN, look.seconds / look.rounds)
         if not look.k:
             return
         asked = look.rows * look.rounds * look.k
         self._covered.add(min(look.guessed, asked), asked)
         self._accepted.add(look.kept, look.judged)
+        rounds = look.rows * look.rounds
+        for k, brought in self._brought.items():
+            if k == look.k:
+                brought.add(look.kept, rounds)
+            else:
+                brought.fade(rounds)
         if costs.known(0) and self._best(costs):
             self._patience = PATIENCE
 
@@ -124,16 +153,20 @@ class Pace:
             self._accepted.add(UNREAD_WEIGHT * kept, UNREAD_WEIGHT * judged)
 
     def costs(self, slots: int) -> dict[int, float]:
-        """Seconds of a round by k, as far as they are known, for numbers of slots like this one."""
+        """Seconds of a round by k or `IN_VAIN`, as far as they are known, for numbers of slots like this one."""
         costs = self._of(slots)
-        return {k: costs.of(k) for k in self.ladder if costs.known(k)}
+        return {k: costs.of(k) for k in (*self.ladder, IN_VAIN) if costs.known(k)}
 
     def _of(self, slots: int) -> _Costs:
-        return self._costs.setdefault((slots - 1).bit_length(), _Costs())
+        bits = (slots - 1).bit_length()
+        return self._costs.setdefault(bits, _Costs(1 << bits))
 
     def _tokens(self, k: int) -> float:
         """Expected of a round."""
-        return 1 + self.covered * sum(self.accepted**i for i in range(1, k + 1))
+        if not k:
+            return 1.0
+        apart, seen = self.covered * sum(self.accepted**i for i in range(1, k + 1)), self._brought[k]
+        return 1 + (seen.some + apart * DOUBT) / (seen.all + DOUBT)
 
 
 class _Costs:
@@ -142,7 +175,8 @@ class _Costs:
     A round over empty rows has no context to read, so that notes are too low, but all of them alike.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
         self.looked: dict[int, float] = {}
         self.noted: dict[int, float] = {}
 
@@ -161,7 +195,7 @@ class _Costs:
             return self.looked[k]
         if k in self.noted:
             return self.noted[k] * self._scale()
-        return self.of(0) * (1 + GUESS_COST * k)
+        return self.of(0) * (1 + GUESS_COST * abs(k))
 
     def _scale(self) -> float:
         ratios = [cost / self.noted[k] for k, cost in self.looked.items() if k in self.noted]
@@ -171,13 +205,18 @@ class _Costs:
 class _Share:
     """A share of many, the older counting less."""
 
-    def __init__(self, first: float) -> None:
-        self.some, self.all = first * FIRST_WEIGHT, FIRST_WEIGHT
+    def __init__(self, first: float, half_life: float = HALF_LIFE, weight: float = FIRST_WEIGHT) -> None:
+        self.some, self.all, self.half_life = first * weight, weight, half_life
 
     @property
     def value(self) -> float:
         return self.some / self.all
 
     def add(self, some: float, of: float) -> None:
-        kept = 0.5 ** (of / HALF_LIFE)
-        self.some, self.all = self.some * kept + some, self.all * kept + of
+        self.fade(of)
+        self.some, self.all = self.some + some, self.all + of
+
+    def fade(self, of: float) -> None:
+        """Let what is known count less, as if so many had been added."""
+        kept = 0.5 ** (of / self.half_life)
+        self.some, self.all = self.some * kept, self.all * kept

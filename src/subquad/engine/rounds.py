@@ -28,6 +28,8 @@ from subquad.ops.slots import Slots, emit_, lead
 MOST_COMPILED = 1024
 # Most tokens of a slot that a drafter is told at once.
 MOST_TOLD = 16
+# Slots up to which `ask` pays: among more of them some has a guess.
+MOST_ASKED = 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Given:
 
 
 class Rounds:
-    """The slots of an engine on the device. Nothing here waits for it but `take`.
+    """The slots of an engine on the device. Nothing here waits for it but `take` and `ask`.
 
     Args:
         model: reads and commits.
@@ -101,6 +103,8 @@ class Rounds:
         self._looked = rounds
         # How many guesses there are that nobody reads, and they.
         self._foreseen_bk = torch.zeros(rows, block, dtype=torch.int64, device=device)
+        # The same of guesses that were asked for, how many of them count in all, and how many slots are under way.
+        self._asked_bk, self._found_2 = self._foreseen_bk.clone(), torch.zeros(2, dtype=torch.int64, device=device)
         self.graphs = Graphs(device.type == "cuda", "rounds")
         # By how many slots are emptied, and which.
         self.changes = Graphs(device.type == "cuda", "changes of slots")
@@ -108,6 +112,8 @@ class Rounds:
         # Of a fixed shape; else a round reads no more guesses than some row has, which asks the device.
         self.static = self.graphs.captures or compile
         self._compiled = torch.compile(self._round, fullgraph=True, dynamic=False) if compile else None
+        seldom = drafter is not None and not drafter.always and not drafter.forks
+        self.most_asked = MOST_ASKED if seldom and not compile else 0
         if drafter is not None:
             drafter.open(model, rows, capacity)
 
@@ -232,9 +238,34 @@ class Rounds:
         self.graphs.launch(("foresee", n, k, self._sampler.features), lambda: self._foresee(n, k))
 
     def _foresee(self, n: int, k: int) -> None:
+        self._guess_into(self._foreseen_bk, n, k)
+
+    def _guess_into(self, guessed_bk: Tensor, n: int, k: int) -> None:
         draft = self._guess(n, k)
-        self._foreseen_bk[:n, 0] = draft.length_b * self._slots.alive_b[:n]
-        self._foreseen_bk[:n, 1 : k + 1] = draft.tokens_bk
+        assert draft.q_bkv is None, "what a drafter guesses that does not always guess is certain"
+        guessed_bk[:n, 0] = draft.length_b * self._slots.alive_b[:n]
+        guessed_bk[:n, 1 : k + 1] = draft.tokens_bk
+
+    def asks(self, n: int) -> bool:
+        """Whether rounds over the first `n` slots are to `ask`: then they read no guesses where there are none.
+
+        A graph reads as many as it was made for, so that to choose one costs a wait. That pays where slots are few and
+        guesses are not always there.
+        """
+        return n <= self.most_asked and not self.masks.on
+
+    def ask(self, n: int, k: int) -> tuple[bool, bool, bool]:
+        """Guess for the first `n` slots and wait: whether some has a guess, whether any is under way, and as `run`.
+
+        A round of `run` with `asked` reads what was guessed.
+        """
+        steady = self.graphs.launch(("ask", n, k, self._sampler.features), lambda: self._ask(n, k))
+        guessed, alive = self._found_2.tolist()
+        return guessed > 0, alive > 0, steady
+
+    def _ask(self, n: int, k: int) -> None:
+        self._guess_into(self._asked_bk, n, k)
+        self._found_2.copy_(torch.stack((self._asked_bk[:n, 0].sum(), self._slots.alive_b[:n].sum())))
 
     def catch_up(self, n: int) -> None:
         """Tell the drafter what plain rounds gave the first `n` slots since the last look, all at once."""
@@ -250,8 +281,10 @@ class Rounds:
             n_b = (slots.fill_b - start).clamp(0, stop - start)
             self.drafter.observe(tokens_bt, n_b, hidden_bnd[:, start:stop])
 
-    def run(self, n: int, k: int) -> bool:
+    def run(self, n: int, k: int, *, asked: bool = False) -> bool:
         """One round over the first `n` slots, on a GPU as one graph from its third time on.
+
+        Where it was `asked` for guesses, it reads `k` of those, and the drafter is told what came even with none.
 
         Where some slot has a rule these are two, and between them the host looks at the guesses: what was given before
         must have been taken, since masks follow from it.
@@ -260,6 +293,8 @@ class Rounds:
             Whether all of it had been done before, so that its time says what such a round takes.
         """
         key = (n, k, self._sampler.features, self._barring, self.scores.level)
+        if asked:
+            return self.graphs.launch(("asked", key), lambda: self._round(n, k, None, asked=True))
         if not self.masks.on:
             return self.graphs.launch(key, lambda: self._do(n, k, None))
         steady = not k or self.graphs.launch(("guess", key), lambda: self._hold_guesses(key))
@@ -284,9 +319,12 @@ class Rounds:
         """Buffers have been replaced: what was captured reads the old ones, and their size may be a kernel's own."""
         self.graphs.forget()
 
-    def _round(self, n: int, k: int, held: Draft | None) -> None:
+    def _round(self, n: int, k: int, held: Draft | None, *, asked: bool = False) -> None:
         pool, history, slots = self.pool.first(n), self._history.first(n), self._slots.first(n)
-        draft, tokens_bt, lengths_b = self._lead(n, self._guess(n, k) if held is None else held)
+        draft = held
+        if draft is None and asked and k:
+            draft = Draft(self._asked_bk[:n, 1 : k + 1], self._asked_bk[:n, 0])
+        draft, tokens_bt, lengths_b = self._lead(n, self._guess(n, k) if draft is None else draft)
         state = pool if draft.chains == 1 else pool.fork(draft.chains)
         hidden_btd, update = self.model.read(tokens_bt, state, lengths_b)
         logits_btv = self.model.head(hidden_btd)
@@ -315,7 +353,7 @@ class Rounds:
             self._loose_b[:n] += (loose_bt & (columns_t < kept_b[:, None])).sum(1)
         self.scores.note(tokens_bt, kept_b, logits_btv, fill_b)
         update.commit_(pool, rows, kept_b)
-        if k and self.drafter is not None:
+        if (k or asked) and self.drafter is not None:
             self.drafter.observe(tokens_bt.clamp(min=0), kept_b, hidden_btd)
         elif self._hidden_bnd is not None:
             # A row that has ended writes where nothing will be read.

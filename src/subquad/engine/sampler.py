@@ -262,6 +262,11 @@ class Sampler:
         return (*flags, self.largest_k, self.largest_n, *words)
 
     @property
+    def plain(self) -> bool:
+        """Whether every row takes the likeliest token as the model has it, whatever came before."""
+        return not self.draws and not any(self._asked.values())
+
+    @property
     def counts_tokens(self) -> bool:
         """Whether some row needs to know how often each token came before."""
         return self._asked["repetition"] or self._asked["counts"]

@@ -20,6 +20,7 @@ class Look:
         seconds: they took.
         slots: that a round read, idle ones included.
         steady: whether no round did anything for the first time, such as to compile or to capture a graph.
+        read: rounds that read guesses; None is all where any were asked for.
         loose: tokens that are not what plain decoding gives behind the same text; only where guesses are relaxed.
     """
 
@@ -34,3 +35,4 @@ class Look:
     slots: int = 1
     steady: bool = True
     loose: int = 0
+    read: int | None = None

@@ -24,7 +24,7 @@ from subquad.models.checkpoint import read_config, recover, replace_folder, writ
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Block, Stack
 from subquad.ops import attention, norm, skinny
-from subquad.ops.ring import RingState
+from subquad.ops.ring import RingState, RingUpdate
 from subquad.ops.window import WindowState
 
 MODEL_TYPE = "subquad_draft_head"
@@ -170,8 +170,27 @@ class Head(nn.Module):
             state: rows aligned with the block's.
             layout: where the pairs stand.
         """
-        x_btd, update = self.block.read(self._joined(stream_btd, model.embed(tokens_bt)), state, layout)
+        pairs_bte = norm.join_rms(stream_btd, tokens_bt, model.embed, self.norm_stream, self.norm_token)
+        if pairs_bte is None:
+            x_btd = self._joined(stream_btd, model.embed(tokens_bt))
+        else:
+            x_btd = skinny.project(pairs_bte, self.join)[0]
+        x_btd, update = self.block.read(x_btd, state, layout)
         return _normed(model, x_btd), update
+
+    def behind(self, update: Update, ahead: int, layout: Layout) -> State:
+        """The state behind a read of one pair a row, to read on and to forget; what was read is as it was.
+
+        Args:
+            update: of that read.
+            ahead: pairs that were read without a commit, this one included.
+            layout: of the next.
+        """
+        if isinstance(update, RingUpdate):
+            state = cast("RingState", update.state)
+            if ahead <= state.block:
+                return state.ahead(layout.positions_bt[:, 0])
+        return update.commit()
 
     def unroll(self, model: Stack, stream_btd: Tensor, tokens_bt: Tensor, steps: int) -> list[Tensor]:
         """The training form: guesses that stand on guesses, behind every pair at once (arXiv 2503.01840, section 3.2).

@@ -8,5 +8,5 @@ from subquad.decode.copyspec import CopySpec
 
 
 def run(bench: Bench) -> None:
-    """The paper's run of 3 tokens, the number of guesses chosen by what they bring."""
+    """A run of 3 tokens, then of 2, the number of guesses chosen by what they bring."""
     run_drafter(bench, lambda _: CopySpec())

@@ -178,10 +178,10 @@ class _Clocked(Engine):
         events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         run = self._rounds.run
 
-        def noted(n: int, k: int) -> bool:
+        def noted(n: int, k: int, *, asked: bool = False) -> bool:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            steady = run(n, k)
+            steady = run(n, k, asked=asked)
             end.record()
             events.append((start, end))
             return steady

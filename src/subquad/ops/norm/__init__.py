@@ -60,6 +60,28 @@ def add_rms(x: Tensor, y: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tens
     return _chosen(x, norm.weight).add_rms(x, y, norm.weight, norm.eps)
 
 
+def join_rms(
+    x_btd: Tensor, ids_bt: Tensor, embed: nn.Module, norm_x: nn.RMSNorm, norm_embedded: nn.RMSNorm
+) -> Tensor | None:
+    """``[norm(x), norm(embed(ids))]`` side by side, ``[b, t, 2 d]``, or None where it is not one launch.
+
+    Args:
+        x_btd: as wide as the embedding.
+        ids_bt: int64 rows of it.
+        embed: the embedding.
+        norm_x, norm_embedded: one for each half.
+    """
+    norms = norm_x, norm_embedded
+    if not launch.untouched(embed, nn.Embedding) or not all(launch.untouched(one, nn.RMSNorm) for one in norms):
+        return None
+    assert isinstance(embed, nn.Embedding)
+    table_vd = embed.weight
+    weights, eps = (norm_x.weight, norm_embedded.weight), (norm_x.eps, norm_embedded.eps)
+    if None in eps or any(t.dtype != x_btd.dtype for t in (table_vd, *weights)):
+        return None
+    return _chosen(x_btd, table_vd, *weights).join_rms(x_btd, ids_bt, table_vd, weights, eps)
+
+
 def _chosen(x: Tensor, *more: Tensor) -> Any:
     """The kernels where no gradient is asked for, nothing is cast around them and they know the dtype."""
     plain = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64

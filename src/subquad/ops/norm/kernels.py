@@ -30,6 +30,24 @@ def gated_rms_kernel(
 
 
 @triton.jit
+def join_rms_kernel(
+    x_ptr, ids_ptr, table_ptr, x_weight_ptr, table_weight_ptr, out_ptr, x_eps, table_eps,
+    WIDTH: tl.constexpr, BW: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """See `subquad.ops.norm.join_rms`. Grid: halves, fastest, then tokens; all tensors are contiguous."""
+    pid = tl.program_id(0)
+    token, named = (pid // 2).to(tl.int64), pid % 2 == 1
+    c = tl.arange(0, BW)
+    inside = c < WIDTH
+    weight = tl.load(tl.where(named, table_weight_ptr, x_weight_ptr) + c, mask=inside, other=0.0).to(tl.float32)
+    begin(OVERLAP)
+    row = tl.where(named, table_ptr + tl.load(ids_ptr + token) * WIDTH, x_ptr + token * WIDTH)
+    x = tl.load(row + c, mask=inside, other=0.0).to(tl.float32)
+    out = x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / WIDTH + tl.where(named, table_eps, x_eps))) * weight
+    tl.store(out_ptr + pid.to(tl.int64) * WIDTH + c, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def add_rms_kernel(
     x_ptr, y_ptr, weight_ptr, total_ptr, out_ptr, eps,
     WIDTH: tl.constexpr, ADD: tl.constexpr, BW: tl.constexpr, OVERLAP: tl.constexpr,

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from subquad.ops import launch, overlap
-from subquad.ops.norm.kernels import add_rms_kernel, gated_rms_kernel
+from subquad.ops.norm.kernels import add_rms_kernel, gated_rms_kernel, join_rms_kernel
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -26,6 +26,11 @@ def add_rms(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Te
     """`subquad.ops.norm.add_rms`."""
     total, out = _add_rms(x.contiguous(), None if y is None else y.contiguous(), weight, eps)
     return (x if y is None else total), out
+
+
+def join_rms(x: Tensor, ids: Tensor, table: Tensor, weights: tuple[Tensor, Tensor], eps: tuple[float, float]) -> Tensor:
+    """`subquad.ops.norm.join_rms`."""
+    return _join_rms(x.contiguous(), ids.contiguous(), table.contiguous(), *weights, *eps)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -71,6 +76,29 @@ def _add_rms(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[T
 @_add_rms.register_fake
 def _(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("subquad::join_rms", mutates_args=())
+@launch.guarded
+def _join_rms(
+    x: Tensor, ids: Tensor, table: Tensor, x_weight: Tensor, table_weight: Tensor, x_eps: float, table_eps: float
+) -> Tensor:
+    d = x.shape[-1]
+    out = launch.scratch(*x.shape[:-1], 2 * d, like=x, dtype=x.dtype)
+    if x.numel():
+        kernel: Any = join_rms_kernel[(2 * ids.numel(),)]
+        kernel(
+            x, ids, table, x_weight, table_weight, out, x_eps, table_eps, WIDTH=d, BW=triton.next_power_of_2(d),
+            num_warps=_warps(d), **overlap.options(x.device),
+        )  # fmt: skip
+    return out
+
+
+@_join_rms.register_fake
+def _(
+    x: Tensor, ids: Tensor, table: Tensor, x_weight: Tensor, table_weight: Tensor, x_eps: float, table_eps: float
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], 2 * x.shape[-1])
 
 
 def _warps(width: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,13 @@ class RingState(State):
     def block(self) -> int:
         """Most tokens of a read."""
         return self.keys_bgrk.shape[2] - self.window
+
+    def ahead(self, seen_b: Tensor) -> RingState:
+        """The same memory, of rows that have seen `seen_b` tokens: the last were written by reads and not committed.
+
+        What is read there is to be forgotten, and there are at most `block` such tokens.
+        """
+        return replace(self, seen_b=seen_b)
 
     def settled(self) -> WindowState:
         """The window right-aligned."""

@@ -106,6 +106,10 @@ def tables(spec: RotarySpec, layout: Layout, dtype: torch.dtype) -> tuple[Tensor
         dtype: of what is to be rotated.
     """
     wide = precise(dtype)
+    if layout.part is not None:
+        whole, rows = layout.part
+        cos, sin = tables(spec, whole, dtype)
+        return cos[rows], sin[rows]
 
     def make() -> tuple[Tensor, Tensor]:
         cos, sin, factor = _turns(spec, _rows(layout), wide)
