@@ -58,12 +58,12 @@ def test_what_left_the_pool_changes_nothing() -> None:
     pools = [mixer.read(x, mixer.init_state(1))[1].commit().pool for x in (x_btd, other_btd)]
     assert torch.equal(pools[0].summaries_bpm, pools[1].summaries_bpm)
     q_btm = torch.randn(1, 5, 4, dtype=torch.float64)
-    none_bt = torch.zeros(1, 5, dtype=torch.bool)
-    one = summaries.read(q_btm, torch.zeros_like(q_btm), none_bt, pools[0], None)
+    nothing = summaries.Notes(torch.zeros_like(q_btm), torch.zeros(1, 5, dtype=torch.bool), pools[0])
+    one = summaries.read(q_btm, [nothing], None)
     assert one.norm() > 0
     # A second document begins with an empty pool.
     documents_bt = torch.tensor([[0, 0, 1, 1, 1]])
-    two = summaries.read(q_btm, torch.zeros_like(q_btm), none_bt, pools[0], documents_bt)
+    two = summaries.read(q_btm, [nothing], documents_bt)
     assert torch.equal(two[:, :2], one[:, :2]) and (two[:, 2:] == 0).all()
 
 
