@@ -54,6 +54,15 @@ def test_the_last_bytes_are_the_same_at_every_length(plan, tmp_path):
     assert max(values["ppl_mean"]) > min(values["ppl_mean"]) * (1 + 1e-4)
 
 
+def test_layers_read_those_below_as_far_as_there_are_any(plan):
+    deep = dataclasses.replace(plan, layers=4, below=2)
+    books = extrapolation.Characters(extrapolation.Characters.Config(plan.train, plan.length))
+    ours, theirs = (deep.settings(name, books, "characters", 1.0).layers for name in ("memmamba", "mamba1"))
+    assert [layer["below"] for layer in ours] == [0, 1, 2, 2] and all("below" not in layer for layer in theirs)
+    plain = plan.settings("memmamba", books, "characters", 1.0).layers
+    assert all("below" not in layer for layer in plain)  # so that trainings of before are taken up
+
+
 def test_windows_stay_in_one_document():
     documents = [bytes([i]) * size for i, size in ((1, 100), (2, 30), (3, 90))]
     found = windows(documents, 50, 9, 10)

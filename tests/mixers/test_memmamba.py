@@ -9,6 +9,7 @@ import torch
 
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
+from subquad.core.mixer import NOTHING
 from subquad.mixers.mamba1 import Mamba1
 from subquad.mixers.memmamba import MemMamba
 from subquad.ops import summaries
@@ -22,28 +23,35 @@ def moved(**config: float) -> MemMamba:
     return mixer
 
 
-@pytest.mark.parametrize("thresholds", [{}, {"take_above": 0.8, "recall_above": 0.0}, {"take_above": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"take_above": 0.8, "recall_above": 0.0}, {"take_above": 0.0}, {"below": 1}], ids=str
+)
 @pytest.mark.parametrize("pool", [1, 3, 100])
-def test_equals_a_loop_over_tokens(pool: int, thresholds: dict[str, float]) -> None:
-    """Each token recalls from a queue of notes, then its own note joins it, if it is important enough."""
-    mixer = moved(pool=pool, **thresholds)
-    config, queue = mixer.config, deque(maxlen=pool)
+def test_equals_a_loop_over_tokens(pool: int, options: dict[str, float]) -> None:
+    """Each token recalls from a queue of notes, and from that of a layer below, then its own note joins its queue."""
+    mixer, lower = moved(pool=pool, **options), moved(pool=2, take_above=0.6)
+    config, queue, theirs = mixer.config, deque(maxlen=pool), deque(maxlen=2)
     plain = Mamba1(Mamba1.Config(d_model=8, state_dim=3)).double().requires_grad_(False)
     plain.load_state_dict({name: x for name, x in mixer.state_dict().items() if name in plain.state_dict()})
-    x_td, restored, taken = torch.randn(150, 8, dtype=torch.float64), [], 0
-    for x in x_td:
+    (x_td, below_td), restored, taken = torch.randn(2, 150, 8, dtype=torch.float64), [], 0
+    offered = lower.begin(below_td[None])[1].offers()
+    shared = {f"0.{name}": x for name, x in offered.items()} if config.below else NOTHING
+    for x, below in zip(x_td, below_td, strict=True):
         wish, recalled = torch.sigmoid(mixer.forgotten(x)), torch.zeros(4, dtype=torch.float64)
-        if queue:
-            notes = torch.stack(tuple(queue))
+        if queue or theirs:
+            notes = torch.stack((*queue, *theirs))
             recalled = torch.softmax(notes @ mixer.query(x) / 4**0.5, 0) @ notes
         restored.append(x + wish * mixer.fuse(recalled) if wish > config.recall_above else x)
         importance = torch.sigmoid(mixer.importance(x))
         if importance > config.take_above:
             queue.append(importance * mixer.note(x))
             taken += 1
+        if config.below and torch.sigmoid(lower.importance(below)) > 0.6:
+            theirs.append(torch.sigmoid(lower.importance(below)) * lower.note(below))
+    assert bool(theirs) == bool(config.below)
     assert taken > 3 and (taken < 150 or config.take_above == 0)
-    torch.testing.assert_close(mixer(x_td[None]), plain(torch.stack(restored)[None]), rtol=1e-10, atol=1e-10)
-    _, update = mixer.read(x_td[None], mixer.init_state(1))
+    y_btd, update = mixer.begin(x_td[None], shared=shared)
+    torch.testing.assert_close(y_btd, plain(torch.stack(restored)[None]), rtol=1e-10, atol=1e-10)
     kept = update.commit().pool
     assert kept.held_b.item() == len(queue) == min(pool, taken)
     torch.testing.assert_close(kept.summaries_bpm[0, pool - len(queue) :], torch.stack(tuple(queue)))
@@ -58,12 +66,12 @@ def test_what_left_the_pool_changes_nothing() -> None:
     pools = [mixer.read(x, mixer.init_state(1))[1].commit().pool for x in (x_btd, other_btd)]
     assert torch.equal(pools[0].summaries_bpm, pools[1].summaries_bpm)
     q_btm = torch.randn(1, 5, 4, dtype=torch.float64)
-    none_bt = torch.zeros(1, 5, dtype=torch.bool)
-    one = summaries.read(q_btm, torch.zeros_like(q_btm), none_bt, pools[0], None)
+    nothing = summaries.Notes(torch.zeros_like(q_btm), torch.zeros(1, 5, dtype=torch.bool), pools[0])
+    one = summaries.read(q_btm, [nothing], None)
     assert one.norm() > 0
     # A second document begins with an empty pool.
     documents_bt = torch.tensor([[0, 0, 1, 1, 1]])
-    two = summaries.read(q_btm, torch.zeros_like(q_btm), none_bt, pools[0], documents_bt)
+    two = summaries.read(q_btm, [nothing], documents_bt)
     assert torch.equal(two[:, :2], one[:, :2]) and (two[:, 2:] == 0).all()
 
 
@@ -115,6 +123,7 @@ def test_bad_configs_say_what_to_do() -> None:
         ("summary_dim", 0, "summary_dim: expected at least 1"),
         ("take_above", 1.0, "take_above: expected at least 0 and below 1, got 1.0"),
         ("recall_above", -0.1, "recall_above: expected at least 0"),
+        ("below", -1, "below: expected at least 0, got -1"),
     ):
         with pytest.raises(ConfigError, match=message):
             MemMamba(MemMamba.Config(d_model=16, **{field: value}))

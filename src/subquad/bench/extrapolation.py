@@ -62,6 +62,7 @@ class Plan:
         windows: of held-out books.
         questions: passkeys at each length.
         pool, take_above: of MemMamba: notes that are kept, and the importance above which one is taken.
+        below: of how many layers below it a MemMamba layer reads the notes too, or of all where there are fewer.
     """
 
     train: str
@@ -79,11 +80,14 @@ class Plan:
     questions: int = 200
     pool: int = 50
     take_above: float = 0.5
+    below: int = 0
 
     def settings(self, mixer: str, task: Task, name: str, minutes: float) -> Settings:
         """One training of one model."""
         options = {"pool": self.pool, "take_above": self.take_above}
         made = layers_of([mixer], self.layers, self.d_model, {BENCH: options}, task)
+        if mixer == BENCH and self.below:
+            made = tuple(layer | {"below": min(i, self.below)} for i, layer in enumerate(made))
         sizes = config_to_dict(task.config)
         return Settings(
             name, sizes, made, self.d_model, batch=self.rows, lr=self.lr, steps=self.steps or None, minutes=minutes,

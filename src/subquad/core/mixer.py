@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -76,6 +76,10 @@ class Update(ABC):
         """The block as an affine map of the state ``(transition, addition)``, or None where it has none."""
         return None
 
+    def offers(self) -> Shared:
+        """What layers above may read of this one in the same pass, by names of its own; see `Mixer.sources`."""
+        return NOTHING
+
 
 class Mixer(nn.Module, ABC):
     """A layer ``[b, t, d] -> [b, t, d]`` that may look along time, with an explicit state.
@@ -119,13 +123,28 @@ class Mixer(nn.Module, ABC):
             x_btd: ``[b, t, d]``, the block.
             state: rows aligned with the block's; not modified.
             layout: where its tokens stand; None is a dense block that starts at position 0.
-            shared: earlier layers' and encoders' outputs by name, read-only.
+            shared: what the layers of `sources` offer, ``<k>.<name>`` of the k-th, read-only.
         """
+
+    def sources(self, lower: Sequence[Mixer]) -> Sequence[int]:
+        """Which layers below this one it reads the offers of, in an order of its own; most mixers read none.
+
+        A layer that reads, or is read, is run in training by `begin`.
+
+        Args:
+            lower: the mixers of all layers below, the lowest first.
+
+        Raises:
+            ConfigError: they do not offer what this one needs.
+        """
+        return ()
 
     def read_stream(
         self, x_btd: Tensor, norm: nn.RMSNorm, state: State, layout: Layout
     ) -> tuple[Tensor, Update] | None:
         """`read` of ``norm(x)`` where the norm costs no launch of its own, or None: then nothing has been done.
+
+        None as well of a mixer with `sources`, for their offers are not at hand here.
 
         Args:
             x_btd: ``[b, t, d]``, the stream.
@@ -136,8 +155,12 @@ class Mixer(nn.Module, ABC):
 
     def forward(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> Tensor:
         """The training form: read from an empty state and let the update go."""
+        return self.begin(x_btd, layout, shared)[0]
+
+    def begin(self, x_btd: Tensor, layout: Layout | None = None, shared: Shared = NOTHING) -> tuple[Tensor, Update]:
+        """`read` from an empty state."""
         state = self.init_state(x_btd.shape[0], device=x_btd.device, dtype=x_btd.dtype)
-        return self.read(x_btd, state, layout, shared)[0]
+        return self.read(x_btd, state, layout, shared)
 
     def mix_values(self, x_btd: Tensor, v_bthv: Tensor, layout: Layout | None = None) -> Tensor:
         """``y = M(x) v`` per head, from an empty state: the mixing along time alone, of values that are given.

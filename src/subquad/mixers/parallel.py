@@ -145,6 +145,20 @@ class Parallel(Mixer):
         """The parts, in their order."""
         return list(self.parts)  # pyright: ignore[reportReturnType]
 
+    def sources(self, lower: Sequence[Mixer]) -> Sequence[int]:
+        """None: what a layer is offered has one name for all of its parts, and two parts may want different layers.
+
+        Raises:
+            ConfigError: a part that reads what layers below offer.
+        """
+        for i, part in enumerate(self.mixers):
+            if part.sources(lower):
+                raise ConfigError(
+                    f"parts[{i}]: expected a mixer that reads nothing of the layers below, got {type(part).__name__} "
+                    "that does; make it a layer of its own"
+                )
+        return ()
+
     def init_state(self, batch: int, capacity: int = 0, **factory: Any) -> ParallelState:
         """The parts' empty states."""
         return ParallelState(tuple(part.init_state(batch, capacity, **factory) for part in self.mixers))

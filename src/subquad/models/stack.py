@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from subquad.core.config import config_from_dict
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
-from subquad.core.mixer import Counts, Mixer, Update
+from subquad.core.mixer import NOTHING, Counts, Mixer, Shared, Update
 from subquad.core.registry import load
 from subquad.core.state import State, axes
 from subquad.models.config import ModelConfig
+from subquad.models.offers import Offers
 from subquad.ops import norm, skinny
 
 
@@ -52,14 +53,19 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.d_model, eps=config.norm_eps) if config.d_mlp else None
         self.mlp = SwiGLU(config.d_model, config.d_mlp, config.mlp_bias) if config.d_mlp else None
 
-    def forward(self, x_btd: Tensor, layout: Layout) -> Tensor:
-        """The training form."""
-        return self.feed(x_btd, self.mixer(self.norm1(x_btd), layout))
+    def forward(
+        self, x_btd: Tensor, layout: Layout, shared: Shared | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The training form: the stream, and behind it what the mixer offers where `shared` is given, even if empty."""
+        if shared is None:
+            return self.feed(x_btd, self.mixer(self.norm1(x_btd), layout))
+        y_btd, update = self.mixer.begin(self.norm1(x_btd), layout, shared)
+        return self.feed(x_btd, y_btd), dict(update.offers())
 
-    def read(self, x_btd: Tensor, state: State, layout: Layout) -> tuple[Tensor, Update]:
-        """Read a block against the mixer's state."""
+    def read(self, x_btd: Tensor, state: State, layout: Layout, shared: Shared = NOTHING) -> tuple[Tensor, Update]:
+        """Read a block against the mixer's state, and what layers below offer."""
         fused = self.mixer.read_stream(x_btd, self.norm1, state, layout)
-        y_btd, update = fused or self.mixer.read(norm.add_rms(x_btd, None, self.norm1)[1], state, layout)
+        y_btd, update = fused or self.mixer.read(norm.add_rms(x_btd, None, self.norm1)[1], state, layout, shared)
         return self.feed(x_btd, y_btd), update
 
     def feed(self, x_btd: Tensor, y_btd: Tensor) -> Tensor:
@@ -118,14 +124,18 @@ class StackUpdate(Update):
 class Runner(Protocol):
     """How a block is run in training: plainly, checkpointed, compiled."""
 
-    def __call__(self, block: Callable[[Tensor, Layout], Tensor], x_btd: Tensor, layout: Layout) -> Tensor:
-        """Return ``block(x_btd, layout)``."""
+    def __call__(self, block: Callable[..., Any], x_btd: Tensor, layout: Layout, *shared: Shared) -> Any:
+        """Return ``block(x_btd, layout, *shared)``, which is the next stream.
+
+        `shared` is there only for a block that reads what others offer, or is read; the result is then the stream and
+        what the block offers.
+        """
         ...
 
 
-def plainly(block: Callable[[Tensor, Layout], Tensor], x_btd: Tensor, layout: Layout) -> Tensor:
+def plainly(block: Callable[..., Any], x_btd: Tensor, layout: Layout, *shared: Shared) -> Any:
     """The default `Runner`."""
-    return block(x_btd, layout)
+    return block(x_btd, layout, *shared)
 
 
 class Stack(nn.Module):
@@ -151,6 +161,7 @@ class Stack(nn.Module):
         if config.tied:
             self.lm_head.weight = self.embed.weight
         nn.init.normal_(self.embed.weight, std=0.02)
+        self.offers()  # refuses a layer that needs what none below it offers
 
     @property
     def device(self) -> torch.device:
@@ -172,9 +183,18 @@ class Stack(nn.Module):
         """
         layout = Layout.dense(*tokens_bt.shape, device=tokens_bt.device) if layout is None else layout
         x_btd = self.embed(tokens_bt)
-        for block in self.blocks:
-            x_btd = run(block, x_btd, layout)
+        offers = self.offers()
+        for i, block in enumerate(self.blocks):
+            if offers.concern(i):
+                x_btd, offered = run(block, x_btd, layout, offers.to(i))
+                offers.keep(i, offered)
+            else:
+                x_btd = run(block, x_btd, layout)
         return self.norm(x_btd)
+
+    def offers(self) -> Offers:
+        """Of a pass that is to begin."""
+        return Offers([block.mixer for block in self.blocks])
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., vocabulary]`` of hidden states ``[..., d]``."""
@@ -216,8 +236,9 @@ class Stack(nn.Module):
             )
         elif lengths_b is not None:
             raise ConfigError("read: expected lengths_b or layout, got both; the layout holds the lengths")
-        x_btd, updates = self.embed(tokens_bt), []
-        for block, layer in zip(self.blocks, state.layers, strict=True):
-            x_btd, update = block.read(x_btd, layer, layout)
+        x_btd, offers, updates = self.embed(tokens_bt), self.offers(), []
+        for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
+            x_btd, update = block.read(x_btd, layer, layout, offers.to(i))
+            offers.keep(i, update.offers())
             updates.append(update)
         return norm.add_rms(x_btd, None, self.norm)[1], StackUpdate(state, tuple(updates), layout)

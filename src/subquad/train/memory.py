@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
+from subquad.core.mixer import Shared
 from subquad.models.flops import forward, peak_flops, training
 from subquad.models.stack import Block, Stack
 from subquad.train.precision import autocast
@@ -211,15 +212,30 @@ def _saved(block: Block, rows: int, model: Stack, seq: int, device: torch.device
     own_draws = torch.Generator(device).manual_seed(0)
     shape = (rows, seq, model.config.d_model)
     x_btd = torch.randn(shape, device=device, dtype=model.dtype, generator=own_draws, requires_grad=True)
+    layout = Layout.dense(rows, seq, device=device)
+    shared = _offered(block, model, x_btd, layout)
     for p in needed:
         p.requires_grad_(True)
     try:
         with torch.enable_grad(), autocast(device), saved_tensors_hooks(keep, lambda x: x):
-            block(x_btd, Layout.dense(rows, seq, device=device))
+            block(x_btd, layout, *shared)
     finally:
         for p in needed:
             p.requires_grad_(False)
     return sum(sizes.values())
+
+
+@torch.no_grad()
+def _offered(block: Block, model: Stack, x_btd: Tensor, layout: Layout) -> tuple[Shared, ...]:
+    """What layers below `block` offer it, each made of the same stream; nothing where it is neither read nor reads."""
+    offers = model.offers()
+    for i, lower in enumerate(model.blocks):
+        if offers.concern(i):
+            if lower is block:
+                return (offers.to(i),)
+            with autocast(x_btd.device):
+                offers.keep(i, lower(x_btd, layout, offers.to(i))[1])
+    return ()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
+from subquad.core.mixer import Shared
 from subquad.models.flops import forward, training_apart
 from subquad.models.stack import Block, Stack
 from subquad.train.losses import squared_error, squared_norm
@@ -37,9 +38,12 @@ def listen(
     index = {id(block): i for i, block in enumerate(teacher.blocks)}
     last, wanted = max(layers), set(layers)
 
-    def run(block: Callable[[Tensor, Layout], Tensor], x_btd: Tensor, layout: Layout) -> Tensor:
+    def run(block: Callable[..., Any], x_btd: Tensor, layout: Layout, *shared: Shared) -> Any:
         assert isinstance(block, Block)
         i = index[id(block)]
+        if shared:  # it can't be run in parts, and is never one to convert
+            assert i not in wanted
+            return block(x_btd, layout, *shared) if i < last else (x_btd, {})
         if i > last:
             return x_btd
         x_normed_btd = block.norm1(x_btd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from subquad.core.attention import RotarySpec
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
+from subquad.core.mixer import Shared
 from subquad.core.state import precise
 from subquad.models.flops import training
 from subquad.ops import rope
@@ -122,11 +124,11 @@ class Supervise(StudentStage):
         """The student's forward and backward; of an adapted weight, only the adapter's gradient."""
         return training(self.student, self.stream.time, [*self.new, *self.old])
 
-    def _run(self, block: Callable[[Tensor, Layout], Tensor], x_btd: Tensor, layout: Layout) -> Tensor:
+    def _run(self, block: Callable[..., Any], x_btd: Tensor, layout: Layout, *shared: Shared) -> Any:
         block = self._compiled.get(id(block), block)
         if self.machine.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x_btd, layout, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x_btd, layout)
+            return checkpoint(block, x_btd, layout, *shared, use_reentrant=False)
+        return block(x_btd, layout, *shared)
 
 
 STAGE = Supervise
