@@ -19,8 +19,8 @@ class Gathering:
     Example:
         >>> gathering = Gathering(0.05)
         >>> gathering.learn(0.004)
-        >>> [gathering.over(waiting=1, free=9, live=2, now=now) for now in (0.0, 0.006, 0.009, 0.01)]
-        [False, False, True, False]
+        >>> tuple(gathering.over(waiting=1, free=9, live=2, now=now) for now in (0.0, 0.006, 0.009, 0.01))
+        (False, False, True, False)
         >>> gathering.over(waiting=1, free=9, live=0, now=0.011)
         True
     """
