@@ -41,7 +41,8 @@ class Room:
         rows: requests at a time; None is as many as fit `state_bytes`.
         state_bytes: of all rows together; None does not bound them.
         tokens: most of a request, prompt and what is written together.
-        prefix_bytes: of the states of beginnings; 0 keeps none.
+        prefix_bytes: of the states of beginnings; 0 keeps none. While some are kept there are buffers beside them, two
+            for as many rows as an eighth of all, 1 to 16.
         queue: most requests that wait.
         patience: seconds that one waits before a row is put aside for it.
         draft_tokens: guesses a row and round; None chooses by what they bring.
