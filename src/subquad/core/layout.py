@@ -68,10 +68,8 @@ class Layout:
     @property
     def valid_bt(self) -> Tensor:
         """bool ``[b, t]``: True where a token stands."""
-        columns_t = self.positions_bt.shape[1]
-        return self.once(
-            "valid", lambda: torch.arange(columns_t, device=self.lengths_b.device) < self.lengths_b[:, None]
-        )
+        t, lengths_b = self.positions_bt.shape[1], self.lengths_b
+        return self.once("valid", lambda: torch.arange(t, device=lengths_b.device) < lengths_b[:, None])
 
     @staticmethod
     def dense(batch: int, time: int, *, start_b: Tensor | int = 0, device: torch.device | str | None = None) -> Layout:

@@ -6,8 +6,8 @@ from __future__ import annotations
 class Gathering:
     """Whether the prompts of those who wait are read now.
 
-    On a GPU a read takes as long for one short prompt as for many, and all rows that decode stand still meanwhile. A
-    slot that stays free while somebody waits for it costs as well. Once that has cost as much as the read will, it is
+    On a GPU a read of a short prompt is more launches than work, so that several in one are cheaper, and all rows that
+    decode stand still meanwhile. A slot that stays free while somebody waits for it costs as well. Once that has cost as much as the read will, it is
     made: whatever comes, at most twice of what the best choice in hindsight would have cost, as for who rents skis.
 
     Args:

@@ -109,16 +109,15 @@ class Reader:
         room = min(_width(room), self.capacity) if graph and room else room
         padded = [[*block, *[0] * ((wide if graph else width) - len(block))] for block in blocks]
         numbers = zip(padded, map(len, blocks), kept, slots, strict=True)
-        given_bt = torch.tensor([[*row, *three] for row, *three in numbers])
+        given_bt = sent(torch.tensor([[*row, *three] for row, *three in numbers]), self.model.device)
         self._last = key = Shape(rows, wide if graph else width, fresh, room)
-        given_bt = sent(given_bt, self.model.device)
         if not graph:
             self.steady = False
             return self._read(given_bt, key, ragged=any(len(b) < width for b in blocks))
         if key not in self._given:
             size = self.model.config.d_model if self.streams else 0
             hidden_btd = torch.zeros(rows, wide, size, device=self.model.device, dtype=self.model.dtype)
-            self._given[key] = given_bt.clone(), hidden_btd
+            self._given[key] = given_bt, hidden_btd
         held_bt, hidden_btd = self._given[key]
         held_bt.copy_(given_bt)
 
