@@ -7,8 +7,9 @@ class Gathering:
     """Whether the prompts of those who wait are read now.
 
     On a GPU a read of a short prompt is more launches than work, so that several in one are cheaper, and all rows that
-    decode stand still meanwhile. A slot that stays free while somebody waits for it costs as well. Once that has cost as much as the read will, it is
-    made: whatever comes, at most twice of what the best choice in hindsight would have cost, as for who rents skis.
+    decode stand still meanwhile. A slot that stays free while somebody waits for it costs as well. Once that has cost
+    as much as the read will, it is made: whatever comes, at most twice of what the best choice in hindsight would have
+    cost, as for who rents skis.
 
     Args:
         most: seconds for which a free slot waits at most; 0 lets everyone in at once.
