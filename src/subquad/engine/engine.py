@@ -10,16 +10,18 @@ from dataclasses import replace
 import torch
 
 from subquad.core.errors import ConfigError
+from subquad.engine.course import Course
 from subquad.engine.detokenize import Detokenizer
 from subquad.engine.draft import Drafter
 from subquad.engine.gathering import Gathering
+from subquad.engine.given import Given
 from subquad.engine.masks import Rule
-from subquad.engine.pace import IN_VAIN, Pace
+from subquad.engine.pace import Pace
 from subquad.engine.prefix import PrefixCache
 from subquad.engine.prompts import Prompts
 from subquad.engine.relax import Relaxed
 from subquad.engine.request import Piece, Request, check_model, check_request
-from subquad.engine.rounds import Given, Rounds
+from subquad.engine.rounds import Rounds
 from subquad.engine.row import Row
 from subquad.engine.trace import Look
 from subquad.models.stack import Stack
@@ -27,9 +29,6 @@ from subquad.models.stack import Stack
 LOOKS_KEPT = 4096
 # Seconds for which a free slot waits at most, on a GPU, for others whose prompts are read with its own.
 GATHERED = 0.05
-
-# A round is captured at its second time or, where that fails, its third; what is done once a look comes once a look.
-REHEARSALS = 3
 
 
 class Engine:
@@ -134,10 +133,17 @@ class Engine:
             relaxed=None if self.exact else relaxed,
         )
         self._prompts = Prompts(self._rounds, chunk, prefixes)
-        watched = drafter is not None and not drafter.always
-        self.pace = Pace(widest, fixed=draft_tokens is not None, watched=watched, asks=self._rounds.most_asked)
-        # While a row has a grammar rounds cost more, and other guesses stand.
-        self.ruled_pace = Pace(widest, fixed=draft_tokens is not None, watched=watched)
+        self._course = Course(self._rounds, rounds, most=widest, fixed=draft_tokens is not None)
+
+    @property
+    def pace(self) -> Pace:
+        """Chooses the number of guesses."""
+        return self._course.pace
+
+    @property
+    def ruled_pace(self) -> Pace:
+        """The same while a row has a grammar."""
+        return self._course.ruled_pace
 
     @property
     def exact(self) -> bool:
@@ -230,30 +236,11 @@ class Engine:
             return
         self._rounds.admit([0], [request], [0])
         self._rounds.masks.put([0], [self._rule(request)])
-        pace, _ = self._turn
         try:
             for n in sorted({min(1 << i, self.rows) for i in range(self.rows.bit_length() + 1)}):
-                for k in [pace.most] if pace.fixed else pace.ladder:
-                    pace.note(n, k, self._rehearse(n, k))
-                if self._rounds.asks(n):
-                    pace.note(n, IN_VAIN, self._rehearse(n, pace.most, found=False))
+                self._course.rehearse(n)
         finally:
             self._leave([0])
-
-    def _rehearse(self, n: int, k: int, *, found: bool = True) -> float:
-        """Seconds of a round when nothing in it is done for the first time, and where guesses are found, or none."""
-        taken: list[float] = []
-        for _ in range(2 * REHEARSALS):
-            began = time.perf_counter()
-            self._run(n, k, found=found)
-            self._rounds.take(n)
-            taken.append((time.perf_counter() - began) / self._turn[1])
-        return min(taken[REHEARSALS:])
-
-    @property
-    def _turn(self) -> tuple[Pace, int]:
-        """What chooses the number of guesses, and how many rounds come before the next look: masks follow from it."""
-        return (self.ruled_pace, 1) if self._rounds.masks.on else (self.pace, self.rounds)
 
     def cancel(self, id: int) -> bool:
         """Forget a request and free its slot; False if it is not there (any more)."""
@@ -315,42 +302,14 @@ class Engine:
         used = 1 + max(slot for slot, row in enumerate(self._slots) if row is not None)
         # A graph serves a number of rows; on a CPU every row costs.
         n = min(self.rows, 1 << (used - 1).bit_length()) if self._rounds.graphs.captures else used
-        pace, _ = self._turn
-        k = pace.choose(n) if self.drafter is not None else 0
-        began = time.perf_counter()
-        return self._take(n, k, began, *self._run(n, k))
-
-    def _run(self, n: int, k: int, *, found: bool | None = None) -> tuple[bool, int, int]:
-        """The rounds between two looks: whether none did anything for the first time, how many, how many read guesses.
-
-        Args:
-            n, k: slots and guesses.
-            found: what is held to be found where rounds ask for guesses; None asks.
-        """
-        _, rounds = self._turn
-        if k and self.drafter is not None:
-            self.drafter.prepare(n, k)
-        elif self.drafter is not None and not self.drafter.always:
-            # Such a guess costs next to nothing: so what is not worth a read now is seen as soon as it would be.
-            self._rounds.foresee(n, min(self.pace.most, rounds))
-        if k and self._rounds.asks(n):
-            return self._ask_and_run(n, k, rounds, found)
-        steady = sum(self._rounds.run(n, k) for _ in range(rounds)) == rounds
-        if not k and self.drafter is not None:
-            self._rounds.catch_up(n)
-        return steady, rounds, rounds if k else 0
-
-    def _ask_and_run(self, n: int, k: int, rounds: int, found: bool | None) -> tuple[bool, int, int]:
-        """`_run` where every round first asks for guesses; once no row is under way there is nothing more to run."""
-        steady, done, read = True, 0, 0
-        for _ in range(rounds):
-            guessed, alive, known = self._rounds.ask(n, k)
-            if found is None and not alive:
-                break
-            reads = guessed if found is None else found
-            steady = self._rounds.run(n, k if reads else 0, asked=True) and known and steady
-            done, read = done + 1, read + reads
-        return steady, done, read
+        turn = self._course.run(n)
+        if (seconds := self._prompts.seconds()) is not None:
+            self._gathering.learn(seconds)
+        pieces = self._take(turn.given)
+        self.looks.append(look := self._course.look(turn))
+        if self.on_look is not None:
+            self.on_look(look)
+        return pieces
 
     def _admit(self) -> None:
         """Give free slots to those who wait, all at once, as soon as that is worth it."""
@@ -383,11 +342,8 @@ class Engine:
         for source, target in zip(sources, targets, strict=True):
             self._slots[target], self._slots[source] = self._slots[source], None
 
-    def _take(self, n: int, k: int, began: float, steady: bool, rounds: int, read: int) -> list[Piece]:
-        """Look at what came of so many rounds, of which some read guesses."""
-        given, (pace, _) = self._rounds.take(n), self._turn
-        if (seconds := self._prompts.seconds()) is not None:
-            self._gathering.learn(seconds)
+    def _take(self, given: Sequence[Given]) -> list[Piece]:
+        """What came, as pieces; rows that have ended leave."""
         pieces, ended = list[Piece](), list[int]()
         for slot, (row, new) in enumerate(zip(self._slots, given, strict=False)):
             if row is not None and new.tokens:
@@ -396,39 +352,7 @@ class Engine:
                 if mine[-1].finish is not None:
                     ended.append(slot)
         self._leave(ended)
-        look = Look(
-            rows=sum(1 for new in given if new.tokens),
-            k=k,
-            rounds=rounds,
-            tokens=sum(len(new.tokens) for new in given),
-            guessed=sum(new.guessed for new in given),
-            judged=sum(new.judged for new in given),
-            kept=sum(new.kept for new in given),
-            seconds=time.perf_counter() - began,
-            slots=n,
-            steady=steady,
-            loose=sum(new.loose for new in given),
-            read=read,
-        )
-        self.looks.append(look)
-        pace.learn(look)
-        if not k and self.drafter is not None and not self.drafter.always:
-            self._compare(given, pace, rounds)
-        if self.on_look is not None:
-            self.on_look(look)
         return pieces
-
-    def _compare(self, given: Sequence[Given], pace: Pace, rounds: int) -> None:
-        """Let the pace know what guesses that nobody read would have brought."""
-        asked = guessed = judged = kept = 0
-        for new in given:
-            if new.tokens:
-                asked += min(pace.most, rounds)
-                guessed += len(new.foreseen)
-                most = min(len(new.foreseen), len(new.tokens))
-                stood = next((i for i in range(most) if new.foreseen[i] != new.tokens[i]), most)
-                judged, kept = judged + min(stood + 1, most), kept + stood
-        pace.see(asked, guessed, judged, kept)
 
     def _leave(self, slots: Sequence[int]) -> None:
         for slot in slots:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor
 from subquad.core.transfer import sent
 from subquad.engine.chains import select, verify_chains
 from subquad.engine.draft import Draft, Drafter
+from subquad.engine.given import Given
 from subquad.engine.graphs import Graphs
 from subquad.engine.history import History
 from subquad.engine.masks import EXHAUSTED, Masks, Rule
 from subquad.engine.relax import Relaxed, verify_relaxed
 from subquad.engine.request import Request
 from subquad.engine.sampler import IDLE, Sampler
-from subquad.engine.scores import Scored, Scores
+from subquad.engine.scores import Scores
 from subquad.engine.verify import verify
 from subquad.models.stack import Stack, StackState
 from subquad.ops.slots import Slots, emit_, lead
@@ -30,27 +31,6 @@ MOST_COMPILED = 1024
 MOST_TOLD = 16
 # Slots up to which `ask` pays: among more of them some has a guess.
 MOST_ASKED = 4
-
-
-@dataclass(frozen=True)
-class Given:
-    """What some rounds gave one slot.
-
-    Attributes:
-        tokens: new ones; -1 where logits were not finite, `EXHAUSTED` where a rule and other settings leave none.
-        scored: their log-probabilities and those of the likeliest, as the slot asks for them.
-        kept, judged, guessed: guesses that stood, whose turn came, that were read.
-        foreseen: what `foresee` guessed for the first of them, which nobody read.
-        loose: tokens that stood though another was likelier.
-    """
-
-    tokens: list[int]
-    scored: Scored
-    kept: int
-    judged: int
-    guessed: int
-    foreseen: list[int]
-    loose: int = 0
 
 
 class Rounds:

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 
 from subquad.engine.detokenize import Detokenizer
+from subquad.engine.given import Given
 from subquad.engine.history import History
 from subquad.engine.masks import EXHAUSTED, Rule
 from subquad.engine.request import Piece, Request
-from subquad.engine.rounds import Given
 from subquad.models.stack import StackState
 
 

@@ -1,0 +1,155 @@
+"""Rounds from one look at the device to the next: how many guesses they make, what they took, what is learned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from subquad.engine.given import Given
+from subquad.engine.pace import IN_VAIN, Pace
+from subquad.engine.rounds import Rounds
+from subquad.engine.trace import Look
+
+# A round is captured at its second time or, where that fails, its third; what is done once a look comes once a look.
+REHEARSALS = 3
+
+
+class Turn(NamedTuple):
+    """The rounds between two looks.
+
+    Attributes:
+        pace: chose their number of guesses.
+        slots, k: read, and guesses of each asked for.
+        steady: whether none did anything for the first time.
+        rounds, read: how many, and how many of them read guesses.
+        began: second of the clock.
+        given: to each slot.
+    """
+
+    pace: Pace
+    slots: int
+    k: int
+    steady: bool
+    rounds: int
+    read: int
+    began: float
+    given: list[Given]
+
+
+class Course:
+    """Runs rounds by turns, with as many guesses as pay.
+
+    Args:
+        rounds: of an engine's slots.
+        count: rounds between two looks. While a row has a grammar it is 1.
+        most: guesses a row and round.
+        fixed: always so many.
+
+    Attributes:
+        pace: chooses the guesses.
+        ruled_pace: the same while a row has a grammar, when rounds cost more, and other guesses stand.
+    """
+
+    def __init__(self, rounds: Rounds, count: int, *, most: int, fixed: bool) -> None:
+        self._rounds, self._count, self._drafter = rounds, count, rounds.drafter
+        self._seldom = self._drafter is not None and not self._drafter.always
+        self.pace = Pace(most, fixed=fixed, watched=self._seldom, asks=rounds.most_asked)
+        self.ruled_pace = Pace(most, fixed=fixed, watched=self._seldom)
+
+    @property
+    def _now(self) -> tuple[Pace, int]:
+        """What chooses the number of guesses, and how many rounds come before the next look: masks follow from it."""
+        return (self.ruled_pace, 1) if self._rounds.masks.on else (self.pace, self._count)
+
+    def run(self, n: int) -> Turn:
+        """The next rounds of the first `n` slots, and what they gave; `look` comes behind what is done with it."""
+        pace, _ = self._now
+        k = pace.choose(n) if self._drafter is not None else 0
+        began = time.perf_counter()
+        ran = self._run(n, k)
+        return Turn(pace, n, k, *ran, began, self._rounds.take(n))
+
+    def look(self, turn: Turn) -> Look:
+        """What a turn was, which the pace learns from; it ends now."""
+        given = turn.given
+        look = Look(
+            rows=sum(1 for new in given if new.tokens),
+            k=turn.k,
+            rounds=turn.rounds,
+            tokens=sum(len(new.tokens) for new in given),
+            guessed=sum(new.guessed for new in given),
+            judged=sum(new.judged for new in given),
+            kept=sum(new.kept for new in given),
+            seconds=time.perf_counter() - turn.began,
+            slots=turn.slots,
+            steady=turn.steady,
+            loose=sum(new.loose for new in given),
+            read=turn.read,
+        )
+        turn.pace.learn(look)
+        if not turn.k and self._seldom:
+            self._compare(given, turn.pace, turn.rounds)
+        return look
+
+    def rehearse(self, n: int) -> None:
+        """Do all kinds of rounds of `n` slots, and note what they take when nothing is done for the first time."""
+        pace, _ = self._now
+        for k in [pace.most] if pace.fixed else pace.ladder:
+            pace.note(n, k, self._seconds(n, k, found=True))
+        if self._rounds.asks(n):
+            pace.note(n, IN_VAIN, self._seconds(n, pace.most, found=False))
+
+    def _seconds(self, n: int, k: int, *, found: bool) -> float:
+        """Of a round where guesses are found, or none."""
+        taken: list[float] = []
+        for _ in range(2 * REHEARSALS):
+            began = time.perf_counter()
+            self._run(n, k, found=found)
+            self._rounds.take(n)
+            taken.append((time.perf_counter() - began) / self._now[1])
+        return min(taken[REHEARSALS:])
+
+    def _run(self, n: int, k: int, *, found: bool | None = None) -> tuple[bool, int, int]:
+        """Whether no round did anything for the first time, how many there were, and how many read guesses.
+
+        Args:
+            n, k: slots and guesses.
+            found: what is held to be found where rounds ask for guesses; None asks.
+        """
+        _, rounds = self._now
+        if k and self._drafter is not None:
+            self._drafter.prepare(n, k)
+        elif self._seldom:
+            # Such a guess costs next to nothing: so what is not worth a read now is seen as soon as it would be.
+            self._rounds.foresee(n, min(self.pace.most, rounds))
+        if k and self._rounds.asks(n):
+            return self._ask_and_run(n, k, rounds, found)
+        steady = sum(self._rounds.run(n, k) for _ in range(rounds)) == rounds
+        if not k and self._drafter is not None:
+            self._rounds.catch_up(n)
+        return steady, rounds, rounds if k else 0
+
+    def _ask_and_run(self, n: int, k: int, rounds: int, found: bool | None) -> tuple[bool, int, int]:
+        """`_run` where every round first asks for guesses; once no row is under way there is nothing more to run."""
+        steady, done, read = True, 0, 0
+        for _ in range(rounds):
+            guessed, alive, known = self._rounds.ask(n, k)
+            if found is None and not alive:
+                break
+            reads = guessed if found is None else found
+            steady = self._rounds.run(n, k if reads else 0, asked=True) and known and steady
+            done, read = done + 1, read + reads
+        return steady, done, read
+
+    def _compare(self, given: Sequence[Given], pace: Pace, rounds: int) -> None:
+        """Let the pace know what guesses that nobody read would have brought."""
+        asked = guessed = judged = kept = 0
+        for new in given:
+            if new.tokens:
+                asked += min(pace.most, rounds)
+                guessed += len(new.foreseen)
+                most = min(len(new.foreseen), len(new.tokens))
+                stood = next((i for i in range(most) if new.foreseen[i] != new.tokens[i]), most)
+                judged, kept = judged + min(stood + 1, most), kept + stood
+        pace.see(asked, guessed, judged, kept)
