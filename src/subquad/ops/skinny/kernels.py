@@ -192,12 +192,13 @@ def project_kernel(
 
 
 @triton.jit
-def _pair(
-    x_ptr, gate_ptr, up_ptr, gate_bias, up_bias, m, j, rows, K, n,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+def gate_kernel(
+    x_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n,
+    BIAS: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """What two layers make of the same tokens, ``[BM, BN]`` each in float32."""
+    """``silu(gate(x)) * up(x)``, or with the sigmoid. Grid: blocks of columns, and of tokens."""
+    m, j = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     gates, ups = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     _ahead(gate_ptr, j, n, K, BK, OVERLAP)
     _ahead(up_ptr, j, n, K, BK, OVERLAP)
@@ -210,37 +211,8 @@ def _pair(
     if BIAS:
         gates += tl.load(gate_bias + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
         ups += tl.load(up_bias + j, mask=j < n, other=0.0).to(tl.float32)[None, :]
-    return gates, ups
-
-
-@triton.jit
-def gate_kernel(
-    x_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """``silu(gate(x)) * up(x)``. Grid: blocks of columns, and of tokens."""
-    m, j = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
-    gates, ups = _pair(
-        x_ptr, gate_ptr, up_ptr, gate_bias, up_bias, m, j, rows, K, n, BIAS, PRECISION, BM, BN, BK, STAGES, OVERLAP
-    )
-    out = gates / (1.0 + tl.exp(-gates)) * ups
-    inside = (m < rows)[:, None] & (j < n)[None, :]
-    tl.store(out_ptr + m[:, None] * n + j[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def glu_kernel(
-    x_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """``sigmoid(gate(x)) * up(x)``. Grid: blocks of columns, and of tokens."""
-    m, j = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
-    gates, ups = _pair(
-        x_ptr, gate_ptr, up_ptr, gate_bias, up_bias, m, j, rows, K, n, BIAS, PRECISION, BM, BN, BK, STAGES, OVERLAP
-    )
-    out = ups / (1.0 + tl.exp(-gates))
+    inverse = 1.0 + tl.exp(-gates)
+    out = gates / inverse * ups if SILU else ups / inverse
     inside = (m < rows)[:, None] & (j < n)[None, :]
     tl.store(out_ptr + m[:, None] * n + j[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor, nn
 
 from subquad.ops import launch, norm, overlap
-from subquad.ops.skinny.kernels import gate_few_kernel, gate_kernel, glu_kernel, project_few_kernel, project_kernel
+from subquad.ops.skinny.kernels import gate_few_kernel, gate_kernel, project_few_kernel, project_kernel
 from subquad.ops.skinny.on_torch import Layer
 
 
@@ -169,7 +169,7 @@ def _gate(
             **cut, **overlap.options(x.device),
         )  # fmt: skip
         return out
-    _launch_pair(gate_kernel, x, gate, up, gate_bias, up_bias, out)
+    _launch_gate(x, gate, up, gate_bias, up_bias, out, silu=True)
     return out
 
 
@@ -187,7 +187,7 @@ def _glu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = launch.scratch(x.shape[0], x.shape[1], len(weight) // 2, like=x, dtype=x.dtype)
     up, gate = weight.chunk(2)
     up_bias, gate_bias = (None, None) if bias is None else bias.chunk(2)
-    _launch_pair(glu_kernel, x, gate, up, gate_bias, up_bias, out)
+    _launch_gate(x, gate, up, gate_bias, up_bias, out, silu=False)
     return out
 
 
@@ -196,18 +196,19 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], len(weight) // 2)
 
 
-def _launch_pair(
-    kernel: Any, x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, out: Tensor
+def _launch_gate(
+    x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, out: Tensor, *, silu: bool
 ) -> None:
-    """Launch one of the kernels that make two layers' columns side by side."""
+    """Fill `out` with one layer's columns times the SiLU, or the sigmoid, of another's."""
     (b, t, k), n = x.shape, len(gate)
     rows, tile = b * t, tiling(b * t, k, x.element_size())
     bm = _tokens(rows, tile)
     # What is absent has its place taken by something that no branch reads.
     biases = gate if gate_bias is None else gate_bias, up if up_bias is None else up_bias
-    kernel[(triton.cdiv(n, tile.columns), triton.cdiv(rows, bm))](
+    kernel: Any = gate_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(rows, bm))]
+    kernel(
         x, gate, up, *biases, out, rows, k, n,
-        BIAS=gate_bias is not None, PRECISION=launch.precision(x.dtype),
+        BIAS=gate_bias is not None, SILU=silu, PRECISION=launch.precision(x.dtype),
         BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
         num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip

@@ -63,4 +63,17 @@ def write_(
         n_b: int64.
         behind: the linear state; None for a window alone.
     """
-    _kernels.write_(pool, rows_b, before, k_bgtk, v_bgtk, n_b, behind)
+    ring = isinstance(pool, RingState)
+    buffers = (pool.keys_bgrk, pool.values_bgrk) if ring else (pool.window_k_bgwk, pool.window_v_bgwk)
+    into = *buffers, pool.sink_k_bgsk, pool.sink_v_bgsk, pool.seen_b, None if behind is None else behind.into_bgfv
+    old = before.window_k_bgwk, before.window_v_bgwk, before.sink_k_bgsk, before.sink_v_bgsk, before.seen_b
+    far: list[Tensor] = []
+    if behind is not None:
+        far = [_dense(behind.window_f_bgnf), _dense(behind.f_bgtf), behind.linear_bgfv.contiguous()]
+    block = _dense(k_bgtk), _dense(v_bgtk)
+    _kernels.write_(*into, rows_b.contiguous(), n_b.contiguous(), *block, *(x.contiguous() for x in old), far, ring)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The same with the numbers of a token side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from subquad.ops import launch
-from subquad.ops.ring import RingState
 from subquad.ops.slide.kernels import slide_kernel
-from subquad.ops.window import WindowState
-
-if TYPE_CHECKING:
-    from subquad.ops.slide import Behind
 
 # Tokens of a tile; and the least of its other side, since narrow products lose operands (see `subquad.ops.gla`).
 TOKENS, LEAST = 64, 64
-
-
-def write_(
-    pool: WindowState | RingState,
-    rows_b: Tensor,
-    before: WindowState,
-    k_bgtk: Tensor,
-    v_bgtk: Tensor,
-    n_b: Tensor,
-    behind: Behind | None,
-) -> None:
-    """`subquad.ops.slide.write_`."""
-    ring = isinstance(pool, RingState)
-    k_pool, v_pool = (pool.keys_bgrk, pool.values_bgrk) if ring else (pool.window_k_bgwk, pool.window_v_bgwk)
-    _write(
-        k_pool, v_pool, pool.sink_k_bgsk, pool.sink_v_bgsk, pool.seen_b, None if behind is None else behind.into_bgfv,
-        rows_b.contiguous(), n_b.contiguous(), _last(k_bgtk), _last(v_bgtk), before.window_k_bgwk.contiguous(),
-        before.window_v_bgwk.contiguous(), before.sink_k_bgsk.contiguous(), before.sink_v_bgsk.contiguous(),
-        before.seen_b.contiguous(),
-        [] if behind is None else [_last(behind.window_f_bgnf), _last(behind.f_bgtf), behind.linear_bgfv.contiguous()],
-        ring,
-    )  # fmt: skip
-
-
-def _last(x: Tensor) -> Tensor:
-    """The same with numbers of a token side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.library.custom_op(
@@ -55,11 +23,12 @@ def _last(x: Tensor) -> Tensor:
     "Tensor old_v, Tensor old_sink_k, Tensor old_sink_v, Tensor seen, Tensor[] far, bool ring) -> ()",
 )
 @launch.guarded
-def _write(
+def write_(
     k_pool: Tensor, v_pool: Tensor, sink_k_pool: Tensor, sink_v_pool: Tensor, seen_pool: Tensor,
     linear_pool: Tensor | None, rows: Tensor, n: Tensor, k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor,
     old_sink_k: Tensor, old_sink_v: Tensor, seen: Tensor, far: list[Tensor], ring: bool,
 ) -> None:  # fmt: skip
+    """`subquad.ops.slide.write_`, of its tensors."""
     (b, g, t, width), window, sinks = k.shape, old_k.shape[2], old_sink_k.shape[2]
     if b == 0 or t == 0:
         return
@@ -84,6 +53,6 @@ def _write(
     )  # fmt: skip
 
 
-@_write.register_fake
+@write_.register_fake
 def _(*_: Any) -> None:
     return

@@ -14,6 +14,14 @@ LINE = tl.constexpr(32)
 
 
 @triton.jit
+def _tile(D, SIZE: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+    """A program's channels, rows and numbers of a state, and which of these there are."""
+    d, b = tl.program_id(0) * BD + tl.arange(0, BD), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, BN)[None, None, :]
+    return d, b, n, (d < D)[:, None, None] & (n < SIZE)
+
+
+@triton.jit
 def _ahead(state_ptr, d, b, D, B, stride, SIZE: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr):
     """Fetch states while the launch before this one runs: into the cache that it writes to, so never too early."""
     LINES: tl.constexpr = (BN + LINE - 1) // LINE
@@ -30,9 +38,8 @@ def read_kernel(
     SKIP: tl.constexpr, GELU: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Outputs. Grid: tiles of channels, of rows."""
-    d, b = tl.program_id(0) * BD + tl.arange(0, BD), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    n = tl.arange(0, BN)[None, None, :]
-    among, wide = (d < D)[:, None, None] & (n < SIZE), b.to(tl.int64)
+    d, b, n, among = _tile(D, SIZE, BN, BD, ROWS)
+    wide = b.to(tl.int64)
     # A system is shared by channels in succession.
     g = d // (D // G)
     reads = tl.load(reads_ptr + (g * SIZE)[:, None, None] + n, mask=among, other=0.0)
@@ -66,9 +73,8 @@ def write_kernel(
     LOW: tl.constexpr, INDEXED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Next states. Grid: tiles of channels, of rows."""
-    d, b = tl.program_id(0) * BD + tl.arange(0, BD), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    n = tl.arange(0, BN)[None, None, :]
-    among, wide = (d < D)[:, None, None] & (n < SIZE), b.to(tl.int64)
+    d, b, n, among = _tile(D, SIZE, BN, BD, ROWS)
+    wide = b.to(tl.int64)
     # A system is shared by channels in succession.
     moves_ptr += (d // (D // G) * SIZE)[:, None, None] + n
     size = G * SIZE
