@@ -60,6 +60,7 @@ def test_red_gate_leaves_no_result(tmp_path, monkeypatch):
         @staticmethod
         def run(bench):
             bench.value("size", 1, "bytes", "lower")
+            # One for zero is red at any tolerance below one.
             bench.gate("equal", torch.ones(1), torch.zeros(1), rtol=1e-3)
 
     monkeypatch.setattr("subquad.bench.rooms.importlib.import_module", lambda name: Red)

@@ -51,6 +51,7 @@ def test_equals_a_loop_over_tokens(pool: int, options: dict[str, float]) -> None
     assert bool(theirs) == bool(config.below)
     assert taken > 3 and (taken < 150 or config.take_above == 0)
     y_btd, update = mixer.begin(x_td[None], shared=shared)
+    # Float64 by chunks and by steps, thousands of roundings of 1e-16.
     torch.testing.assert_close(y_btd, plain(torch.stack(restored)[None]), rtol=1e-10, atol=1e-10)
     kept = update.commit().pool
     assert kept.held_b.item() == len(queue) == min(pool, taken)

@@ -21,6 +21,7 @@ ATTENTION = {"mixer": "attention", "n_heads": 2, "n_kv_heads": 1, "head_dim": 4}
 MEMORY = {"mixer": "memmamba", "state_dim": 2, "summary_dim": 4, "take_above": 0.4, "recall_above": 0.2}
 # Pools of several sizes, a layer between that offers nothing, one read by two, and one that is read and reads.
 LAYERS = [MEMORY | {"pool": 3}, ATTENTION, MEMORY | {"pool": 5, "below": 1}, MEMORY | {"pool": 2, "below": 2}]
+# Of float64: thousands of roundings of 1e-16 in another order.
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
 

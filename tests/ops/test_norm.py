@@ -129,6 +129,7 @@ def test_two_norms_and_an_embedding_in_one_launch_are_what_they_are_apart(dtype:
         joined_btd = norm.join_rms(x_btd, ids_bt, embed, first, second)
     assert joined_btd is not None
     apart_btd = torch.cat((first(x_btd), second(embed(ids_bt))), dim=-1)
+    # Mean, root, and two products are rounded, in another order.
     torch.testing.assert_close(joined_btd, apart_btd, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
     # What no kernel knows is left to who asks, and so is what needs gradients.
     assert norm.join_rms(x_btd, ids_bt, embed, first, second) is None

@@ -49,7 +49,7 @@ def test_a_step_is_the_equation_of_one_token(backend: str, low: bool) -> None:
         step.write_(wider[:, 1], None, u_wide[:, D:], table, wider[:, 1], kept)
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(y_bd, want_btd[:, 0].float(), **close)
-    # The input was rounded before, the output behind all.
+    # The input was rounded before, the output behind all: to a neighbour in bfloat16 at most, 2^-7.
     rounded_bd = u_bd.bfloat16().double()
     seen_bd = want_btd[:, 0] + (rounded_bd - u_bd) * table.direct_g.repeat_interleave(D // G)
     torch.testing.assert_close(skipped_bd, F.gelu(seen_bd + skip_d * rounded_bd).bfloat16(), rtol=8e-3, atol=1e-5)
