@@ -18,6 +18,7 @@ from subquad.engine.pace import IN_VAIN
 from subquad.engine.request import Limits, Request
 from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.models.stack import Stack
+from subquad.ops import step
 
 from .conftest import MIXERS, PROMPTS, Letters, Oracle, V, build, drain, plain, tokens
 
@@ -298,6 +299,22 @@ def test_a_drafter_is_told_what_plain_rounds_gave(rounds: int) -> None:
     assert [token for token, _ in heard] == expected
     hidden_td = model.hidden(torch.tensor([PROMPTS[0] + expected]))[0, len(PROMPTS[0]) - 1 : -1]
     torch.testing.assert_close(torch.stack([stream_d for _, stream_d in heard]), hidden_td)
+
+
+@pytest.mark.parametrize("mixer", ["s4", "s4d", "laughing_hyena"])
+def test_a_round_without_guesses_passes_over_a_state_once(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rows keep is known before it is read: nothing reads a state apart, or writes it apart."""
+    model = build(MIXERS[mixer])
+    want = plain(model, PROMPTS, 6)
+    apart: list[int] = []
+    for name in ("read", "write_"):
+        monkeypatch.setattr(step, name, lambda *args, **options: apart.append(1))
+    engine = Engine(model, rows=3, capacity=32, rounds=2)
+    for prompt in PROMPTS:
+        engine.submit(Request(prompt, Limits(6, end_tokens=[])))
+    got = drain(engine)
+    assert [tokens(got[row]) for row in sorted(got)] == want
+    assert not apart
 
 
 def test_rounds_are_told_apart_by_all_that_decides_what_they_run() -> None:

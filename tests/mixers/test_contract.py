@@ -157,6 +157,35 @@ def test_a_pool_that_decodes_equals_states(mixer: Mixer, counts: bool) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_token_known_to_be_kept_equals_one_that_was_not(mixer: Mixer, counts: bool) -> None:
+    """Whether a mixer commits on the way or not, by the rows of a pool that keep their token and those that don't."""
+    everything, n_b = mixer.init_pool(4, CAPACITY, 1), torch.tensor([9, 4, 0])
+    _, update = mixer.read(block(mixer, 3, 9), mixer.init_state(3, CAPACITY), Layout.ragged(n_b, 9))
+    state, start_b = update.commit(n_b), n_b
+    update.commit_(everything, torch.arange(3), n_b)
+    before, pool = everything.snapshot(), everything.first(3)
+    for step, kept in enumerate([[1, 1, 0], [1, 0, 1], [0, 1, 1]]):
+        x_btd, n_b = block(mixer, 3, 1, seed=step), torch.tensor(kept)
+        want_btd, plain = mixer.read(x_btd, state, Layout.dense(3, 1, start_b=start_b))
+        y_btd, update = mixer.read(x_btd, pool, Layout.dense(3, 1, start_b=start_b, kept_b=n_b))
+        torch.testing.assert_close(y_btd, want_btd, **EXACT)
+        state, start_b = plain.commit(n_b), start_b + n_b
+        value = update.commit(n_b)
+        if counts:
+            update.store_(pool, None, n_b).count_(n_b)
+        else:
+            update.commit_(pool, None, n_b)
+        probe, at = block(mixer, 3, 7, seed=99), Layout.dense(3, 7, start_b=start_b)
+        want_btd = mixer.read(probe, state, at)[0]
+        torch.testing.assert_close(mixer.read(probe, value, at)[0], want_btd, **EXACT)
+        torch.testing.assert_close(mixer.read(probe, pool.settled(), at)[0], want_btd, **EXACT)
+    last = torch.tensor([3])
+    for (name, now), (_, then) in zip(everything.select(last).tensors(), before.select(last).tensors(), strict=True):
+        assert torch.equal(now, then), name
+
+
+@torch.no_grad()
 def test_what_was_read_of_a_fork_is_committed_into_the_pool(mixer: Mixer) -> None:
     pool, start_b = mixer.init_pool(2, CAPACITY, 4), torch.tensor([9, 5])
     prompt = block(mixer, 2, 9)

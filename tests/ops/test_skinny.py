@@ -35,7 +35,7 @@ def apart(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.parametrize("backend", ["torch", TRITON])
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 40), (1, 1, 2500), (3, 2, 1100), (5, 4, 64), (2, 9, 33)])
+@pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 40), (1, 1, 2500), (3, 2, 1100), (5, 4, 64), (2, 9, 33), (5, 8, 200)])
 def test_layers_side_by_side_give_what_each_gives_alone(
     b: int, t: int, d: int, dtype: torch.dtype, backend: str
 ) -> None:

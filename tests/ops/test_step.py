@@ -47,6 +47,10 @@ def test_a_step_is_the_equation_of_one_token(backend: str, low: bool) -> None:
         step.write_(there, None, u_bd, table, there, kept)
         before, u_wide = wider.clone(), drawn(B, 2 * D, dtype=torch.bfloat16)
         step.write_(wider[:, 1], None, u_wide[:, D:], table, wider[:, 1], kept)
+        advanced, both = state.clone(), before.clone()
+        at_once_bd = step.advance_(u_bd, table, advanced, kept)
+        skipped_at_once_bd = step.advance_(u_wide[:, D:], table, both[:, 1], kept, skip_d, gelu=True)
+        apart_bd = step.read(u_wide[:, D:], table, before[:, 1], skip_d, gelu=True)
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(y_bd, want_btd[:, 0].float(), **close)
     # The input was rounded before, the output behind all: to a neighbour in bfloat16 at most, 2^-7.
@@ -55,6 +59,11 @@ def test_a_step_is_the_equation_of_one_token(backend: str, low: bool) -> None:
     torch.testing.assert_close(skipped_bd, F.gelu(seen_bd + skip_d * rounded_bd).bfloat16(), rtol=8e-3, atol=1e-5)
     torch.testing.assert_close(elsewhere[rows], kept_end, **close)
     torch.testing.assert_close(there, kept_end, **close)
+    torch.testing.assert_close(at_once_bd, y_bd, **close)
+    # Rounded to a neighbour in bfloat16 at most, 2^-7.
+    torch.testing.assert_close(skipped_at_once_bd, apart_bd, rtol=8e-3, atol=1e-5)
+    torch.testing.assert_close(advanced, there, **close)
+    torch.testing.assert_close(both, wider, **close)
     with backends.use("torch"):
         again = before[:, 1].clone()
         step.write_(again, None, u_wide[:, D:].contiguous(), table, again, kept)
@@ -82,3 +91,5 @@ def test_what_does_not_fit_is_refused() -> None:
         step.read(drawn(B, 7), table, drawn(B, 7, N, 2))
     with pytest.raises(ConfigError, match=f"skip_d: expected a number for each of d={D}"):
         step.read(drawn(B, D), table, drawn(B, D, N, 2), drawn(G))
+    with pytest.raises(ConfigError, match="state_bdnp"):
+        step.advance_(drawn(B, D), table, drawn(B, D, N + 1, 2), torch.ones(B, dtype=torch.int64, device=DEVICE))

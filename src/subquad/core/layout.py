@@ -30,6 +30,8 @@ class Layout:
             state; every later one starts from an empty state. Never decreases along a row.
         padded: False promises that every column is a token, without asking the device.
         fresh: True promises that the state before the block has seen nothing, likewise.
+        kept_b: int64 ``[b]``, promises that exactly so many tokens of each row will be committed into the state that is
+            read, and before it is read again: a mixer may then do so on the way. None promises nothing.
         part: a layout that this one is some rows of, and which, where `steps` made it: what is made of its positions
             is made for all at once.
     """
@@ -39,6 +41,7 @@ class Layout:
     documents_bt: Tensor | None = None
     padded: bool = True
     fresh: bool = False
+    kept_b: Tensor | None = None
     # Of no value that is made of this one, as `dataclasses.replace` makes them.
     part: tuple[Layout, slice] | None = field(default=None, init=False, repr=False, compare=False)
     _made: dict[Hashable, Any] = field(default_factory=lambda: {}, init=False, repr=False, compare=False)
@@ -72,10 +75,17 @@ class Layout:
         return self.once("valid", lambda: torch.arange(t, device=lengths_b.device) < lengths_b[:, None])
 
     @staticmethod
-    def dense(batch: int, time: int, *, start_b: Tensor | int = 0, device: torch.device | str | None = None) -> Layout:
+    def dense(
+        batch: int,
+        time: int,
+        *,
+        start_b: Tensor | int = 0,
+        device: torch.device | str | None = None,
+        kept_b: Tensor | None = None,
+    ) -> Layout:
         """Every column a token; row ``i`` starts at position ``start_b[i]``."""
         lengths_b = torch.full((batch,), time, device=start_b.device if isinstance(start_b, Tensor) else device)
-        return Layout(lengths_b, Layout._positions(batch, time, start_b, device), padded=False)
+        return Layout(lengths_b, Layout._positions(batch, time, start_b, device), padded=False, kept_b=kept_b)
 
     @staticmethod
     def steps(start_b: Tensor, count: int) -> list[Layout]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
@@ -81,10 +82,30 @@ class Update(ABC):
         return NOTHING
 
 
+@dataclass(frozen=True)
+class Committed(Update):
+    """Of a block of which `Layout.kept_b` told what is kept: its read has committed that already.
+
+    Attributes:
+        state: that was read, with the kept tokens in it.
+    """
+
+    state: State
+
+    def commit(self, n_b: Tensor | None = None) -> State:
+        """A copy of the state."""
+        return self.state.snapshot()
+
+    def commit_(self, pool: State, rows: Tensor | None = None, n_b: Tensor | None = None) -> None:
+        """Nothing: `pool` is what was read, as was promised."""
+        assert rows is None
+
+
 class Mixer(nn.Module, ABC):
     """A layer ``[b, t, d] -> [b, t, d]`` that may look along time, with an explicit state.
 
-    One rule: `read` is pure. Nothing is written before it is certain, so nothing is ever taken back.
+    One rule: `read` is pure. Nothing is written before it is certain, so nothing is ever taken back. What is certain
+    before a block is read, its layout says (`Layout.kept_b`): only that may be written at once.
     A subclass owns a frozen ``Config`` and is built from it.
     """
 
@@ -121,7 +142,7 @@ class Mixer(nn.Module, ABC):
 
         Args:
             x_btd: ``[b, t, d]``, the block.
-            state: rows aligned with the block's; not modified.
+            state: rows aligned with the block's; not modified, or by what the layout says will be kept.
             layout: where its tokens stand; None is a dense block that starts at position 0.
             shared: what the layers of `sources` offer, ``<k>.<name>`` of the k-th, read-only.
         """

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.core.layout import Layout
 from subquad.core.transfer import sent
 from subquad.engine.chains import select, verify_chains
 from subquad.engine.draft import Draft, Drafter
@@ -306,7 +307,11 @@ class Rounds:
             draft = Draft(self._asked_bk[:n, 1 : k + 1], self._asked_bk[:n, 0])
         draft, tokens_bt, lengths_b = self._lead(n, self._guess(n, k) if draft is None else draft)
         state = pool if draft.chains == 1 else pool.fork(draft.chains)
-        hidden_btd, update = self.model.read(tokens_bt, state, lengths_b)
+        layout = None
+        if tokens_bt.shape[1] == 1 and draft.chains == 1:
+            # Without a guess every row that is under way keeps its one token, whatever comes behind it.
+            layout = Layout.dense(n, 1, start_b=pool.seen_b, kept_b=slots.alive_b)
+        hidden_btd, update = self.model.read(tokens_bt, state, lengths_b, layout)
         logits_btv = self.model.head(hidden_btd)
         allowed_btv = logits_btv if held is None else self.masks.apply(logits_btv, held, draft)
         allowed_btv = self._without_ends(allowed_btv, n, draft) if self._barring else allowed_btv

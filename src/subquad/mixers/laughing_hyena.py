@@ -110,7 +110,7 @@ class LaughingState(State):
 class LaughingUpdate(Update):
     """One block's inputs of the long convolutions and of the short one, and the states behind all of it.
 
-    Of a single token nobody has worked those out yet.
+    Of a single token nobody has worked those out yet, unless it was known to be kept: then they are in the state read.
     """
 
     state: LaughingState
@@ -124,7 +124,9 @@ class LaughingUpdate(Update):
         """Run the kept tokens through the modes and the short convolution's history."""
         where = {"valid_bt": chunks.kept(self.layout, n_b), "documents_bt": self.layout.documents_bt}
         old, ends_bdmp = self.state, self.ends_bdmp
-        if n_b is not None or not ends_bdmp:
+        if self._stepped:
+            ends_bdmp = old.modal_bndmp.unbind(1)
+        elif n_b is not None or not ends_bdmp:
             each = zip(self.u_btd, self.filters()[0], old.modal_bndmp.unbind(1), strict=True)
             ends_bdmp = tuple(modal.final_state(u, log_a, state, **where) for u, log_a, state in each)
         return LaughingState(torch.stack(ends_bdmp, dim=1).to(old.modal_bndmp.dtype), self._conv_bdw(n_b))
@@ -136,13 +138,18 @@ class LaughingUpdate(Update):
             return super().commit_(pool, rows, n_b)
         n_b = self.layout.lengths_b if n_b is None else n_b
         conv_bdw = self._conv_bdw(n_b)
-        for n, (u_btd, table) in enumerate(zip(self.u_btd, self.filters.step(), strict=True)):
-            step.write_(pool.modal_bndmp[:, n], rows, u_btd[:, 0], table, self.state.modal_bndmp[:, n], n_b)
+        if not self._stepped:
+            for n, (u_btd, table) in enumerate(zip(self.u_btd, self.filters.step(), strict=True)):
+                step.write_(pool.modal_bndmp[:, n], rows, u_btd[:, 0], table, self.state.modal_bndmp[:, n], n_b)
         if rows is None:
             pool.conv_bdw.copy_(conv_bdw)
         else:
             pool.conv_bdw.index_copy_(0, rows, conv_bdw)
         return None
+
+    @property
+    def _stepped(self) -> bool:
+        return not self.ends_bdmp and self.layout.kept_b is not None
 
     def _conv_bdw(self, n_b: Tensor | None) -> Tensor:
         where = {"valid_bt": chunks.kept(self.layout, n_b), "documents_bt": self.layout.documents_bt}
@@ -217,7 +224,10 @@ class LaughingHyena(Mixer):
             tables = self.filters.step()
 
             def run(n: int, u_btd: Tensor, direct_d: Tensor) -> Tensor:
-                return step.read(u_btd[:, 0], tables[n], state.modal_bndmp[:, n], direct_d)[:, None]
+                token = u_btd[:, 0], tables[n], state.modal_bndmp[:, n]
+                if layout.kept_b is not None:
+                    return step.advance_(*token, layout.kept_b, direct_d)[:, None]
+                return step.read(*token, direct_d)[:, None]
         else:
             log_a_ngm, residue_ngm = self.filters()
 

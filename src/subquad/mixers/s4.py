@@ -13,10 +13,10 @@ from subquad.core.card import Card
 from subquad.core.errors import ConfigError
 from subquad.core.kept import Kept
 from subquad.core.layout import Layout
-from subquad.core.mixer import NOTHING, Mixer, Shared
+from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State
 from subquad.ops import dplr, hippo
-from subquad.ops.state_space import SLOWLY, ModalState, ModalUpdate, StateSpaceLayer, System, filled, log_steps
+from subquad.ops.state_space import SLOWLY, ModalState, StateSpaceLayer, System, filled, log_steps
 from subquad.ops.step import Table
 
 CARD = Card(
@@ -163,7 +163,7 @@ class S4(Mixer):
 
     def read(
         self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
-    ) -> tuple[Tensor, ModalUpdate]:
+    ) -> tuple[Tensor, Update]:
         """Run the block through the recurrence; see `Mixer.read`."""
         assert isinstance(state, ModalState)
         return self.layer.read(x_btd, state, self.dense_layout(x_btd, layout))

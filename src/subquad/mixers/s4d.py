@@ -9,10 +9,10 @@ from torch import Tensor
 
 from subquad.core.card import Card
 from subquad.core.layout import Layout
-from subquad.core.mixer import NOTHING, Mixer, Shared
+from subquad.core.mixer import NOTHING, Mixer, Shared, Update
 from subquad.core.state import State
 from subquad.ops.diagonal import Diagonal
-from subquad.ops.state_space import ModalState, ModalUpdate, StateSpaceLayer
+from subquad.ops.state_space import ModalState, StateSpaceLayer
 
 CARD = Card(
     title="On the Parameterization and Initialization of Diagonal State Space Models",
@@ -107,7 +107,7 @@ class S4D(Mixer):
 
     def read(
         self, x_btd: Tensor, state: State, layout: Layout | None = None, shared: Shared = NOTHING
-    ) -> tuple[Tensor, ModalUpdate]:
+    ) -> tuple[Tensor, Update]:
         """Run the block through the recurrence; see `Mixer.read`."""
         assert isinstance(state, ModalState)
         return self.layer.read(x_btd, state, self.dense_layout(x_btd, layout))

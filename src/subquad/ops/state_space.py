@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from subquad.core.errors import CheckpointError, ConfigError, UnsupportedError
 from subquad.core.layout import Layout
-from subquad.core.mixer import Update
+from subquad.core.mixer import Committed, Update
 from subquad.core.precise import Precise
 from subquad.core.state import State, axes, precise
 from subquad.ops import chunks, flashconv, skinny, step
@@ -171,7 +171,7 @@ class StateSpaceLayer(nn.Module):
             y_btd = y_btd + back_btd.flip(1)
         return self._leave(F.gelu(y_btd))
 
-    def read(self, x_btd: Tensor, state: ModalState, layout: Layout) -> tuple[Tensor, ModalUpdate]:
+    def read(self, x_btd: Tensor, state: ModalState, layout: Layout) -> tuple[Tensor, Update]:
         """Read a block against a state.
 
         Raises:
@@ -184,8 +184,11 @@ class StateSpaceLayer(nn.Module):
             )
         system, end_bdnp = self.systems[0], None
         if step.alone(layout):
-            y_bd = step.read(x_btd[:, 0], system.step(), state.modes_bdnp, self.skip, gelu=True)
-            inner_btd = y_bd[:, None]
+            token = x_btd[:, 0], system.step(), state.modes_bdnp
+            if layout.kept_b is not None:
+                y_bd = step.advance_(*token, layout.kept_b, self.skip, gelu=True)
+                return self._leave(y_bd[:, None]), Committed(state)
+            inner_btd = step.read(*token, self.skip, gelu=True)[:, None]
         else:
             where = {"valid_bt": chunks.kept(layout), "documents_bt": layout.documents_bt}
             y_btd, end_bdnp = system.scan(x_btd, state.modes_bdnp, **where)

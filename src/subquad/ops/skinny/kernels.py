@@ -1,4 +1,8 @@
-"""Few tokens times a weight in Triton: a program makes a few columns of the output, for all tokens."""
+"""Few tokens times a weight in Triton: a program makes a few columns of the output, for all tokens.
+
+UNIT divides the length K of a row. A compiler that knows it loads as wide; by itself it looks for 16 alone, and where 8
+is the most it would load number by number, with none under way ahead of its use.
+"""
 
 import triton
 import triton.language as tl
@@ -149,7 +153,7 @@ def _layer(
 def project_kernel(
     x_ptr, add_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
     rows, K, y_stride,
-    COUNT: tl.constexpr, BIASES: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, COUNT: tl.constexpr, BIASES: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``y = [x w0^T + b0, x w1^T + b1, ...] + add``; bit i of BIASES says whether layer i has a bias.
@@ -157,6 +161,7 @@ def project_kernel(
     Grid: blocks of columns, layer after layer, and of tokens. `x` and `add` are contiguous. BM is 1 for one token,
     which needs no matrix unit.
     """
+    K = K // UNIT * UNIT
     pid, weight_ptr, bias_ptr, n, column, biased = _layer(
         tl.program_id(0), w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5, COUNT, BIASES, BN
     )
@@ -194,10 +199,11 @@ def project_kernel(
 @triton.jit
 def gate_kernel(
     x_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n,
-    BIAS: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``silu(gate(x)) * up(x)``, or with the sigmoid. Grid: blocks of columns, and of tokens."""
+    K = K // UNIT * UNIT
     m, j = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     gates, ups = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     _ahead(gate_ptr, j, n, K, BK, OVERLAP)
@@ -221,8 +227,8 @@ def gate_kernel(
 def project_few_kernel(
     x_ptr, norm_ptr, add_ptr, more_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
     rows, K, y_stride, eps,
-    BM: tl.constexpr, COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, OVERLAP: tl.constexpr,
+    UNIT: tl.constexpr, BM: tl.constexpr, COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr,
+    ADD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`project_kernel` of BM tokens at most: a program holds whole rows of a weight, and all tokens.
 
@@ -230,6 +236,7 @@ def project_few_kernel(
     token before. ADD says how many of `add` and `more` there are, whose sum is rounded first. Grid: blocks of columns,
     layer after layer.
     """
+    K = K // UNIT * UNIT
     pid, weight_ptr, bias_ptr, n, column, biased = _layer(
         tl.program_id(0), w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5, COUNT, BIASES, BN
     )
@@ -257,10 +264,11 @@ def project_few_kernel(
 @triton.jit
 def gate_few_kernel(
     x_ptr, y_ptr, norm_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n, eps,
-    BM: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
+    UNIT: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``silu(gate(z)) * up(z)`` with ``z = norm(x + y)``, of BM tokens at most. Grid: blocks of columns."""
+    K = K // UNIT * UNIT
     m = tl.arange(0, BM)
     j, k = tl.program_id(0) * BN + tl.arange(0, BN), _places(BK, SLICES)
     g, u = _whole(gate_ptr, j, k, n, K, SLICES), _whole(up_ptr, j, k, n, K, SLICES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,11 @@ def tiling(tokens: int, width: int, size: int) -> Tiling:
 def refusal(*tensors: Tensor) -> str | None:
     """Why the kernels can't run."""
     return launch.refusal(*tensors, widths=())
+
+
+def unit(width: int) -> int:
+    """The kernels' UNIT for rows of so many numbers."""
+    return math.gcd(width, 16)
 
 
 def few(rows: int, width: int, size: int) -> bool:
@@ -128,7 +134,8 @@ def _project(
         kernel: Any = project_few_kernel[(sum(triton.cdiv(n, cut["BN"]) for n in sizes),)]
         kernel(
             x, x if scale is None else scale, *[*add, x, x][:2], y, *layers, rows, k, sum(sizes), eps,
-            COUNT=len(weights), BIASES=biased, NORM=scale is not None, ADD=len(add), **cut, **overlap.options(x.device),
+            UNIT=unit(k), COUNT=len(weights), BIASES=biased, NORM=scale is not None, ADD=len(add), **cut,
+            **overlap.options(x.device),
         )  # fmt: skip
         return y
     single = rows == 1 and k > LONG and x.element_size() == 2
@@ -137,7 +144,7 @@ def _project(
     kernel = project_kernel[(sum(triton.cdiv(n, tile.columns) for n in sizes), triton.cdiv(rows, bm))]
     kernel(
         x, *[*add, x][:1], y, *layers, rows, k, sum(sizes),
-        COUNT=len(weights), BIASES=biased, ADD=len(add) > 0, PRECISION=launch.precision(x.dtype),
+        UNIT=unit(k), COUNT=len(weights), BIASES=biased, ADD=len(add) > 0, PRECISION=launch.precision(x.dtype),
         BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
         num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip
@@ -165,8 +172,8 @@ def _gate(
         cut = whole(rows, k)
         kernel: Any = gate_few_kernel[(triton.cdiv(n, cut["BN"]),)]
         kernel(
-            x, y, x if scale is None else scale, gate, up, *biases, out, rows, k, n, eps, BIAS=gate_bias is not None,
-            **cut, **overlap.options(x.device),
+            x, y, x if scale is None else scale, gate, up, *biases, out, rows, k, n, eps, UNIT=unit(k),
+            BIAS=gate_bias is not None, **cut, **overlap.options(x.device),
         )  # fmt: skip
         return out
     _launch_gate(x, gate, up, gate_bias, up_bias, out, silu=True)
@@ -208,7 +215,7 @@ def _launch_gate(
     kernel: Any = gate_kernel[(triton.cdiv(n, tile.columns), triton.cdiv(rows, bm))]
     kernel(
         x, gate, up, *biases, out, rows, k, n,
-        BIAS=gate_bias is not None, SILU=silu, PRECISION=launch.precision(x.dtype),
+        UNIT=unit(k), BIAS=gate_bias is not None, SILU=silu, PRECISION=launch.precision(x.dtype),
         BM=bm, BN=tile.columns, BK=tile.inputs, STAGES=tile.stages,
         num_warps=tile.warps, **overlap.options(x.device),
     )  # fmt: skip

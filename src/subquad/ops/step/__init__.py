@@ -10,7 +10,7 @@ from subquad.core.layout import Layout
 from subquad.ops.backends import Backends
 from subquad.ops.step.tables import Table, table
 
-__all__ = ["Table", "alone", "read", "table", "write_"]
+__all__ = ["Table", "advance_", "alone", "read", "table", "write_"]
 
 _backends = Backends(__name__)
 
@@ -33,9 +33,7 @@ def read(u_bd: Tensor, table: Table, state_bdnp: Tensor, skip_d: Tensor | None =
     Raises:
         ConfigError: shapes that do not fit together.
     """
-    _check(u_bd, table, state_bdnp)
-    if skip_d is not None and skip_d.shape != u_bd.shape[1:]:
-        raise ConfigError(f"skip_d: expected a number for each of d={u_bd.shape[1]}, got shape {tuple(skip_d.shape)}")
+    _check(u_bd, table, state_bdnp, skip_d)
     return _backends.choose(u_bd, state_bdnp, *table).read(u_bd, table, state_bdnp, skip_d, gelu)
 
 
@@ -58,7 +56,30 @@ def write_(
     chosen.write_(pool_bdnp, rows_b, u_bd, table.moves_kgnp, state_bdnp, n_b)
 
 
-def _check(u_bd: Tensor, table: Table, state_bdnp: Tensor) -> None:
+def advance_(
+    u_bd: Tensor,
+    table: Table,
+    state_bdnp: Tensor,
+    n_b: Tensor,
+    skip_d: Tensor | None = None,
+    *,
+    gelu: bool = False,
+) -> Tensor:
+    """`read`, and where the token is kept `write_` into the state itself: both in one pass over it.
+
+    Args:
+        u_bd, table, skip_d, gelu: as in `read`.
+        state_bdnp: before the token; written in place.
+        n_b: int64, 1 where the row's token is kept, else 0.
+
+    Raises:
+        ConfigError: shapes that do not fit together.
+    """
+    _check(u_bd, table, state_bdnp, skip_d)
+    return _backends.choose(u_bd, state_bdnp, *table).advance_(u_bd, table, state_bdnp, n_b, skip_d, gelu)
+
+
+def _check(u_bd: Tensor, table: Table, state_bdnp: Tensor, skip_d: Tensor | None = None) -> None:
     k, g, n, _ = table.moves_kgnp.shape
     b, d = u_bd.shape
     if k not in (2, 4) or g < 1 or d % g:
@@ -67,3 +88,5 @@ def _check(u_bd: Tensor, table: Table, state_bdnp: Tensor) -> None:
         raise ConfigError(
             f"state_bdnp: expected shape {(b, d, n, 2)}, got {tuple(state_bdnp.shape)}; use the state of this system"
         )
+    if skip_d is not None and skip_d.shape != (d,):
+        raise ConfigError(f"skip_d: expected a number for each of {d=}, got shape {tuple(skip_d.shape)}; give as many")

@@ -43,3 +43,10 @@ def write_(
         pool_bdnp.copy_(after_bdnp)
     else:
         pool_bdnp.index_copy_(0, rows_b, after_bdnp)
+
+
+def advance_(u_bd: Tensor, table: Table, state_bdnp: Tensor, n_b: Tensor, skip_d: Tensor | None, gelu: bool) -> Tensor:
+    """`subquad.ops.step.advance_`."""
+    y_bd = read(u_bd, table, state_bdnp, skip_d, gelu)
+    write_(state_bdnp, None, u_bd, table.moves_kgnp, state_bdnp, n_b)
+    return y_bd

@@ -1,4 +1,4 @@
-"""A step by one Triton launch, and so its commit."""
+"""A step by one Triton launch, and so its commit, or both by one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from subquad.ops import launch, overlap
-from subquad.ops.step.kernels import read_kernel, write_kernel
+from subquad.ops.step.kernels import advance_kernel, read_kernel, write_kernel
 from subquad.ops.step.tables import Table
 
 # Of a row a thread takes one load of 16 bytes: then a program's states and its part of the table are laid out alike and
@@ -48,10 +48,22 @@ def write_(
     """`subquad.ops.step.write_`."""
     u_bd, moves_kgnp, n_b = _dense(u_bd), moves_kgnp.contiguous(), n_b.contiguous()
     if rows_b is None and _same(pool_bdnp, state_bdnp):
-        return _advance(pool_bdnp, u_bd, moves_kgnp, n_b)
-    if _rows(pool_bdnp) is not pool_bdnp:
-        raise ValueError(f"pool_bdnp: expected rows without gaps, got strides {pool_bdnp.stride()}")
+        return _write_here(pool_bdnp, u_bd, moves_kgnp, n_b)
+    _refuse_gaps(pool_bdnp)
     return _write(pool_bdnp, None if rows_b is None else rows_b.contiguous(), u_bd, moves_kgnp, _rows(state_bdnp), n_b)
+
+
+def advance_(u_bd: Tensor, table: Table, state_bdnp: Tensor, n_b: Tensor, skip_d: Tensor | None, gelu: bool) -> Tensor:
+    """`subquad.ops.step.advance_`."""
+    _refuse_gaps(state_bdnp)
+    reads_gnp, direct_g, moves_kgnp = (x.contiguous() for x in table)
+    skip_d = None if skip_d is None else skip_d.contiguous()
+    return _advance(state_bdnp, _dense(u_bd), reads_gnp, direct_g, moves_kgnp, n_b.contiguous(), skip_d, gelu)
+
+
+def _refuse_gaps(pool_bdnp: Tensor) -> None:
+    if _rows(pool_bdnp) is not pool_bdnp:
+        raise ValueError(f"pool_bdnp: expected rows without gaps, got strides {pool_bdnp.stride()}; copy it")
 
 
 def _dense(u_bd: Tensor) -> Tensor:
@@ -92,7 +104,31 @@ def _(u: Tensor, reads: Tensor, direct: Tensor, state: Tensor, skip: Tensor | No
 
 @torch.library.custom_op("subquad::step_advance", mutates_args=("state",))
 @launch.guarded
-def _advance(state: Tensor, u: Tensor, moves: Tensor, n: Tensor) -> None:
+def _advance(
+    state: Tensor, u: Tensor, reads: Tensor, direct: Tensor, moves: Tensor, n: Tensor, skip: Tensor | None, gelu: bool
+) -> Tensor:
+    y = launch.scratch(*u.shape, like=u, dtype=u.dtype)
+    if u.numel():
+        grid, tile = _tile(state)
+        kernel: Any = advance_kernel[grid]
+        # What is absent has its place taken by something that no branch reads.
+        kernel(
+            state, u, reads, direct, direct if skip is None else skip, moves, n, y, *u.shape, len(direct),
+            state.stride(0), u.stride(0), SKIP=skip is not None, GELU=gelu, LOW=len(moves) == 4, **tile,
+        )  # fmt: skip
+    return y
+
+
+@_advance.register_fake
+def _(
+    state: Tensor, u: Tensor, reads: Tensor, direct: Tensor, moves: Tensor, n: Tensor, skip: Tensor | None, gelu: bool
+) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+@torch.library.custom_op("subquad::step_write_here", mutates_args=("state",))
+@launch.guarded
+def _write_here(state: Tensor, u: Tensor, moves: Tensor, n: Tensor) -> None:
     _launch(state, None, u, moves, state, n)
 
 
