@@ -75,8 +75,8 @@ class Settings:
         self.rate()
 
     def rate(self) -> Rate:
-        """The learning rate's course, which refuses what is none."""
-        return Rate(self.lr, weight_decay=self.weight_decay, floor=0.0)
+        """The learning rate's course, down to 0, which refuses what is none; moments as all the papers' runs have."""
+        return Rate(self.lr, weight_decay=self.weight_decay, floor=0.0, betas=(0.9, 0.999))
 
 
 @dataclass(frozen=True)
