@@ -21,11 +21,19 @@ if not torch.cuda.is_available():
 OPTIONS = {"s4": {"bidirectional": True, "d_state": 8}}
 
 
-@pytest.mark.parametrize(("name", "mixers"), [("listops", ["s4"]), ("recall", ["h3", "attention"])])
-def test_a_replayed_step_equals_a_plain_one(name: str, mixers: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "mixers", "norm"),
+    [
+        ("listops", ["s4"], "rms"),
+        ("listops", ["s4"], "batch"),
+        ("pathfinder", ["s4"], "batch"),
+        ("recall", ["h3", "attention"], "rms"),
+    ],
+)
+def test_a_replayed_step_equals_a_plain_one(name: str, mixers: list[str], norm: str) -> None:
     task, device = load_task(name, ["short"] if name == "listops" else []), torch.device("cuda")
     torch.manual_seed(0)
-    model = Learner(task, layers_of(mixers, 2, 32, OPTIONS, task), 32).to(device)
+    model = Learner(task, layers_of(mixers, 2, 32, OPTIONS, task), 32, norm=norm).to(device)
     said: list[str] = []
     plain, replayed = (TaskStage(task, model, Batches(task, 0, 8), said.append) for _ in range(2))
     plain._plain = math.inf

@@ -40,6 +40,9 @@ def run(
     d_mlp: Annotated[
         int | None, typer.Option(min=0, help="Of the SwiGLUs; 0 is none, twice --d-model without it.")
     ] = None,
+    norm: Annotated[
+        str, typer.Option(help="rms, of each token; or batch, over a batch's tokens, where a row has one class.")
+    ] = "rms",
     steps: Annotated[int | None, typer.Option(help="Steps to train; such a run can be repeated to the bit.")] = None,
     minutes: Annotated[
         float | None, typer.Option(help=f"Or minutes, or what comes first of both; {MINUTES:g} without either.")
@@ -87,7 +90,7 @@ def run(
     from subquad.convert.transplant.placement import parse_options
     from subquad.core.config import config_to_dict
     from subquad.evals.learning import load_task
-    from subquad.evals.learning.model import checked, layers_of
+    from subquad.evals.learning.model import check_norm, checked, layers_of
     from subquad.evals.learning.training import Settings, check_folder, learn
     from subquad.train.checkpoint import RunFolder
     from subquad.train.display import Line
@@ -99,6 +102,7 @@ def run(
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     built = load_task(task, size or [])
     hybrids = {"+".join(slugs): slugs for slugs in ([slug.strip() for slug in one.split(",")] for one in mixer)}
+    check_norm(norm, built)
     used = checked([slug for slugs in hybrids.values() for slug in slugs], built)
     options = parse_options(set_ or [], used)
     name = task.replace("-", "_")
@@ -111,6 +115,7 @@ def run(
             layers=layers_of(slugs, layers, d_model, options, built),
             d_model=d_model,
             d_mlp=d_mlp,
+            norm=norm,
             batch=batch,
             rows=rows,
             lr=lr,
@@ -180,7 +185,7 @@ def rows_of(prefix: str, settings: Settings, learned: Learned, dtype: torch.dtyp
     from subquad.bench.results import make_row
 
     low, high = learned.accuracy.low, learned.accuracy.high
-    shape = {**settings.sizes, "d_model": settings.d_model, "d_mlp": settings.d_mlp}
+    shape = {**settings.sizes, "d_model": settings.d_model, "d_mlp": settings.d_mlp, "norm": settings.norm}
     shape |= {"layers": list(settings.layers), "batch": settings.batch, "train_rows": settings.rows}
     shape |= {"lr": settings.lr, "steps": learned.steps, "rows": learned.rows, "seed": settings.seed}
     rows = [

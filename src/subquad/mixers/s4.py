@@ -75,12 +75,13 @@ class DiagonalPlusLowRank(System):
 
     def system(self) -> dplr.System:
         """As `subquad.ops.dplr` takes it, in the dtype of the parameters."""
-        low_sn, input_sn, output_gn = (torch.view_as_complex(x) for x in (self.low, self.input, self.output))
-        poles_sn = torch.complex(-self.log_rate.exp(), self.frequency)
-        poles_gn, low_gn, input_gn = (
-            x.repeat_interleave(self.groups // len(x), dim=0) for x in (poles_sn, low_sn, input_sn)
-        )
-        return dplr.System(poles_gn, low_gn, input_gn, output_gn, self.log_dt.exp())
+        return _system(*self._by_group())
+
+    def _by_group(self) -> tuple[Tensor, ...]:
+        """The parameters as `_system` takes them, one of each a group."""
+        shared = (self.log_rate, self.frequency, self.low, self.input)
+        own = (x if len(x) == self.groups else x.repeat_interleave(self.groups // len(x), dim=0) for x in shared)
+        return *own, self.output, self.log_dt
 
     def step(self) -> Table:
         """See `System.step`."""
@@ -94,9 +95,9 @@ class DiagonalPlusLowRank(System):
     @classmethod
     def kernels(cls, systems: Sequence[System], length: int) -> Sequence[Tensor]:
         """See `System.kernels`; side by side, since it takes many small operations."""
-        own = (system.system() for system in cast("Sequence[DiagonalPlusLowRank]", systems))
-        together = dplr.System(*(torch.cat(x) for x in zip(*own, strict=True)))
-        return dplr.kernel(together, length).chunk(len(systems))
+        own = [system._by_group() for system in cast("Sequence[DiagonalPlusLowRank]", systems)]
+        together = _system(*(torch.cat(x) for x in zip(*own, strict=True)))
+        return dplr.kernel(together, length).split([system.groups for system in systems])
 
     def scan(self, u_btd: Tensor, state_bdnp: Tensor, **where: Tensor | None) -> tuple[Tensor, Tensor]:
         """See `System.scan`."""
@@ -105,6 +106,14 @@ class DiagonalPlusLowRank(System):
     def final_state(self, u_btd: Tensor, state_bdnp: Tensor, **where: Tensor | None) -> Tensor:
         """See `System.final_state`."""
         return dplr.final_state(u_btd, self.system(), state_bdnp, **where)
+
+
+def _system(
+    log_rate_gn: Tensor, frequency_gn: Tensor, low_gn2: Tensor, input_gn2: Tensor, output_gn2: Tensor, log_dt_g: Tensor
+) -> dplr.System:
+    poles_gn = torch.complex(-log_rate_gn.exp(), frequency_gn)
+    low_gn, input_gn, output_gn = (torch.view_as_complex(x) for x in (low_gn2, input_gn2, output_gn2))
+    return dplr.System(poles_gn, low_gn, input_gn, output_gn, log_dt_g.exp())
 
 
 class S4(Mixer):

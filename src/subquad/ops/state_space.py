@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -138,6 +139,9 @@ class StateSpaceLayer(nn.Module):
         systems: one, or two for both directions: the second runs from the end to the beginning, and both count a
             token's own input.
         glu: a gated linear unit as the projection, else a plain one.
+
+    Attributes:
+        responses: of the systems, while `together` holds them.
     """
 
     def __init__(self, d_model: int, systems: Sequence[System], glu: bool) -> None:
@@ -146,6 +150,7 @@ class StateSpaceLayer(nn.Module):
         self.systems = cast("Sequence[System]", nn.ModuleList(systems))
         self.skip = nn.Parameter(torch.randn(d_model))
         self.out_proj = nn.Linear(d_model, 2 * d_model if glu else d_model)
+        self.responses: Sequence[Tensor] | None = None
 
     def init_state(self, batch: int, **factory: Any) -> ModalState:
         """Zeros; `factory` is ``device`` and ``dtype``, by default the model's, which the systems don't follow."""
@@ -159,7 +164,7 @@ class StateSpaceLayer(nn.Module):
         if t == 0:
             return x_btd.clone()
         (u_btd,) = chunks.blank(chunks.kept(layout), x_btd)
-        kernel_gt, *back = type(self.systems[0]).kernels(self.systems, t)
+        kernel_gt, *back = self.responses or type(self.systems[0]).kernels(self.systems, t)
         y_btd = flashconv.parallel(u_btd, kernel_gt, self.skip, documents_bt=documents_bt)
         for back_gt in back:
             # Padding is zeros now, so that a row's last token meets an empty state though it isn't the first.
@@ -199,6 +204,27 @@ class StateSpaceLayer(nn.Module):
         if self.glu:
             return skinny.glu(inner_btd, self.out_proj)
         return skinny.project(inner_btd, self.out_proj)[0]
+
+
+@contextmanager
+def together(model: nn.Module, length: int) -> Generator[None]:
+    """Work the impulse responses of all layers in `model` out at once, for its passes over rows of `length` meanwhile.
+
+    They take hundreds of small operations, whose launches cost a GPU as much for all layers as for one.
+    """
+    alike: dict[tuple[type[System], int], list[StateSpaceLayer]] = {}
+    for layer in model.modules():
+        if isinstance(layer, StateSpaceLayer):
+            alike.setdefault((type(layer.systems[0]), layer.systems[0].modes), []).append(layer)
+    try:
+        for (kind, _), layers in alike.items():
+            made = iter(kind.kernels([system for layer in layers for system in layer.systems], length))
+            for layer in layers:
+                layer.responses = [next(made) for _ in layer.systems]
+        yield
+    finally:
+        for layer in (layer for layers in alike.values() for layer in layers):
+            layer.responses = None
 
 
 def log_steps(groups: int, dt_min: float, dt_max: float) -> Tensor:

@@ -13,15 +13,19 @@ from torch import Tensor, nn
 from subquad.core.config import config_from_dict
 from subquad.core.errors import ConfigError, nearest
 from subquad.core.registry import load, methods
+from subquad.evals.learning.encoder import Encoder
 from subquad.evals.learning.task import Batch, Task
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
+from subquad.ops.state_space import together
 
 # Width of a head, where the model is wide enough for one.
 HEAD = 32
 # Fields of a mixer's config that follow from the model's width: how many heads there are, and how wide they are.
 COUNTS = ("n_heads", "n_kv_heads")
 WIDTHS = ("head_dim", "key_dim", "value_dim")
+# What a model norms over: the channels of a token, or the tokens of a batch.
+NORMS = ("rms", "batch")
 
 
 def fitted(slug: str, d_model: int, length: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,31 +108,62 @@ def layers_of(
     return tuple(fitted(slug, d_model, task.length, options.get(slug, {})) for slug in islice(cycle(mixers), n_layers))
 
 
+def check_norm(norm: str, task: Task) -> None:
+    """Refuse a norm that is none, or that looks ahead where the task asks what comes next.
+
+    Raises:
+        ConfigError: one of both.
+    """
+    if norm not in NORMS:
+        raise ConfigError(f"--norm: unknown {norm!r}{nearest(norm, NORMS)}")
+    if norm == "batch" and not task.pooled:
+        raise ConfigError(
+            "--norm batch: expected rms, for the task asks what comes next, got statistics over whole rows; leave it "
+            "out, or take a task with one class a row"
+        )
+
+
 class Learner(nn.Module):
-    """A `Stack` whose tokens are the task's, or values, and whose head gives its tokens or classes.
+    """A `Stack` or `Encoder` whose tokens are the task's, or values, and whose head gives its tokens or classes.
 
     Args:
         task: whose inputs and outputs it has.
         layers: of the stack's config.
         d_model: width.
         d_mlp: of the SwiGLU; 0 is none, None is two times the model's.
+        norm: ``rms`` is a `Stack`, ``batch`` an `Encoder`.
+
+    Raises:
+        ConfigError: as in `check_norm`, or layers that the kind of model does not take.
     """
 
-    def __init__(self, task: Task, layers: Sequence[Mapping[str, Any]], d_model: int, d_mlp: int | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        layers: Sequence[Mapping[str, Any]],
+        d_model: int,
+        d_mlp: int | None = None,
+        norm: str = "rms",
+    ) -> None:
         super().__init__()
+        check_norm(norm, task)
         self.pooled = task.pooled
         d_mlp = 2 * d_model if d_mlp is None else d_mlp
-        self.stack = Stack(ModelConfig(task.outputs, d_model, d_mlp, tuple(layers), max_positions=task.length))
+        config = ModelConfig(task.outputs, d_model, d_mlp, tuple(layers), max_positions=task.length)
+        self.stack = Encoder(config) if norm == "batch" else Stack(config)
         if task.vocab_size is None:
             self.stack.add_module("embed", nn.Linear(task.channels, d_model))
         elif task.vocab_size != task.outputs:
-            self.stack.add_module("embed", nn.Embedding(task.vocab_size, d_model))
-            nn.init.normal_(self.stack.embed.weight, std=0.02)
+            embed = nn.Embedding(task.vocab_size, d_model)
+            if norm == "rms":
+                nn.init.normal_(embed.weight, std=0.02)
+            self.stack.add_module("embed", embed)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits: ``[b, outputs]`` of the mean over each row's tokens, or ``[b, t, outputs]``."""
         layout = batch.layout
-        hidden_btd = self.stack.hidden(batch.inputs, layout)
+        with together(self.stack, batch.inputs.shape[1]):
+            hidden_btd = self.stack.hidden(batch.inputs, layout)
         if self.pooled:
             hidden_btd = torch.where(layout.valid_bt[..., None], hidden_btd, 0).sum(1) / batch.lengths_b[:, None]
         return self.stack.head(hidden_btd)

@@ -278,8 +278,8 @@ class Pathfinder(Task):
             done_n[on] += 1
             back = at[~free_i]
             ends_n[back] += 1
-            for i in range(most):
-                back = back[(done_n[back] > 2) & (i < BACK)]
+            for _ in range(BACK):
+                back = back[done_n[back] > 2]
                 done_n[back] -= 1
                 self._take(taken, back, pivot_ns2[back, done_n[back]], way_ns[back, done_n[back]], -1)
         whole = done_n == most

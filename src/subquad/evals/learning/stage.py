@@ -152,11 +152,12 @@ def tested(model: Learner, batch: Batch, rows: int) -> tuple[Tensor, Tensor, Ten
     """Right answers, answers asked for, and summed cross-entropy of each row.
 
     Args:
-        model: as it is.
+        model: in the mode of tests meanwhile.
         batch: on any device.
         rows: at once.
     """
-    device = next(model.parameters()).device
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
     found: list[list[Tensor]] = []
     for start in range(0, len(batch), rows):
         part = batch.rows(start, start + rows).to(device)
@@ -164,6 +165,7 @@ def tested(model: Learner, batch: Batch, rows: int) -> tuple[Tensor, Tensor, Ten
             loss, right = answers(model(part), part.targets)
         sums = (x.view(len(part), -1).sum(1) for x in (right, part.targets != IGNORE, loss))
         found.append([x.cpu() for x in sums])
+    model.train(training)
     right_n, asked_n, loss_n = (torch.cat(x) for x in zip(*found, strict=True))
     return right_n, asked_n, loss_n
 

@@ -32,6 +32,7 @@ class Settings:
         layers: of the model.
         d_model: its width.
         d_mlp: of its SwiGLUs; 0 is none, None is two times `d_model`.
+        norm: one of `subquad.evals.learning.model.NORMS`.
         batch: rows of a step.
         lr: peak learning rate.
         weight_decay: of matrices.
@@ -47,6 +48,7 @@ class Settings:
     layers: tuple[dict[str, Any], ...]
     d_model: int = 64
     d_mlp: int | None = None
+    norm: str = "rms"
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.0
@@ -73,8 +75,8 @@ class Settings:
         self.rate()
 
     def rate(self) -> Rate:
-        """The learning rate's course, which refuses what is none."""
-        return Rate(self.lr, weight_decay=self.weight_decay)
+        """The learning rate's course, down to 0, which refuses what is none; moments as all the papers' runs have."""
+        return Rate(self.lr, weight_decay=self.weight_decay, floor=0.0, betas=(0.9, 0.999))
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def learn(
         )
     device = device or torch.device("cpu")
     torch.manual_seed(settings.seed)
-    model = Learner(task, settings.layers, settings.d_model, settings.d_mlp).to(device)
+    model = Learner(task, settings.layers, settings.d_model, settings.d_mlp, settings.norm).to(device)
     batches = Batches(task, settings.seed, settings.batch, workers, settings.rows, say)
     stage = TaskStage(task, model, batches, say)
     tokens = None if settings.steps is None else settings.steps * stage.tokens_per_step

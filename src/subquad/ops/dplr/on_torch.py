@@ -150,11 +150,19 @@ def _once(x_gxn: Tensor, u_gx1: Tensor | None, system: System) -> Tensor:
 
 
 def _matrix(system: System) -> Tensor:
-    """The discrete A ``[g, p, p]`` in real coordinates, applied from the left."""
-    n = system.poles_gn.shape[1]
-    one_nn = torch.eye(n, dtype=system.poles_gn.dtype, device=system.poles_gn.device)
-    after_gpn = _once(torch.cat((one_nn, 1j * one_nn)).expand(len(system.step_g), -1, -1), None, system)
-    return torch.cat((after_gpn.real, after_gpn.imag), dim=-1).mT
+    """The discrete A ``[g, p, p]`` in real coordinates, applied from the left: ``2 (1 - step / 2 A)^-1 - 1``.
+
+    By Woodbury's identity that is the diagonal part's own, less an outer product.
+    """
+    half_g1, n = system.step_g[:, None] / 2, system.poles_gn.shape[1]
+    implicit_gn = 1 / (1 - half_g1 * system.poles_gn)
+    keep_gn, left_gn, right_gn = 2 * implicit_gn - 1, implicit_gn * system.low_gn, implicit_gn.conj() * system.low_gn
+    share_g1 = half_g1 / (1 + 2 * half_g1 * (system.low_gn.conj() * left_gn).real.sum(-1, keepdim=True))
+    left_gp, right_gp = (torch.cat((x.real, x.imag), dim=-1) for x in (-4 * share_g1 * left_gn, right_gn))
+    # A complex factor is a block of two rows: itself on the diagonal, its imaginary part on both sides of it.
+    own_gpp = torch.diag_embed(torch.cat((keep_gn.real, keep_gn.real), dim=-1))
+    across_gpp = torch.diag_embed(keep_gn.imag, offset=-n) - torch.diag_embed(keep_gn.imag, offset=n)
+    return torch.baddbmm(own_gpp + across_gpp, left_gp[..., None], right_gp[:, None])
 
 
 def _row(output_gn: Tensor) -> Tensor:
