@@ -48,6 +48,26 @@ def test_parallel_equals_the_sum(t: int, length: int, g: int) -> None:
     torch.testing.assert_close(flashconv.parallel(**plain), flashconv.equation(**plain), **EXACT)
 
 
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize(("t", "length", "behind"), [(1, 1, 3), (65, 65, 7), (65, 7, 100)])
+def test_both_ways_equal_the_sums(t: int, length: int, behind: int, packs: bool) -> None:
+    values = arguments(t, length) | {"behind_gl": arguments(t, behind)["k_gl"]}
+    documents_bt = packed(2, t) if packs else None
+    got = gradients(flashconv.parallel, values, documents_bt=documents_bt)
+    want = gradients(flashconv.equation, values, documents_bt=documents_bt)
+    for name, a, b in zip(values, got, want, strict=True):
+        torch.testing.assert_close(a, b, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_backwards_is_forwards_of_the_row_turned_round() -> None:
+    """An oracle that knows no sums."""
+    values = arguments(40)
+    nothing_gl = torch.zeros_like(values["k_gl"])
+    got = flashconv.parallel(values["u_btd"], nothing_gl, behind_gl=values["k_gl"])
+    want = flashconv.parallel(values["u_btd"].flip(1), values["k_gl"]).flip(1)
+    torch.testing.assert_close(got, want, **EXACT)
+
+
 def test_it_is_pytorchs_convolution() -> None:
     """An oracle of its own."""
     values = arguments(50, 20, d=4, g=2)
@@ -141,6 +161,8 @@ def test_bad_input_is_refused() -> None:
         flashconv.parallel(**values | {"k_gl": values["k_gl"][:, :0]})
     with pytest.raises(ConfigError, match="divides 4 channels, got 3"):
         flashconv.parallel(**values | {"k_gl": torch.ones(3, 5)})
+    with pytest.raises(ConfigError, match="behind_gl: expected a number of filters that divides 4 channels, got 3"):
+        flashconv.parallel(**values, behind_gl=torch.ones(3, 5))
     with pytest.raises(ConfigError, match=r"gate_in_btd: expected shape \(2, 5, 4\)"):
         flashconv.parallel(**values | {"gate_in_btd": values["gate_in_btd"][:, :4]})
     with pytest.raises(ConfigError, match=r"bias_d: expected shape \(4,\)"):

@@ -35,13 +35,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every length goes this way; interpreted, the Fourier way cuts rows into few small tiles."""
     monkeypatch.setattr(on_triton, "MET", -1 if request.param == "fourier" else 1e9)
     if DEVICE == "cpu":
-        monkeypatch.setattr(fourier, "plan", lambda t, dtype: fourier.Plan(max(2, -(-t // 32)), 32))
+        monkeypatch.setattr(fourier, "plan", lambda t, dtype: fourier.Plan(max(2, -(-t // 64)), 4, 16))
         # Interpreted, programs take their time each, whatever their size.
-        wide = {"channels": 4, "places": 32, "rows": 32}
-        for name in ("HALF", "SINGLE"):
-            tiles = getattr(fourier, name)
-            ends = {end: getattr(tiles, end)._replace(**wide) for end in ("transform", "restore")}
-            monkeypatch.setattr(fourier, name, tiles._replace(**ends, multiply=tiles.multiply._replace(rows=32)))
+        wide = fourier.Transform(channels=4, places=64, rows=32, depth=32, warps=4, stages=1)
+        monkeypatch.setattr(fourier, "tilings", lambda dtype, cut: fourier.Tilings(wide, wide, 4, 1))
     return request.param
 
 
@@ -112,12 +109,12 @@ def test_many_columns(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype: torch.dtype, way: str) -> None:
-    # By the Fourier way spectra, their products and the tables are cut off too.
-    compare(arguments(130, dtype=dtype), roundings=3 if way == "toeplitz" else 7)
+    # By the Fourier way so are spectra over tiles and within them, on the way there and back, products and tables.
+    compare(arguments(130, dtype=dtype), roundings=3 if way == "toeplitz" else 9)
 
 
 @pytest.mark.parametrize("way", ["fourier"], indirect=True)
-@pytest.mark.parametrize("t", [1100] if DEVICE == "cpu" else [1100, 5000, 20_000, 40_000])
+@pytest.mark.parametrize("t", [2200] if DEVICE == "cpu" else [1100, 5000, 9000, 20_000, 40_000, 130_000, 262_144])
 def test_many_tiles(t: int, way: str) -> None:
     """More than a transform holds at once; against PyTorch's transforms, as the sum over tokens takes long."""
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
@@ -128,6 +125,28 @@ def test_many_tiles(t: int, way: str) -> None:
         want = results(flashconv.parallel, {name: x.double() for name, x in values.items()})
     for name, a, w in zip(("y", *values), got, want, strict=True):
         assert error(a, w) <= 4 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("cut", [(5, 16, 16), (3, 16, 32), (2, 32, 16), (1, 32, 32)], ids=str)
+def test_shapes_of_tiles(cut: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither side nor their number need be alike, and a tile may hold more than the row."""
+    monkeypatch.setattr(on_triton, "MET", -1)
+    monkeypatch.setattr(fourier, "plan", lambda t, dtype: fourier.Plan(*cut))
+    compare(arguments(min(300, cut[0] * cut[1] * cut[2]), 200, b=1, d=2, g=1))
+
+
+def test_tiles_hold_their_row() -> None:
+    for t in (1, 4096, 4097, 32_768, 32_769, 262_144):
+        n, p, q = fourier.plan(t, torch.bfloat16)
+        assert (n - 1) * p * q < t <= n * p * q
+        assert n <= 64
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_both_ways(way: str, documents: bool) -> None:
+    values = arguments(130, 100, d=4, g=2) | {"behind_gl": arguments(1, 130, d=4, g=2)["k_gl"]}
+    documents_bt = (torch.arange(130, device=DEVICE) > 70).long().expand(2, -1).contiguous() if documents else None
+    compare(values, documents_bt=documents_bt)
 
 
 @pytest.mark.parametrize("length", [140, 70])
@@ -190,10 +209,10 @@ def test_operators_keep_their_contract() -> None:
 
 def test_operators_of_the_fourier_way_keep_their_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     launch.poison = False
-    monkeypatch.setattr(fourier, "plan", lambda t, dtype: fourier.Plan(2, 16))
+    monkeypatch.setattr(fourier, "plan", lambda t, dtype: fourier.Plan(2, 4, 4))
     u, k, bias, *gates = (x.requires_grad_() for x in arguments(20, b=1, d=1, g=1).values())
-    torch.library.opcheck(fourier._forward, (u, k, bias, *gates, True))
-    torch.library.opcheck(fourier._forward, (u.detach(), k.detach(), None, None, None, False))
+    torch.library.opcheck(fourier._forward, (u, k, k.flip(1), bias, *gates, True))
+    torch.library.opcheck(fourier._forward, (u.detach(), k.detach(), None, None, None, None, False))
 
 
 def test_compiles_into_one_graph(way: str) -> None:

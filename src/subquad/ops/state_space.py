@@ -165,15 +165,11 @@ class StateSpaceLayer(nn.Module):
             return x_btd.clone()
         (u_btd,) = chunks.blank(chunks.kept(layout), x_btd)
         kernel_gt, *back = self.responses or type(self.systems[0]).kernels(self.systems, t)
-        y_btd = flashconv.parallel(u_btd, kernel_gt, self.skip, documents_bt=documents_bt)
-        for back_gt in back:
+        if back and documents_bt is not None:
             # Padding is zeros now, so that a row's last token meets an empty state though it isn't the first.
-            turned_bt = None
-            if documents_bt is not None:
-                documents_bt = cast("Tensor", chunks.settle(documents_bt, chunks.kept(layout)))
-                turned_bt = (documents_bt[:, -1:] - documents_bt).flip(1)
-            back_btd = flashconv.parallel(u_btd.flip(1), back_gt, documents_bt=turned_bt)
-            y_btd = y_btd + back_btd.flip(1)
+            documents_bt = chunks.settle(documents_bt, chunks.kept(layout))
+        behind_gl = back[0] if back else None
+        y_btd = flashconv.parallel(u_btd, kernel_gt, self.skip, behind_gl=behind_gl, documents_bt=documents_bt)
         return self._leave(F.gelu(y_btd))
 
     def read(self, x_btd: Tensor, state: ModalState, layout: Layout) -> tuple[Tensor, Update]:

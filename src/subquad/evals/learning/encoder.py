@@ -43,24 +43,56 @@ class BatchNorm(nn.Module):
 
     def forward(self, x_btd: Tensor, valid_bt: Tensor | None) -> Tensor:
         """``[b, t, d] -> [b, t, d]``; `valid_bt` is True where a token stands, None where one stands everywhere."""
-        x_nd = x_btd.flatten(0, 1)
         if self.training and valid_bt is not None:
-            return self._over(x_nd, valid_bt.flatten()).view_as(x_btd)
+            return self._over(x_btd, valid_bt)
         # Told by its own layout, PyTorch reads channels that lie last as they lie.
+        x_nd = x_btd.flatten(0, 1)
         y_nd = F.batch_norm(x_nd, self.mean, self.var, self.weight, self.bias, self.training, MOMENTUM, self.eps)
         return y_nd.view_as(x_btd)
 
-    def _over(self, x_nd: Tensor, valid_n: Tensor) -> Tensor:
-        """The same over some of the rows; the others get the bias."""
-        valid_n1 = valid_n[:, None]
-        count = valid_n1.sum()
-        mean_d = torch.where(valid_n1, x_nd, 0).sum(0) / count
-        apart_nd = torch.where(valid_n1, x_nd - mean_d, 0)
-        var_d = apart_nd.square().sum(0) / count
+    def _over(self, x_btd: Tensor, valid_bt: Tensor) -> Tensor:
+        """The same over some of the tokens; the others get zeros."""
+        y_btd, mean_d, var_d = _OverSome.apply(x_btd, valid_bt, self.weight, self.bias, self.eps)
+        count = valid_bt.sum()
         with torch.no_grad():
             self.mean.lerp_(mean_d, MOMENTUM)
             self.var.lerp_(var_d * count / (count - 1).clamp(min=1), MOMENTUM)
-        return torch.addcmul(self.bias, apart_nd, self.weight * (var_d + self.eps).rsqrt())
+        return y_btd
+
+
+class _OverSome(torch.autograd.Function):
+    """`BatchNorm` over some tokens, with its gradient as one formula: a long row's is bound by passes over it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_btd: Tensor, valid_bt: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs, mean and variance."""
+        share_bt = valid_bt.to(x_btd.dtype) / valid_bt.sum()
+        mean_d = _weighted(share_bt, x_btd)
+        apart_btd = torch.where(valid_bt[..., None], x_btd - mean_d, 0)
+        var_d = _weighted(share_bt, apart_btd.square())
+        scale_d = (var_d + eps).rsqrt()
+        ctx.save_for_backward(apart_btd, valid_bt, share_bt, weight, scale_d)
+        ctx.mark_non_differentiable(mean_d, var_d)
+        return torch.where(valid_bt[..., None], torch.addcmul(bias, apart_btd, scale_d * weight), 0), mean_d, var_d
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        """With ``z`` the standardised inputs: ``scale weight (dy - mean dy - z mean(z dy))``."""
+        dy_btd = gradients[0]
+        apart_btd, valid_bt, share_bt, weight, scale_d = ctx.saved_tensors
+        count, dmean_d = valid_bt.sum(), _weighted(share_bt, dy_btd)
+        dscale_d = _weighted(share_bt, apart_btd * dy_btd) * scale_d
+        inner_btd = torch.addcmul(dy_btd - dmean_d, apart_btd, scale_d * dscale_d, value=-1)
+        dx_btd = torch.where(valid_bt[..., None], inner_btd * (scale_d * weight), 0)
+        return dx_btd, None, dscale_d * count, dmean_d * count, None
+
+
+def _weighted(share_bt: Tensor, x_btd: Tensor) -> Tensor:
+    """``sum_bt share_bt x_btd``, as products: PyTorch's sums over all but the last axis take several times as long."""
+    with torch.autocast(x_btd.device.type, enabled=False):
+        return torch.bmm(share_bt[:, None], x_btd)[:, 0].sum(0)
 
 
 class EncoderBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""Long causal convolution with an explicit filter, gates and bias: what H3 and Hyena mix time with."""
+"""Long convolution with an explicit filter, gates and bias, causal or both ways: H3, Hyena and S4 mix time with it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ def parallel(
     k_gl: Tensor,
     bias_d: Tensor | None = None,
     *,
+    behind_gl: Tensor | None = None,
     gate_in_btd: Tensor | None = None,
     gate_out_btd: Tensor | None = None,
     documents_bt: Tensor | None = None,
 ) -> Tensor:
     """The outputs of `equation`, all tokens at once; sums in at least float32.
+
+    With filters `behind_gl`, each token's output takes in those behind it, too: ``sum_{j >= t} behind_{j-t} u'_j``
+    is added before the gate. By the Fourier way both directions cost hardly more than one.
 
     PyTorch's form computes in float32 throughout; Triton's rounds what it multiplies to the dtype of inputs and gates.
 
@@ -33,7 +37,9 @@ def parallel(
         ConfigError: an empty filter, channels that the groups don't divide, or a gate, bias or documents of another
             shape than the inputs'.
     """
-    _check(u_btd.shape[2], k_gl)
+    _check("k_gl", u_btd.shape[2], k_gl)
+    if behind_gl is not None:
+        _check("behind_gl", u_btd.shape[2], behind_gl)
     b, t, d = u_btd.shape
     for name, x, shape in (
         ("bias_d", bias_d, (d,)),
@@ -47,8 +53,9 @@ def parallel(
         return u_btd.clone()
     gates = [x for x in (gate_in_btd, gate_out_btd) if x is not None]
     return _backends.choose(u_btd, k_gl, *gates).parallel(
-        u_btd, k_gl, bias_d, gate_in_btd=gate_in_btd, gate_out_btd=gate_out_btd, documents_bt=documents_bt
-    )
+        u_btd, k_gl, bias_d, behind_gl=behind_gl, gate_in_btd=gate_in_btd, gate_out_btd=gate_out_btd,
+        documents_bt=documents_bt,
+    )  # fmt: skip
 
 
 def past(history_bsd: Tensor, seen_b: Tensor, k_gl: Tensor, length: int) -> Tensor:
@@ -69,16 +76,16 @@ def past(history_bsd: Tensor, seen_b: Tensor, k_gl: Tensor, length: int) -> Tens
     Raises:
         ConfigError: an empty filter, or channels that the groups don't divide.
     """
-    _check(history_bsd.shape[2], k_gl)
+    _check("k_gl", history_bsd.shape[2], k_gl)
     if history_bsd.numel() == 0 or length == 0:
         return history_bsd.new_zeros(len(history_bsd), length, history_bsd.shape[2])
     return on_torch.past(history_bsd, seen_b, k_gl, length)
 
 
-def _check(d: int, k_gl: Tensor) -> None:
+def _check(name: str, d: int, k_gl: Tensor) -> None:
     if k_gl.dim() != 2 or 0 in k_gl.shape:
         raise ConfigError(
-            f"k_gl: expected filters [groups, taps], got shape {tuple(k_gl.shape)}; give at least one tap"
+            f"{name}: expected filters [groups, taps], got shape {tuple(k_gl.shape)}; give at least one tap"
         )
     if d % len(k_gl):
-        raise ConfigError(f"k_gl: expected a number of filters that divides {d} channels, got {len(k_gl)}")
+        raise ConfigError(f"{name}: expected a number of filters that divides {d} channels, got {len(k_gl)}")

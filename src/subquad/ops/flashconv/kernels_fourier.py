@@ -50,12 +50,6 @@ def columns(channel, place, N, B, b, D, C: tl.constexpr, BC: tl.constexpr, BD: t
 
 
 @triton.jit
-def negative(x):
-    """``-x``; by way of float32, as the interpreter would negate the bits of bfloat16."""
-    return (-x.to(tl.float32)).to(x.dtype)
-
-
-@triton.jit
 def gated(
     x, gate, behind, into, sxb, sxt, sgb, sgt, b, tile, place, channel, T, D, first,
     GATE: tl.constexpr, BEHIND: tl.constexpr, C: tl.constexpr,
@@ -142,85 +136,3 @@ def restore(
             at, _ = offsets(s2b, s2t, b, tile, place, channel, T, D, C)
             made *= tl.load(two + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(z + to, made.to(z.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["B"])
-def multiply(
-    filters, turns, bias, x, y, B, N, SHARED,
-    BIAS: tl.constexpr, ADJOINT: tl.constexpr, C: tl.constexpr, BR: tl.constexpr, BB: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BR rows of ``T_f x`` or ``T_f^H x`` for the rows of a batch, at one frequency of one channel.
-
-    ``T_f`` holds the filter's spectrum at place r - s, and w_f times that at place C + r - s where r is before s: seen
-    from a tile later, a lag is C less. The bias is a tap at lag 0.
-    """
-    program = tl.program_id(0)
-    row = program % (C // BR) * BR + tl.arange(0, BR)
-    program //= C // BR
-    f, channel = program % N, (program // N).to(tl.int64)
-    own = tl.arange(0, C)
-    lag = own[None, :] - row[:, None] if ADJOINT else row[:, None] - own[None, :]
-    filters += (channel // SHARED * N + f) * 2 * C + (lag & (C - 1))
-    k_re, k_im = tl.load(filters), tl.load(filters + C)
-    w_re, w_im = tl.load(turns + 2 * f), tl.load(turns + 2 * f + 1)
-    t_re = tl.where(lag < 0, k_re * w_re - k_im * w_im, k_re)
-    t_im = tl.where(lag < 0, k_re * w_im + k_im * w_re, k_im)
-    if BIAS:
-        t_re += tl.where(lag == 0, tl.load(bias + channel).to(tl.float32), 0.0)
-    if ADJOINT:
-        t_im = -t_im
-    t_re, t_im = t_re.to(x.dtype.element_ty), t_im.to(x.dtype.element_ty)
-    start = (channel * N + f) * B * (2 * C)
-    x += start
-    y += start
-    for first in range(0, B, BB):
-        b = first + tl.arange(0, BB)
-        inside = (b < B)[None, :]
-        came = b[None, :] * (2 * C) + own[:, None]
-        x_re, x_im = tl.load(x + came, mask=inside, other=0.0), tl.load(x + came + C, mask=inside, other=0.0)
-        y_re = product(t_re, x_re, tl.zeros([BR, BB], tl.float32), PRECISION)
-        y_im = product(t_im, x_re, tl.zeros([BR, BB], tl.float32), PRECISION)
-        y_re = product(t_im, negative(x_im), y_re, PRECISION)
-        y_im = product(t_re, x_im, y_im, PRECISION)
-        to = b[None, :] * (2 * C) + row[:, None]
-        tl.store(y + to, y_re.to(y.dtype.element_ty), mask=inside)
-        tl.store(y + to + C, y_im.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["B"])
-def correlate(
-    later, earlier, turns, out, B, N, C: tl.constexpr, BR: tl.constexpr, BB: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """The gradient of the filter's spectrum at one frequency of one channel: that of ``T_f``, along its diagonals."""
-    f, channel = tl.program_id(0) % N, (tl.program_id(0) // N).to(tl.int64)
-    start = (channel * N + f) * B * (2 * C)
-    later += start
-    earlier += start
-    own = tl.arange(0, C)
-    w_re, w_im = tl.load(turns + 2 * f), tl.load(turns + 2 * f + 1)
-    re, im = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    for above in tl.static_range(0, C, BR):
-        row = above + tl.arange(0, BR)
-        t_re, t_im = tl.zeros([BR, C], tl.float32), tl.zeros([BR, C], tl.float32)
-        for first in range(0, B, BB):
-            b = first + tl.arange(0, BB)
-            to = b[None, :] * (2 * C) + row[:, None]
-            came = b[:, None] * (2 * C) + own[None, :]
-            y_re = tl.load(later + to, mask=(b < B)[None, :], other=0.0)
-            y_im = tl.load(later + to + C, mask=(b < B)[None, :], other=0.0)
-            x_re = tl.load(earlier + came, mask=(b < B)[:, None], other=0.0)
-            x_im = tl.load(earlier + came + C, mask=(b < B)[:, None], other=0.0)
-            t_re = product(y_re, x_re, t_re, PRECISION)
-            t_im = product(y_im, x_re, t_im, PRECISION)
-            t_re = product(y_im, x_im, t_re, PRECISION)
-            t_im = product(negative(y_re), x_im, t_im, PRECISION)
-        # Row r is turned by r, so that a lag, or the one C below it, stands in one column.
-        turn = (row[:, None] - own[None, :]) & (C - 1)
-        t_re, t_im = tl.gather(t_re, turn, 1), tl.gather(t_im, turn, 1)
-        below = row[:, None] < own[None, :]
-        re += tl.sum(tl.where(below, t_re * w_re + t_im * w_im, t_re), 0)
-        im += tl.sum(tl.where(below, t_im * w_re - t_re * w_im, t_im), 0)
-    to = out + (channel * N + f) * 2 * C + own
-    tl.store(to, re)
-    tl.store(to + C, im)

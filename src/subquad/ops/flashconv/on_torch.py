@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops import chunks
+from subquad.ops.flashconv.both import both_ways
 
 # Up to so many outputs, the product with a Toeplitz matrix is faster than transforms.
 DIRECT = 32
@@ -24,20 +25,27 @@ def parallel(
     k_gl: Tensor,
     bias_d: Tensor | None = None,
     *,
+    behind_gl: Tensor | None = None,
     gate_in_btd: Tensor | None = None,
     gate_out_btd: Tensor | None = None,
     documents_bt: Tensor | None = None,
 ) -> Tensor:
     """`subquad.ops.flashconv.parallel`, in ``O(t log t)``; with documents in ``O(t log^2 t)``."""
-    dtype = chunks.compute_dtype(u_btd, k_gl)
-    with torch.autocast(u_btd.device.type, enabled=False):
-        u = u_btd.to(dtype) if gate_in_btd is None else u_btd.to(dtype) * gate_in_btd.to(dtype)
+    others = {"gate_in_btd": gate_in_btd, "gate_out_btd": gate_out_btd, "documents_bt": documents_bt}
+    return both_ways(_forwards, u_btd, k_gl, bias_d, behind_gl, **others)
+
+
+def _forwards(u: Tensor, k_gl: Tensor, bias_d: Tensor | None = None, **others: Tensor | None) -> Tensor:
+    gate_in, gate_out, documents_bt = (others[name] for name in ("gate_in_btd", "gate_out_btd", "documents_bt"))
+    dtype = chunks.compute_dtype(u, k_gl)
+    with torch.autocast(u.device.type, enabled=False):
+        gated = u.to(dtype) if gate_in is None else u.to(dtype) * gate_in.to(dtype)
         k = k_gl.to(dtype)
-        u_bgrt = u.mT.unflatten(1, (len(k), -1))
+        u_bgrt = gated.mT.unflatten(1, (len(k), -1))
         y_bgrt = _alone(u_bgrt, k) if documents_bt is None else _within(u_bgrt, k, documents_bt)
         y = y_bgrt.flatten(1, 2).mT
-        y = y if bias_d is None else torch.addcmul(y, bias_d.to(dtype), u)
-        return (y if gate_out_btd is None else y * gate_out_btd.to(dtype)).to(u_btd.dtype)
+        y = y if bias_d is None else torch.addcmul(y, bias_d.to(dtype), gated)
+        return (y if gate_out is None else y * gate_out.to(dtype)).to(u.dtype)
 
 
 def past(history_bsd: Tensor, seen_b: Tensor, k_gl: Tensor, length: int) -> Tensor:
