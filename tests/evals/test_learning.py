@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
     # What is finished is read.
     assert learn(of, task, two, resume=True) == again
+
+
+def test_a_run_begins_with_what_another_learned(tmp_path):
+    """At its first step it is where the other ended, with a rate and a course of its own."""
+    task, first = settings(steps=20)
+    learn(first, task, RunFolder(tmp_path / "first"))
+    where = str(tmp_path / "first")
+    weights = RunFolder(tmp_path / "first").load()["weights"]
+
+    # A step at no rate to speak of.
+    second = replace(first, start=where, lr=1e-30, steps=1)
+    learn(second, task, RunFolder(tmp_path / "second"))
+    after = RunFolder(tmp_path / "second").load()["weights"]
+    torch.testing.assert_close(after, weights, rtol=1e-6, atol=1e-12)
+    with pytest.raises(ConfigError, match="expected the weights of a model like this one, got others for"):
+        learn(replace(second, d_model=first.d_model * 2), task, RunFolder(tmp_path / "wider"))
 
 
 def test_batches_made_ahead_are_the_same():
@@ -217,6 +234,10 @@ def test_a_filter_is_as_long_as_a_row_and_no_option_looks_ahead(monkeypatch):
         (["recall", "--mixer", "gla,gla,attention"], "--layers: expected at least 3"),
         (["recall", "--mixer", "gla", "--mixer", "gla"], "--mixer: expected each one once"),
         (["recall", "--mixer", "gla", "--set", "key_dm=4"], "--set key_dm=4: unknown option 'key_dm'; did you mean"),
+        (
+            ["recall", "--mixer", "gla", "--start", "nowhere"],
+            "--start: expected a run in nowhere/gla, got no checkpoint",
+        ),
         (["recall", "--mixer", "gla", "--size", "h33"], "--size: unknown 'h33'; did you mean 'h3'?"),
         (["recall", "--mixer", "gla", "--size", "lenth=4"], "--size lenth=4: unknown option 'lenth'; did you mean"),
         (["recall", "--mixer", "gla", "--size", "length=5"], "recall: expected an even length from 2, got 5"),

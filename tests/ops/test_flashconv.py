@@ -163,6 +163,8 @@ def test_bad_input_is_refused() -> None:
         flashconv.parallel(**values | {"k_gl": torch.ones(3, 5)})
     with pytest.raises(ConfigError, match="behind_gl: expected a number of filters that divides 4 channels, got 3"):
         flashconv.parallel(**values, behind_gl=torch.ones(3, 5))
+    with pytest.raises(ConfigError, match="behind_gl: expected 2 filters as in k_gl, got 1"):
+        flashconv.parallel(**values, behind_gl=torch.ones(1, 5))
     with pytest.raises(ConfigError, match=r"gate_in_btd: expected shape \(2, 5, 4\)"):
         flashconv.parallel(**values | {"gate_in_btd": values["gate_in_btd"][:, :4]})
     with pytest.raises(ConfigError, match=r"bias_d: expected shape \(4,\)"):

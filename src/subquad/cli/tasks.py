@@ -59,6 +59,9 @@ def run(
     as_json: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file as well, and the chart beside it.")
     ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="An --out folder whose runs' weights these begin with: of an easier size, say.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the runs in --out stopped.")] = False,
     device: Device = "",
 ) -> None:
@@ -91,7 +94,7 @@ def run(
     from subquad.core.config import config_to_dict
     from subquad.evals.learning import load_task
     from subquad.evals.learning.model import check_norm, checked, layers_of
-    from subquad.evals.learning.training import Settings, check_folder, learn
+    from subquad.evals.learning.training import Settings, check_folder, check_start, learn
     from subquad.train.checkpoint import RunFolder
     from subquad.train.display import Line
     from subquad.train.loop import Habits
@@ -124,9 +127,12 @@ def run(
             minutes=minutes,
             held_out=held_out,
             seed=seed,
+            start=None if start is None else str(start / run),
         )
         for run, slugs in hybrids.items()
     }
+    for settings in [] if resume else runs.values():
+        check_start(settings.start)
     folders = {run: RunFolder(out / run) for run in runs}
     for run, settings in runs.items():
         check_folder(settings, folders[run], resume=resume)

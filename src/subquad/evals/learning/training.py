@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Settings:
             runs are the same.
         held_out: rows that are tested in the end, or all where there are fewer.
         seed: of the model and of all batches.
+        start: folder of a run whose weights this one begins with, of an easier size of the task, say; None draws them.
     """
 
     task: str
@@ -57,6 +59,7 @@ class Settings:
     minutes: float | None = None
     held_out: int = 1000
     seed: int = 0
+    start: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what trains or tests nothing."""
@@ -162,7 +165,8 @@ def learn(
         stopped: told what is learned so far where a signal stops the run.
 
     Raises:
-        ConfigError: as in `check_folder`.
+        ConfigError: as in `check_folder` and `begin`.
+        CheckpointError: as in `begin`.
         DivergenceError, StoppedError: as in `Loop.run`.
     """
     facts = check_folder(settings, folder, resume=resume)
@@ -179,6 +183,8 @@ def learn(
     tokens = None if settings.steps is None else settings.steps * stage.tokens_per_step
     budget = Budget(tokens, settings.minutes)
     loop = Loop(stage, budget, settings.rate(), folder, habits=habits, display=display, say=say)
+    if settings.start is not None and not folder.checkpoint.exists():
+        begin(stage, settings.start)
     folder.note(settings=config_to_dict(settings))
     if folder.checkpoint.exists():
         checkpoint = folder.load()
@@ -195,6 +201,31 @@ def learn(
     learned = _test(settings, stage, loop)
     folder.note(learned=asdict(learned))
     return learned
+
+
+def check_start(start: str | None) -> None:
+    """Refuse a folder to start from that holds no run."""
+    if start is not None and not (Path(start) / "checkpoint.pt").exists():
+        raise ConfigError(f"--start: expected a run in {start}, got no checkpoint.pt there; name another run's --out")
+
+
+def begin(stage: TaskStage, start: str) -> None:
+    """Give the model the weights of the run in the folder `start`.
+
+    Raises:
+        ConfigError: no run is there, or its model is another one.
+        CheckpointError: its checkpoint can't be read.
+    """
+    check_start(start)
+    weights, own = RunFolder(Path(start)).load()["weights"], stage.weights()
+    shapes, given = ({name: x.shape for name, x in of.items()} for of in (own, weights))
+    differs = [name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name)]
+    if differs:
+        raise ConfigError(
+            f"--start {start}: expected the weights of a model like this one, got others for {len(differs)} of its "
+            f"{len(own)} tensors, {min(differs)} among them; give the mixers, layers, widths and norm of that run"
+        )
+    stage.load_weights(weights)
 
 
 def _test(settings: Settings, stage: TaskStage, loop: Loop) -> Learned:

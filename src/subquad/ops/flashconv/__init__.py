@@ -40,6 +40,8 @@ def parallel(
     _check("k_gl", u_btd.shape[2], k_gl)
     if behind_gl is not None:
         _check("behind_gl", u_btd.shape[2], behind_gl)
+        if len(behind_gl) != len(k_gl):
+            raise ConfigError(f"behind_gl: expected {len(k_gl)} filters as in k_gl, got {len(behind_gl)}; give as many")
     b, t, d = u_btd.shape
     for name, x, shape in (
         ("bias_d", bias_d, (d,)),
