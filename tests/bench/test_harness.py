@@ -87,7 +87,8 @@ def test_compare_takes_turns():
     assert "".join(calls) == "obboobbo"
 
 
-def test_inputs_rotate_beyond_the_cache():
+def test_inputs_rotate_beyond_the_cache(monkeypatch):
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 2**24)
     bench, seen = proved(reps=1), set()
     x = torch.ones(2**20)
     bench.compare("x", lambda t: seen.add(t.data_ptr()), lambda t: None, baseline_name="b", inputs=(x,))

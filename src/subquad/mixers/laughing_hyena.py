@@ -126,7 +126,7 @@ class LaughingUpdate(Update):
         old, ends_bdmp = self.state, self.ends_bdmp
         if self._stepped:
             ends_bdmp = old.modal_bndmp.unbind(1)
-        elif n_b is not None or not ends_bdmp:
+        elif n_b is not None or len(ends_bdmp) == 0:
             each = zip(self.u_btd, self.filters()[0], old.modal_bndmp.unbind(1), strict=True)
             ends_bdmp = tuple(modal.final_state(u, log_a, state, **where) for u, log_a, state in each)
         return LaughingState(torch.stack(ends_bdmp, dim=1).to(old.modal_bndmp.dtype), self._conv_bdw(n_b))
@@ -149,7 +149,7 @@ class LaughingUpdate(Update):
 
     @property
     def _stepped(self) -> bool:
-        return not self.ends_bdmp and self.layout.kept_b is not None
+        return self.layout.kept_b is not None and len(self.ends_bdmp) == 0
 
     def _conv_bdw(self, n_b: Tensor | None) -> Tensor:
         where = {"valid_bt": chunks.kept(self.layout, n_b), "documents_bt": self.layout.documents_bt}

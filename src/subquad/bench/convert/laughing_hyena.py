@@ -115,6 +115,7 @@ def trained(bench: Bench, settings: Settings, task: Characters, folder: RunFolde
         raise StoppedError("stopped, and saved; give the same command again to go on, with --work") from stop
     model = Learner(task, settings.layers, settings.d_model)
     model.load_state_dict(folder.load()["weights"])
+    assert isinstance(model.stack, Stack)
     return model.stack.to(bench.device).requires_grad_(False).eval(), learned.minutes
 
 
