@@ -30,7 +30,7 @@ def proved(**kwargs):
     "got", [torch.tensor([1.0, 2.1]), torch.tensor([1.0, float("nan")]), torch.tensor([[1.0, 2.0]])]
 )
 def test_red_gate_raises(got):
-    # Of the gate under test, not of this test: 5 %, a NaN and another shape are no rounding.
+    # Of the gate under test, not of this test: 5 %, a NaN and another shape are no rounding of one in a thousand.
     with pytest.raises(GateError, match="red"):
         Bench("a.b").gate("equal", got, torch.tensor([1.0, 2.0]), rtol=1e-3)
 

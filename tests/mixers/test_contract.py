@@ -15,55 +15,17 @@ import torch
 from torch import Tensor
 
 from subquad.core.attention import AttentionStats, AttentionWeights, RotarySpec
-from subquad.core.config import config_from_dict
 from subquad.core.errors import UnsupportedError
 from subquad.core.layout import Layout
 from subquad.core.mixer import Mixer
 from subquad.core.registry import load, methods
 from subquad.core.state import State
-from subquad.engine.chains import select
 
-ALL = [(slug, name) for slug, card in methods("mixers").items() for name in card.examples]
-CASES = [(slug, name) for slug, name in ALL if methods("mixers")[slug].causal]
-AHEAD = [case for case in ALL if case not in CASES]
-# Sums of a few hundred float64 products, reordered: 1e-10 relative to outputs of order one is far above rounding
-# (1e-14) and far below any real difference.
-EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
-CAPACITY = 160
+from .conftest import CAPACITY, EXACT, block
 
 
 def test_every_mixer_gives_examples() -> None:
     assert [slug for slug, card in methods("mixers").items() if not card.examples] == []
-
-
-def build(slug: str, name: str) -> Mixer:
-    torch.manual_seed(0)
-    cls: type[Mixer] = load("mixers", slug)
-    built = cls(config_from_dict(cls.Config, methods("mixers")[slug].examples[name])).double()
-    with torch.no_grad():
-        for p in built.parameters():  # away from special starts, so that every path matters
-            p.add_(0.1 * torch.randn_like(p))
-    return built.requires_grad_(False)
-
-
-@pytest.fixture(params=CASES, ids=map("-".join, CASES))
-def mixer(request: pytest.FixtureRequest) -> Mixer:
-    return build(*request.param)
-
-
-@pytest.fixture(params=ALL, ids=map("-".join, ALL))
-def any_mixer(request: pytest.FixtureRequest) -> Mixer:
-    return build(*request.param)
-
-
-@pytest.fixture(params=AHEAD, ids=map("-".join, AHEAD))
-def ahead(request: pytest.FixtureRequest) -> Mixer:
-    return build(*request.param)
-
-
-def block(mixer: Mixer, batch: int, time: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, time, mixer.config.d_model, dtype=torch.float64, generator=generator)
 
 
 def read_in_pieces(mixer: Mixer, x_btd: Tensor, cuts: Sequence[int], layout: Layout | None = None) -> Tensor:
@@ -109,95 +71,6 @@ def test_commit_at_every_n_continues_exactly(mixer: Mixer) -> None:
         for row, kept in enumerate(n_b.tolist()):
             true = torch.cat((prompt[row], draft[row, :kept], follow[row]))[None]
             torch.testing.assert_close(y_btd[row], mixer(true)[0, -5:], **EXACT)
-
-
-def test_commit_in_place_equals_pure(mixer: Mixer) -> None:
-    pool = mixer.init_state(5, CAPACITY)
-    rows = torch.tensor([4, 0, 2])
-    for step, (size, kept) in enumerate([(9, [9, 4, 0]), (4, [0, 4, 2]), (1, [1, 0, 1]), (20, [20, 3, 11])]):
-        x_btd, n_b = block(mixer, 3, size, seed=step), torch.tensor(kept)
-        state = pool.select(rows)
-        start_b = torch.full((3,), step)
-        _, update = mixer.read(x_btd, state, Layout.dense(3, size, start_b=start_b))
-        pure = update.commit(n_b)
-        mixer.commit_(pool, rows, update, n_b)
-        probe, at = block(mixer, 3, 7, seed=99), Layout.dense(3, 7, start_b=start_b + n_b)
-        in_place_btd, _ = mixer.read(probe, pool.select(rows), at)
-        torch.testing.assert_close(in_place_btd, mixer.read(probe, pure, at)[0], **EXACT)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("counts", [False, True])
-def test_a_pool_that_decodes_equals_states(mixer: Mixer, counts: bool) -> None:
-    """Blocks of rows that keep some or none of them, read behind the norm of their stream."""
-    norm = torch.nn.RMSNorm(mixer.config.d_model, eps=1e-5).double()
-    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-    everything, n_b = mixer.init_pool(4, CAPACITY, 5), torch.tensor([9, 4, 0])
-    _, update = mixer.read(block(mixer, 3, 9), mixer.init_state(3, CAPACITY), Layout.ragged(n_b, 9))
-    state, start_b = update.commit(n_b), n_b
-    update.commit_(everything, torch.arange(3), n_b)
-    pool = everything.first(3)
-    for step, (size, kept) in enumerate(
-        [(4, [4, 1, 0]), (1, [1, 0, 1]), (5, [0, 5, 2]), (1, [0, 1, 1]), (20, [20, 3, 0])]
-    ):
-        x_btd, at = block(mixer, 3, size, seed=step), Layout.dense(3, size, start_b=start_b)
-        want_btd, plain = mixer.read(norm(x_btd), state, at)
-        y_btd, update = mixer.read_stream(x_btd, norm, pool, at) or mixer.read(norm(x_btd), pool, at)
-        torch.testing.assert_close(y_btd, want_btd, **EXACT)
-        n_b = torch.tensor(kept)
-        state, value, start_b = plain.commit(n_b), update.commit(n_b), start_b + n_b
-        if counts:
-            update.store_(pool, None, n_b).count_(n_b)
-        else:
-            update.commit_(pool, None, n_b)
-        probe, at = block(mixer, 3, 7, seed=99), Layout.dense(3, 7, start_b=start_b)
-        want_btd = mixer.read(probe, state, at)[0]
-        torch.testing.assert_close(mixer.read(probe, value, at)[0], want_btd, **EXACT)
-        torch.testing.assert_close(mixer.read(probe, pool.settled(), at)[0], want_btd, **EXACT)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("counts", [False, True])
-def test_a_token_known_to_be_kept_equals_one_that_was_not(mixer: Mixer, counts: bool) -> None:
-    """Whether a mixer commits on the way or not, by the rows of a pool that keep their token and those that don't."""
-    everything, n_b = mixer.init_pool(4, CAPACITY, 1), torch.tensor([9, 4, 0])
-    _, update = mixer.read(block(mixer, 3, 9), mixer.init_state(3, CAPACITY), Layout.ragged(n_b, 9))
-    state, start_b = update.commit(n_b), n_b
-    update.commit_(everything, torch.arange(3), n_b)
-    before, pool = everything.snapshot(), everything.first(3)
-    for step, kept in enumerate([[1, 1, 0], [1, 0, 1], [0, 1, 1]]):
-        x_btd, n_b = block(mixer, 3, 1, seed=step), torch.tensor(kept)
-        want_btd, plain = mixer.read(x_btd, state, Layout.dense(3, 1, start_b=start_b))
-        y_btd, update = mixer.read(x_btd, pool, Layout.dense(3, 1, start_b=start_b, kept_b=n_b))
-        torch.testing.assert_close(y_btd, want_btd, **EXACT)
-        state, start_b = plain.commit(n_b), start_b + n_b
-        value = update.commit(n_b)
-        if counts:
-            update.store_(pool, None, n_b).count_(n_b)
-        else:
-            update.commit_(pool, None, n_b)
-        probe, at = block(mixer, 3, 7, seed=99), Layout.dense(3, 7, start_b=start_b)
-        want_btd = mixer.read(probe, state, at)[0]
-        torch.testing.assert_close(mixer.read(probe, value, at)[0], want_btd, **EXACT)
-        torch.testing.assert_close(mixer.read(probe, pool.settled(), at)[0], want_btd, **EXACT)
-    last = torch.tensor([3])
-    for (name, now), (_, then) in zip(everything.select(last).tensors(), before.select(last).tensors(), strict=True):
-        assert torch.equal(now, then), name
-
-
-@torch.no_grad()
-def test_what_was_read_of_a_fork_is_committed_into_the_pool(mixer: Mixer) -> None:
-    pool, start_b = mixer.init_pool(2, CAPACITY, 4), torch.tensor([9, 5])
-    prompt = block(mixer, 2, 9)
-    mixer.read(prompt, mixer.init_state(2, CAPACITY), Layout.ragged(start_b, 9))[1].commit_(pool, None, start_b)
-    x_btd, n_b, at = block(mixer, 4, 3, seed=2), torch.tensor([2, 3]), torch.tensor([1, 2])
-    _, update = mixer.read(x_btd, pool.fork(2), Layout.dense(4, 3, start_b=start_b.repeat_interleave(2)))
-    select(update, at).commit_(pool, torch.arange(2), n_b)
-    probe = block(mixer, 2, 5, seed=3)
-    y_btd, _ = mixer.read(probe, pool.settled(), Layout.dense(2, 5, start_b=start_b + n_b))
-    for row, (chain, kept) in enumerate(zip(at.tolist(), n_b.tolist(), strict=True)):
-        true = torch.cat((prompt[row, : int(start_b[row])], x_btd[chain, :kept], probe[row]))[None]
-        torch.testing.assert_close(y_btd[row], mixer(true)[0, -5:], **EXACT)
 
 
 def test_first_block_needs_no_buffers(mixer: Mixer) -> None:

@@ -131,8 +131,9 @@ def run(
         )
         for run, slugs in hybrids.items()
     }
-    for settings in [] if resume else runs.values():
-        check_start(settings.start)
+    if not resume:
+        for settings in runs.values():
+            check_start(settings.start)
     folders = {run: RunFolder(out / run) for run in runs}
     for run, settings in runs.items():
         check_folder(settings, folders[run], resume=resume)

@@ -53,10 +53,9 @@ class BatchNorm(nn.Module):
     def _over(self, x_btd: Tensor, valid_bt: Tensor) -> Tensor:
         """The same over some of the tokens; the others get zeros."""
         y_btd, mean_d, var_d = _OverSome.apply(x_btd, valid_bt, self.weight, self.bias, self.eps)
-        count = valid_bt.sum()
         with torch.no_grad():
             self.mean.lerp_(mean_d, MOMENTUM)
-            self.var.lerp_(var_d * count / (count - 1).clamp(min=1), MOMENTUM)
+            self.var.lerp_(var_d, MOMENTUM)
         return y_btd
 
 
@@ -67,22 +66,25 @@ class _OverSome(torch.autograd.Function):
     def forward(
         ctx: Any, x_btd: Tensor, valid_bt: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs, mean and variance."""
-        share_bt = valid_bt.to(x_btd.dtype) / valid_bt.sum()
+        """Outputs, mean, and the unbiased variance."""
+        count = valid_bt.sum()
+        share_bt = valid_bt.to(x_btd.dtype) / count
         mean_d = _weighted(share_bt, x_btd)
         apart_btd = torch.where(valid_bt[..., None], x_btd - mean_d, 0)
         var_d = _weighted(share_bt, apart_btd.square())
         scale_d = (var_d + eps).rsqrt()
-        ctx.save_for_backward(apart_btd, valid_bt, share_bt, weight, scale_d)
-        ctx.mark_non_differentiable(mean_d, var_d)
-        return torch.where(valid_bt[..., None], torch.addcmul(bias, apart_btd, scale_d * weight), 0), mean_d, var_d
+        unbiased_d = var_d * count / (count - 1).clamp(min=1)
+        ctx.save_for_backward(apart_btd, valid_bt, share_bt, count, weight, scale_d)
+        ctx.mark_non_differentiable(mean_d, unbiased_d)
+        y_btd = torch.where(valid_bt[..., None], torch.addcmul(bias, apart_btd, scale_d * weight), 0)
+        return y_btd, mean_d, unbiased_d
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         """With ``z`` the standardised inputs: ``scale weight (dy - mean dy - z mean(z dy))``."""
         dy_btd = gradients[0]
-        apart_btd, valid_bt, share_bt, weight, scale_d = ctx.saved_tensors
-        count, dmean_d = valid_bt.sum(), _weighted(share_bt, dy_btd)
+        apart_btd, valid_bt, share_bt, count, weight, scale_d = ctx.saved_tensors
+        dmean_d = _weighted(share_bt, dy_btd)
         dscale_d = _weighted(share_bt, apart_btd * dy_btd) * scale_d
         inner_btd = torch.addcmul(dy_btd - dmean_d, apart_btd, scale_d * dscale_d, value=-1)
         dx_btd = torch.where(valid_bt[..., None], inner_btd * (scale_d * weight), 0)

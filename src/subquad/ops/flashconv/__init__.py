@@ -27,7 +27,7 @@ def parallel(
     """The outputs of `equation`, all tokens at once; sums in at least float32.
 
     With filters `behind_gl`, each token's output takes in those behind it, too: ``sum_{j >= t} behind_{j-t} u'_j``
-    is added before the gate. By the Fourier way both directions cost hardly more than one.
+    is added before the gate. By the Fourier way both directions share all but the filters' own transforms.
 
     PyTorch's form computes in float32 throughout; Triton's rounds what it multiplies to the dtype of inputs and gates.
 

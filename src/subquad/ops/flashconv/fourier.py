@@ -60,12 +60,14 @@ class Tilings(NamedTuple):
 # are bound by memory up to 16 of them, and hardly slower up to 32.
 SHAPES = {4096: (16, 16), 8192: (32, 16), 32_768: (32, 32)}
 LARGEST = (64, 64)
+# Exact products would not fit into larger ones.
+EXACT = (32, 32)
 FEW = 16
 
 
 def plan(t: int, dtype: torch.dtype) -> Plan:
-    """The tiles of a row of `t` tokens; exact products hold no larger tile than the last but one."""
-    largest = SHAPES[32_768] if dtype == torch.float32 else LARGEST
+    """The tiles of a row of `t` tokens."""
+    largest = EXACT if dtype == torch.float32 else LARGEST
     p, q = next((shape for longest, shape in SHAPES.items() if t <= longest), largest)
     return Plan(triton.cdiv(t, p * q), p, q)
 
@@ -234,16 +236,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _forward_fake(
-    u: Tensor,
-    k: Tensor,
-    behind: Tensor | None,
-    bias: Tensor | None,
-    gate_in: Tensor | None,
-    gate_out: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (b, t, d), (n, p, q) = u.shape, plan(u.shape[1], u.dtype)
+def _forward_fake(u: Tensor, k: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (b, t, d), (n, p, q), (*_, gate_out, keep) = u.shape, plan(u.shape[1], u.dtype), others
     return (
         u.new_empty(u.shape),
         u.new_empty((d, n, b, 2, p * q) if keep else (0,)),
@@ -288,26 +282,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _backward_fake(
-    dy: Tensor,
-    u: Tensor,
-    k: Tensor,
-    behind: Tensor | None,
-    bias: Tensor | None,
-    gate_in: Tensor | None,
-    gate_out: Tensor | None,
-    spectrum: Tensor,
-    filters: Tensor,
-    alone: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        u.new_empty(u.shape),
-        torch.empty_like(k),
-        u.new_empty(0) if behind is None else torch.empty_like(behind),
-        u.new_empty(0) if bias is None else torch.empty_like(bias),
-        u.new_empty(0 if gate_in is None else u.shape),
-        u.new_empty(0 if gate_out is None else u.shape),
-    )
+def _backward_fake(dy: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    # Of the two filters, the bias and the gates, and of the inputs in front of them; behind them stands what was kept.
+    return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:6])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -14,7 +14,7 @@ from subquad.ops.flashconv.both import both_ways
 # products win.
 MET = 384
 
-# As far as it was measured: 3.5 times as fast as two levels of transforms in PyTorch, but slower the more tiles.
+# As far as it was tried. The more tiles, the slower: beyond are PyTorch's transforms.
 LONGEST = 262_144
 
 
@@ -45,16 +45,15 @@ def parallel(
     gate_in = None if gate_in_btd is None else next(operands)
     gate_out = None if gate_out_btd is None else next(operands)
     t = u.shape[1]
-    k_gl = k_gl[:, :t]
+    k_gl, behind_gl = k_gl[:, :t], None if behind_gl is None else behind_gl[:, :t]
     bias_d = None if bias_d is None else bias_d.contiguous()
     directions = 1 if behind_gl is None else 2
     if documents_bt is None and directions * met(t, k_gl.shape[1]) > MET:
-        behind_gl = None if behind_gl is None else behind_gl[:, :t]
         return fourier.convolve(u, k_gl, behind_gl, bias_d, gate_in, gate_out).to(u_btd.dtype)
 
     def forwards(u: Tensor, k_gl: Tensor, bias_d: Tensor | None = None, **others: Tensor | None) -> Tensor:
         documents = launch.documents(others["documents_bt"], None)
-        return toeplitz.convolve(u, k_gl[:, :t], bias_d, others["gate_in_btd"], others["gate_out_btd"], documents)
+        return toeplitz.convolve(u, k_gl, bias_d, others["gate_in_btd"], others["gate_out_btd"], documents)
 
     others = {"gate_in_btd": gate_in, "gate_out_btd": gate_out, "documents_bt": documents_bt}
     return both_ways(forwards, u, k_gl, bias_d, behind_gl, **others).to(u_btd.dtype)
