@@ -101,7 +101,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout of the package with a fresh mixer and a fresh method in it."""
     root = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "tests/conftest.py", "tests/mixers/test_contract.py"):
+    contract = (f"tests/mixers/{name}.py" for name in ("conftest", "test_contract", "test_contract_pools"))
+    for name in ("pyproject.toml", "tests/conftest.py", *contract):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     assert cli.main(["new", "mixers", "my_probe", "--arxiv", "2401.00001", "--root", str(root)]) == 0
