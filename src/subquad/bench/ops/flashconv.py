@@ -47,4 +47,9 @@ def run(bench: Bench) -> None:
         exact = plain(*(x.double() for x in few)) if t <= 4096 else ours(*(x.double() for x in few))
         bench.gate(f"equals the transforms at {t} tokens", ours(*few), exact, naive=plain(*few))
         shape = {"b": rows, "t": t, "d": d}
-        bench.compare(f"fwdbwd.t{t}", step, baseline, baseline_name="torch.fft", inputs=inputs, shape=shape)
+        # Forward, inputs and gates are read and outputs written; backward, these and a gradient read, three written.
+        moved = 11 * u.numel() * u.element_size()
+        times = bench.race({"ours": step, "torch.fft": baseline}, bench.copies(inputs))
+        bench.speed(f"fwdbwd.t{t}", times, baseline="torch.fft", moved=moved, shape=shape)
+        # As layers call them one by one; short rows then wait for Python.
+        bench.compare(f"calls.t{t}", step, baseline, baseline_name="torch.fft", inputs=inputs, shape=shape)

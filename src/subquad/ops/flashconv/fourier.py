@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -81,7 +80,7 @@ def tilings(dtype: torch.dtype, cut: Plan) -> Tilings:
     # Of the largest tiles, what a pipeline holds beside takes the place of another program.
     warps, stages = {256: (1, 3), 512: (1, 3), 1024: (2, 3), 4096: (4, 1)}[cut.p * cut.q]
     if cut.n <= FEW:
-        transform = Transform(channels=32, places=32, rows=64, depth=256, warps=8, stages=1)
+        transform = Transform(channels=64, places=16, rows=64, depth=256, warps=4, stages=1)
         restore = Transform(channels=16, places=32, rows=64, depth=64, warps=8, stages=1)
     else:
         transform = Transform(channels=16, places=16, rows=64, depth=256, warps=4, stages=1)
@@ -106,11 +105,10 @@ def convolve(
 def spectra(k: Tensor, behind: Tensor | None, known: Tables) -> Tensor:
     """The filters' values ``[g, n, 2, p, q]``, in the dtype of operands; with those of filters backwards in time."""
     n, p, q = known.plan
-    made = launch.scratch(len(k), n, 2, p, q, like=k, dtype=known.right.dtype)
-    with torch.autocast(k.device.type, enabled=False):
-        k = F.pad(k.float(), (0, n * p * q - k.shape[1])) if k.shape[1] < n * p * q else k.float()
-        over = known.filter_fn @ k.view(len(k), n, p * q)
-    within.filters[(len(k) * n,)](over, *known[3:], made, n, P=p, Q=q, **_within(known))
+    spectrum, _ = transform(k.mT[None], None, known, known.filter_fn)
+    made = spectrum.view(len(k), n, 2, p, q)
+    # In place: a program writes where it alone has read.
+    within.filters[(len(k) * n,)](made, *known.within, known.rest, n, P=p, Q=q, **_within(known))
     if behind is not None:
         # Backwards in time is the adjoint. Rows are as long again of zeros, so that nothing comes round.
         other = spectra(behind, None, known)
@@ -120,24 +118,26 @@ def spectra(k: Tensor, behind: Tensor | None, known: Tables) -> Tensor:
 
 
 def transform(
-    x: Tensor, gate: Tensor | None, known: Tables, behind: Tensor | None = None
+    x: Tensor, gate: Tensor | None, known: Tables, table: Tensor, behind: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``F (x gate)``, ``[d, n, b, 2, c]``, and ``x behind`` where that is given."""
+    """``F (x gate)``, ``[d, n, b, 2, c]``, and ``x behind`` where that is given; `table` is ``F`` or a multiple."""
     (b, t, d), (n, p, q) = x.shape, known.plan
     c = p * q
-    made = launch.scratch(d, n, b, 2, c, like=x, dtype=x.dtype)
+    made = launch.scratch(d, n, b, 2, c, like=x, dtype=table.dtype)
     into = None if behind is None else launch.scratch(b, t, d, like=x, dtype=x.dtype)
-    tiles = tilings(x.dtype, known.plan).transform
+    tiles = tilings(table.dtype, known.plan).transform
     whole = max(LEAST, triton.next_power_of_2(n))
     depth = whole if whole <= tiles.depth else min(tiles.depth, 64)
-    places, rows = min(tiles.places, c), min(tiles.rows, max(LEAST, triton.next_power_of_2(2 * n)))
+    # Filters' places lie side by side, where inputs' channels do.
+    channels, places = (tiles.places, tiles.channels) if x.stride(1) == 1 else (tiles.channels, tiles.places)
+    places, rows = min(places, c), min(tiles.rows, max(LEAST, triton.next_power_of_2(2 * n)))
     # An absent tensor's place is taken by one that no branch reads.
     gate_ = x if gate is None else gate
-    over.transform[(triton.cdiv(d, tiles.channels) * (c // places) * b,)](
-        x, gate_, x if behind is None else behind, known.over_fn, x if into is None else into, made,
-        *x.stride()[:2], *gate_.stride()[:2], t, b, n, d,
-        GATE=gate is not None, BEHIND=behind is not None, WHOLE=n <= depth, C=c, BC=places, BD=tiles.channels,
-        BF=rows, BK=depth, **_options(x, tiles),
+    over.transform[(triton.cdiv(d, channels) * (c // places) * b,)](
+        x, gate_, x if behind is None else behind, table, x if into is None else into, made,
+        *x.stride(), *gate_.stride()[:2], t, b, n, d,
+        GATE=gate is not None, BEHIND=behind is not None, WHOLE=n <= depth, C=c, BC=places, BD=channels,
+        BF=rows, BK=depth, **_options(table, tiles),
     )  # fmt: skip
     return made, into
 
@@ -167,7 +167,7 @@ def multiply(spectrum: Tensor, filters: Tensor, known: Tables, bias: Tensor | No
     d, n, b, _, _ = spectrum.shape
     made = launch.scratch(*spectrum.shape, like=spectrum, dtype=spectrum.dtype)
     within.multiply[(d * n,)](
-        filters, filters if bias is None else bias, *known[3:], spectrum, made, known.undone, b, n,
+        filters, filters if bias is None else bias, *known.within, spectrum, made, known.undone, b, n,
         d // len(filters), BIAS=bias is not None, ADJOINT=adjoint, P=known.plan.p, Q=known.plan.q, **_within(known),
     )  # fmt: skip
     return made
@@ -182,7 +182,7 @@ def correlate(later: Tensor, earlier: Tensor, known: Tables, *, behind: bool) ->
     made = launch.scratch(d, n, 2, c, like=later, dtype=torch.float32)
     other = launch.scratch(d, n, 2, c, like=later, dtype=torch.float32) if behind else None
     within.correlate[(d * n,)](
-        later, earlier, *known[3:], made, made if other is None else other, b, n,
+        later, earlier, *known.within, made, made if other is None else other, b, n,
         BEHIND=behind, P=known.plan.p, Q=known.plan.q, **_within(known),
     )  # fmt: skip
     return made, other
@@ -195,7 +195,7 @@ def taps(spectra_dn2c: Tensor, known: Tables, like: Tensor) -> Tensor:
     if len(like) < d:
         spectra_gfc = spectra_gfc.unflatten(0, (len(like), -1)).sum(1)
     with torch.autocast(like.device.type, enabled=False):
-        return (known.filter_fn.mT @ spectra_gfc).flatten(1)[:, : like.shape[1]].to(like.dtype).contiguous()
+        return (known.taps_fn.mT @ spectra_gfc).flatten(1)[:, : like.shape[1]].to(like.dtype).contiguous()
 
 
 def _within(known: Tables) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def _forward(
     """
     t = u.shape[1]
     known = tables(plan(t, u.dtype), u)
-    spectrum, _ = transform(u, gate_in, known)
+    spectrum, _ = transform(u, gate_in, known, known.over_fn)
     filters = spectra(k, behind, known)
     made = multiply(spectrum, filters, known, bias, adjoint=False)
     y, alone = restore(made, known, gate_out, None, t=t, second=keep and gate_out is not None)
@@ -263,7 +263,7 @@ def _backward(
     """Gradients of u, both filters, bias and both gates; empty for what is not there."""
     t = u.shape[1]
     known = tables(plan(t, u.dtype), u)
-    dy_spectrum, dgate_out = transform(dy, gate_out, known, None if gate_out is None else alone)
+    dy_spectrum, dgate_out = transform(dy, gate_out, known, known.over_fn, None if gate_out is None else alone)
     made = multiply(dy_spectrum, filters, known, bias, adjoint=True)
     du, dgate_in = restore(made, known, gate_in, None if gate_in is None else u, t=t, second=gate_in is not None)
     own_dn2c, other_dn2c = correlate(dy_spectrum, spectrum, known, behind=behind is not None)

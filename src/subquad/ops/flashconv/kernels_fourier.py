@@ -33,11 +33,11 @@ def places(D, B, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def offsets(sb, st, b, tile, place, channel, T, D, C: tl.constexpr):
+def offsets(sb, st, sd, b, tile, place, channel, T, D, C: tl.constexpr):
     """Offsets of ``[tile, place, channel]`` of a row in ``[b, t, d]``, and which of them there are."""
     token = tile[:, None, None] * C + place[None, :, None]
     inside = (token < T) & (channel < D)[None, None, :]
-    return b.to(tl.int64) * sb + token.to(tl.int64) * st + channel[None, None, :], inside
+    return b.to(tl.int64) * sb + token.to(tl.int64) * st + channel.to(tl.int64)[None, None, :] * sd, inside
 
 
 @triton.jit
@@ -51,31 +51,31 @@ def columns(channel, place, N, B, b, D, C: tl.constexpr, BC: tl.constexpr, BD: t
 
 @triton.jit
 def gated(
-    x, gate, behind, into, sxb, sxt, sgb, sgt, b, tile, place, channel, T, D, first,
-    GATE: tl.constexpr, BEHIND: tl.constexpr, C: tl.constexpr,
+    x, gate, behind, into, sxb, sxt, sxd, sgb, sgt, b, tile, place, channel, T, D, first,
+    GATE: tl.constexpr, BEHIND: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """``x gate`` of some tiles, ``[tile, (channel, place)]``; writes ``x behind`` on the way where it is the first."""
-    at, inside = offsets(sxb, sxt, b, tile, place, channel, T, D, C)
+    at, inside = offsets(sxb, sxt, sxd, b, tile, place, channel, T, D, C)
     made = tl.load(x + at, mask=inside, other=0.0)
     if BEHIND:
-        own, _ = offsets(T.to(tl.int64) * D, D, b, tile, place, channel, T, D, C)
+        own, _ = offsets(T.to(tl.int64) * D, D, 1, b, tile, place, channel, T, D, C)
         other = made.to(tl.float32) * tl.load(behind + own, mask=inside & first, other=0.0).to(tl.float32)
         tl.store(into + own, other.to(into.dtype.element_ty), mask=inside & first)
     if GATE:
-        at, _ = offsets(sgb, sgt, b, tile, place, channel, T, D, C)
-        other = made.to(tl.float32) * tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-        made = other.to(made.dtype)
-    turned = tl.permute(made, (0, 2, 1))
+        at, _ = offsets(sgb, sgt, 1, b, tile, place, channel, T, D, C)
+        made = made.to(tl.float32) * tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    turned = tl.permute(made.to(DTYPE), (0, 2, 1))
     return tl.reshape(turned, (made.shape[0], made.shape[1] * made.shape[2]))
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def transform(
-    x, gate, behind, table, into, out, sxb, sxt, sgb, sgt, T, B, N, D,
+    x, gate, behind, table, into, out, sxb, sxt, sxd, sgb, sgt, T, B, N, D,
     GATE: tl.constexpr, BEHIND: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
     BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``F (x gate)`` over the tiles of ``[b, t, d]``, and ``x behind`` as it is; WHOLE where BK holds all tiles."""
+    dtype: tl.constexpr = out.dtype.element_ty
     channel, place, b, _ = places(D, B, C, BC, BD)
     at, mine = columns(channel, place, N, B, b, D, C, BC, BD)
     channel += tl.arange(0, BD)
@@ -83,7 +83,7 @@ def transform(
     tile = tl.arange(0, BK)
     if WHOLE:
         x_kc = gated(
-            x, gate, behind, into, sxb, sxt, sgb, sgt, b, tile, place, channel, T, D, True, GATE, BEHIND, C
+            x, gate, behind, into, sxb, sxt, sxd, sgb, sgt, b, tile, place, channel, T, D, True, GATE, BEHIND, C, dtype
         )  # fmt: skip
     for first in range(0, 2 * N, BF):
         row = first + tl.arange(0, BF)
@@ -96,12 +96,13 @@ def transform(
                 k = start + tile
                 f_rk = tl.load(table + row[:, None] * N + k[None, :], (row < 2 * N)[:, None] & (k < N)[None, :], 0.0)
                 x_kc = gated(
-                    x, gate, behind, into, sxb, sxt, sgb, sgt, b, k, place, channel, T, D, first == 0, GATE, BEHIND, C
+                    x, gate, behind, into, sxb, sxt, sxd, sgb, sgt, b, k, place, channel, T, D, first == 0, GATE,
+                    BEHIND, C, dtype,
                 )  # fmt: skip
                 total = product(f_rk, x_kc, total, PRECISION)
         to = row // 2 * (B * 2 * C) + row % 2 * C
         tl.store(
-            out + to[:, None] + at[None, :], total.to(out.dtype.element_ty), mask=(row < 2 * N)[:, None] & mine[None, :]
+            out + to[:, None] + at[None, :], total.to(dtype), mask=(row < 2 * N)[:, None] & mine[None, :]
         )
 
 
@@ -125,14 +126,14 @@ def restore(
         x_kc = tl.load(spectrum + came[:, None] + at[None, :], (k < 2 * N)[:, None] & mine[None, :], 0.0)
         total = product(f_rk, x_kc, total, PRECISION)
     made = tl.permute(tl.reshape(total, (BR, BD, BC)), (0, 2, 1))
-    to, inside = offsets(T.to(tl.int64) * D, D, b, tile, place, channel, T, D, C)
+    to, inside = offsets(T.to(tl.int64) * D, D, 1, b, tile, place, channel, T, D, C)
     first = made
     if ONE:
-        at, _ = offsets(s1b, s1t, b, tile, place, channel, T, D, C)
+        at, _ = offsets(s1b, s1t, 1, b, tile, place, channel, T, D, C)
         first = made * tl.load(one + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + to, first.to(y.dtype.element_ty), mask=inside)
     if SECOND:
         if TWO:
-            at, _ = offsets(s2b, s2t, b, tile, place, channel, T, D, C)
+            at, _ = offsets(s2b, s2t, 1, b, tile, place, channel, T, D, C)
             made *= tl.load(two + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(z + to, made.to(z.dtype.element_ty), mask=inside)

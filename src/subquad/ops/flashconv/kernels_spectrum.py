@@ -80,16 +80,16 @@ def back(
 
 
 @triton.jit
-def filters(k, left, middle, right, out, N, P: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr):
-    """The values of the filters at a frequency over tiles, from float32."""
+def filters(k, left, middle, right, size, N, P: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr):
+    """The values of the filters at a frequency over tiles, times `size`, in place."""
     C: tl.constexpr = P * Q
-    start = tl.program_id(0).to(tl.int64) * (2 * C)
     left_re, left_im, right_re, right_im, middle, cell = tables(left, middle, right, tl.program_id(0) % N, P, Q)
-    re, im = pair(k + start + cell, C)
-    dtype = out.dtype.element_ty
-    re, im = there(re.to(dtype), im.to(dtype), left_re, left_im, right_re, right_im, middle, P, Q, PRECISION)
-    tl.store(out + start + cell, re.to(dtype))
-    tl.store(out + start + cell + C, im.to(dtype))
+    k += tl.program_id(0).to(tl.int64) * (2 * C) + cell
+    re, im = pair(k, C)
+    re, im = there(re, im, left_re, left_im, right_re, right_im, middle, P, Q, PRECISION)
+    dtype = k.dtype.element_ty
+    tl.store(k, (re * size).to(dtype))
+    tl.store(k + C, (im * size).to(dtype))
 
 
 @triton.jit(do_not_specialize=["B"])

@@ -46,7 +46,10 @@ class Tables(NamedTuple):
     Attributes:
         plan: how rows are cut.
         over_fn: ``F`` over tiles, in the dtype of operands.
-        filter_fn: the same for filters, float32, with what undoes the scales of all tables on the way there and back.
+        filter_fn: the same for filters, with what undoes the scales of all tables on the way there and back, but for a
+            factor near 1, so that its roundings are those of ``F``.
+        rest: that factor.
+        taps_fn: the same in float32, with the factor.
         left, middle, right: within a tile, ``[n, 2, p, p]``, ``[n, 2, p, q]`` and ``[2, q, q]``, complex in real and
             imaginary parts, in the dtype of operands.
     """
@@ -54,9 +57,16 @@ class Tables(NamedTuple):
     plan: Plan
     over_fn: Tensor
     filter_fn: Tensor
+    rest: float
+    taps_fn: Tensor
     left: Tensor
     middle: Tensor
     right: Tensor
+
+    @property
+    def within(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of a tile, as kernels take them."""
+        return self.left, self.middle, self.right
 
     @property
     def undone(self) -> float:
@@ -84,9 +94,10 @@ def tables(cut: Plan, like: Tensor) -> Tables:
         return (torch.stack((angle.cos(), angle.sin()), dim=-3) * size).to(like.dtype)
 
     # On their own way there, filters are scaled like all else.
-    filter_fn = exact_fn * math.prod(undone(size) / scale(size) for size in cut)
+    factor = math.prod(undone(size) / scale(size) for size in cut)
+    power = 2.0 ** round(math.log2(factor))
     made = Tables(
-        cut, exact_fn.to(like.dtype), filter_fn,
+        cut, exact_fn.to(like.dtype), (exact_fn * power).to(like.dtype), factor / power, exact_fn * factor,
         values(left_fkp, scale(p)), values(middle_fkq, 1), values(right_ql, scale(q)),
     )  # fmt: skip
     # What a captured graph computes lies in its own memory, and what is no plain tensor is nothing to keep.

@@ -21,7 +21,7 @@ LEVELS = TILE.bit_length() - 1
 
 
 class Tiling(NamedTuple):
-    """How a kernel is cut; awaits its sweep on a GPU.
+    """How a kernel is cut; swept on an H100 in bfloat16, rows of 1,024 tokens.
 
     Attributes:
         width: columns, or channels where tokens are packed, of a block.
@@ -34,7 +34,7 @@ class Tiling(NamedTuple):
     stages: int
 
 
-PACK, PRODUCT, CORRELATION = Tiling(64, 4, 1), Tiling(128, 4, 2), Tiling(64, 4, 2)
+PACK, PRODUCT, CORRELATION = Tiling(128, 4, 1), Tiling(256, 4, 3), Tiling(32, 4, 1)
 
 
 def convolve(
