@@ -46,6 +46,14 @@ def test_a_layer_learns_to_recall_and_none_stays_at_chance(tmp_path):
     assert blind.loss > 0.6
 
 
+def test_the_rate_rises_for_the_share_that_is_asked_for(tmp_path):
+    task, of = settings(layers=0, steps=20, warmup=0.5)
+    learn(of, task, RunFolder(tmp_path))
+    rates = [line["lr"] for line in RunFolder(tmp_path).lines()]
+    assert rates[:10] == pytest.approx([1e-2 * i / 10 for i in range(1, 11)])
+    assert rates[9:] == sorted(rates[9:], reverse=True) and rates[-1] < 1e-3
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     task, of = settings(steps=24)
     whole = learn(of, task, RunFolder(tmp_path / "whole"))
@@ -230,6 +238,7 @@ def test_a_filter_is_as_long_as_a_row_and_no_option_looks_ahead(monkeypatch):
         (["recall", "--mixer", "gla", "--steps", "0"], "--steps: expected more than 0, got 0"),
         (["recall", "--mixer", "gla", "--minutes", "0"], "--minutes: expected more than 0, got 0"),
         (["recall", "--mixer", "gla", "--lr", "0"], "expected lr > 0"),
+        (["recall", "--mixer", "gla", "--warmup", "2"], "expected lr > 0 and warmup in 0..1, got 0.001 and 2.0"),
         (["recall", "--mixer", "parallel"], "mixer parallel: expected parts, which no default fits"),
         (["recall", "--mixer", "gla,gla,attention"], "--layers: expected at least 3"),
         (["recall", "--mixer", "gla", "--mixer", "gla"], "--mixer: expected each one once"),

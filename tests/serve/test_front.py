@@ -254,7 +254,7 @@ def test_a_front_answers_as_a_server_does(sites: list[Site], method: str, path: 
 
 
 def comparable(answer: httpx.Response) -> Any:
-    """All but what differs between any two answers: ids, times, what was cached, and where time cut a stream in pieces."""
+    """All but what differs between two answers: ids, times, what was cached, and where time cut a stream."""
     kept: list[Any] = []
     texts: list[str] = []
     events = answer.headers["content-type"].startswith("text/event-stream")

@@ -52,6 +52,7 @@ def run(
         int | None, typer.Option(help="Rows to train on again and again; without it every step draws new ones.")
     ] = None,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    warmup: Annotated[float, typer.Option(help="Share of the run in which the rate rises to it.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices.")] = 0.0,
     held_out: Annotated[int, typer.Option(min=1, help="Rows to test on, or all where there are fewer.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of models and batches.")] = 0,
@@ -122,6 +123,7 @@ def run(
             batch=batch,
             rows=rows,
             lr=lr,
+            warmup=warmup,
             weight_decay=weight_decay,
             steps=steps,
             minutes=minutes,
@@ -194,7 +196,13 @@ def rows_of(prefix: str, settings: Settings, learned: Learned, dtype: torch.dtyp
     low, high = learned.accuracy.low, learned.accuracy.high
     shape = {**settings.sizes, "d_model": settings.d_model, "d_mlp": settings.d_mlp, "norm": settings.norm}
     shape |= {"layers": list(settings.layers), "batch": settings.batch, "train_rows": settings.rows}
-    shape |= {"lr": settings.lr, "steps": learned.steps, "rows": learned.rows, "seed": settings.seed}
+    shape |= {
+        "lr": settings.lr,
+        "warmup": settings.warmup,
+        "steps": learned.steps,
+        "rows": learned.rows,
+        "seed": settings.seed,
+    }
     rows = [
         make_row(
             prefix,

@@ -36,6 +36,7 @@ class Settings:
         norm: one of `subquad.evals.learning.model.NORMS`.
         batch: rows of a step.
         lr: peak learning rate.
+        warmup: share of the run in which the rate rises to it.
         weight_decay: of matrices.
         rows: that there are to train on; None draws new ones for every step.
         steps, minutes: when it ends, by what comes first; with minutes alone the rate follows the clock, and no two
@@ -53,6 +54,7 @@ class Settings:
     norm: str = "rms"
     batch: int = 64
     lr: float = 1e-3
+    warmup: float = 0.05
     weight_decay: float = 0.0
     rows: int | None = None
     steps: int | None = None
@@ -79,7 +81,7 @@ class Settings:
 
     def rate(self) -> Rate:
         """The learning rate's course, down to 0, which refuses what is none; moments as all the papers' runs have."""
-        return Rate(self.lr, weight_decay=self.weight_decay, floor=0.0, betas=(0.9, 0.999))
+        return Rate(self.lr, warmup=self.warmup, weight_decay=self.weight_decay, floor=0.0, betas=(0.9, 0.999))
 
 
 @dataclass(frozen=True)

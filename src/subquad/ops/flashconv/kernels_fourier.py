@@ -101,9 +101,7 @@ def transform(
                 )  # fmt: skip
                 total = product(f_rk, x_kc, total, PRECISION)
         to = row // 2 * (B * 2 * C) + row % 2 * C
-        tl.store(
-            out + to[:, None] + at[None, :], total.to(dtype), mask=(row < 2 * N)[:, None] & mine[None, :]
-        )
+        tl.store(out + to[:, None] + at[None, :], total.to(dtype), mask=(row < 2 * N)[:, None] & mine[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "B"])
