@@ -120,8 +120,9 @@ def test_many_columns(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype: torch.dtype, way: str) -> None:
-    # By the Fourier way so are spectra over tiles and within them, on the way there and back, products and tables.
-    compare(arguments(130, dtype=dtype), roundings=3 if way == "toeplitz" else 9)
+    # By the Fourier way so are spectra over tiles and within them, on the way there and back, products and tables, and
+    # of filters what is transformed and what has been, over tiles.
+    compare(arguments(130, dtype=dtype), roundings=3 if way == "toeplitz" else 11)
 
 
 @pytest.mark.parametrize("way", ["fourier"], indirect=True)
@@ -221,7 +222,7 @@ def test_operators_keep_their_contract() -> None:
 
 def test_operators_of_the_fourier_way_keep_their_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     launch.poison = False
-    monkeypatch.setattr(fourier, "plan", lambda t, dtype: fourier.Plan(2, 4, 4))
+    monkeypatch.setattr(fourier, "plan", lambda t, dtype: fourier.Plan(2, 16, 16))
     u, k, bias, *gates = (x.requires_grad_() for x in arguments(20, b=1, d=1, g=1).values())
     torch.library.opcheck(fourier._forward, (u, k, k.flip(1), bias, *gates, True))
     torch.library.opcheck(fourier._forward, (u.detach(), k.detach(), None, None, None, None, False))
