@@ -27,7 +27,7 @@ CARD = Card(
     gives="mixing by long convolutions at n log n: filters as long as the context and gates made of the tokens",
     status="incubating",
     claim="a Transformer's perplexity at a fifth less training compute; twice attention's speed at 8K, 100 x at 64K",
-    measured="one H100: the layer is ahead of attention from 8K on, 9.9 x at 64K; quality needs pretraining",
+    measured="one H100: the layer is ahead of attention from 8K on, 10.5 x at 64K; quality needs pretraining",
     result="hyena.h100.json",
     examples={
         "third": {
