@@ -30,7 +30,7 @@ from subquad.engine.processors import (
     penalise_counts,
     penalise_repetition,
 )
-from subquad.ops.draw import draw
+from subquad.ops.draw import draw, odds
 
 
 @dataclass(frozen=True)
@@ -262,9 +262,9 @@ class Sampler:
         return (*flags, self.largest_k, self.largest_n, *words)
 
     @property
-    def plain(self) -> bool:
-        """Whether every row takes the likeliest token as the model has it, whatever came before."""
-        return not self.draws and not any(self._asked.values())
+    def shapes(self) -> bool:
+        """Whether some row asks for more than a temperature, so that all tokens must be there."""
+        return any(asked for name, asked in self._asked.items() if name != "temperature")
 
     @property
     def counts_tokens(self) -> bool:
@@ -317,12 +317,7 @@ class Sampler:
             history: of the same rows.
         """
         x = self._process_block(logits, history) if logits.dim() == 3 else self.process(logits, history)
-        if not self.settles:
-            return x.softmax(-1)
-        certain = torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1)
-        certain = certain.masked_fill(~x.amax(-1, keepdim=True).isfinite(), torch.nan)
-        greedy_b = self.greedy_b[: len(x)]
-        return torch.where(greedy_b.view(-1, *[1] * (x.dim() - 1)), certain, x.softmax(-1))
+        return odds(x, self.greedy_b[: len(x)] if self.settles else None)
 
     def sample(self, logits_bv: Tensor, history: History, stream: int = 0) -> Tensor:
         """The next tokens, int64 ``[b]``; -1 where a row's logits hold a NaN or have no finite maximum.
@@ -336,11 +331,22 @@ class Sampler:
 
     def sample_block(self, logits_btv: Tensor, history: History, stream: int = 0) -> Tensor:
         """The tokens ``[b, t]`` of the next t steps; see `sample`. For t above 1 no row `penalises`."""
-        rows = len(logits_btv)
-        if any(self._asked.values()):
-            logits_btv = self._process_block(logits_btv, history)
-        noise = self.greedy_b[:rows], self.seed_b[:rows], history.step_b
-        return draw(logits_btv, *noise, draws=self.draws, stream=stream)
+        logits_btv, temperature_b = self.shaped(logits_btv, history)
+        return draw(logits_btv, *self.noise(history), temperature_b=temperature_b, draws=self.draws, stream=stream)
+
+    def noise(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
+        """What decides the noise of the first rows' next tokens: which rows are greedy, their seeds and their steps."""
+        rows = len(history.step_b)
+        return self.greedy_b[:rows], self.seed_b[:rows], history.step_b
+
+    def shaped(self, logits_btv: Tensor, history: History) -> tuple[Tensor, Tensor | None]:
+        """The logits of t steps, and the temperatures that they are still to be divided by, None where that is 1.
+
+        Whoever draws can do so on the way, unless other processors come behind.
+        """
+        if self.shapes:
+            return self._process_block(logits_btv, history), None
+        return logits_btv, self._columns["temperature"][: len(logits_btv), 0] if self._asked["temperature"] else None
 
     def _process_block(self, logits_btv: Tensor, history: History) -> Tensor:
         """`process` of several steps that know the same of their tokens."""
