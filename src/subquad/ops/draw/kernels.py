@@ -89,6 +89,9 @@ def best_kernel(
     row, share = tl.program_id(0) // SHARES, tl.program_id(0) % SHARES
     b, t = row // T, row % T
     v = share * BV + tl.arange(0, BV)
+    token = v
+    if DRAWS and NAMED:
+        token = tl.load(ids_ptr + v, mask=v < V, other=0).to(tl.int32)
     begin(OVERLAP)
     ptrs = logits_ptr + b.to(tl.int64) * stride_b + t * stride_t + v
     x = divided(ptrs, v < V, temperature_ptr, b, TEMPERED)
@@ -98,9 +101,6 @@ def best_kernel(
         tl.store(sum_ptr + tl.program_id(0), mass(x, top))
     if DRAWS:  # noqa: SIM102  (known to the compiler, what follows is not)
         if tl.load(greedy_ptr + b) == 0:
-            token = v
-            if NAMED:
-                token = tl.load(ids_ptr + v, mask=v < V, other=0)
             x += gumbel_of(tl.load(seed_ptr + b), tl.load(step_ptr + b) + ahead + t, token, STREAM)
     best, at = tl.max(x, 0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(score_ptr + tl.program_id(0), tl.where(top == float("inf"), top, best))

@@ -46,6 +46,10 @@ def rest_kernel(
     """
     b, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     t, s = tl.arange(0, BT), tl.arange(0, BS)
+    v = part * BV + tl.arange(0, BV)
+    place_v = v
+    if PLACED:
+        place_v = tl.load(place_ptr + v, mask=v < V, other=0).to(tl.int32)
     begin(OVERLAP)
     shares = (b * T + t[:, None]) * SHARES + s[None, :]
     there = (t[:, None] < T) & (s[None, :] < SHARES)
@@ -75,16 +79,12 @@ def rest_kernel(
     here = t == tl.minimum(n, T - 1)
     top_n, total_n = tl.sum(tl.where(here, top, 0.0), 0), tl.sum(tl.where(here, total, 0.0), 0)
     likeliest_n, sound_n = tl.sum(tl.where(here, likeliest, 0), 0), tl.max((here & sound).to(tl.int32), 0) > 0
-    v = part * BV + tl.arange(0, BV)
     x = divided(row_ptr + tl.minimum(n, T - 1) * stride_t + v, v < V, temperature_ptr, b, TEMPERED)
     p = tl.where(greedy, tl.where(v == likeliest_n, 1.0, 0.0), tl.exp(x - top_n) / total_n)
     p = tl.where(sound_n, p, 0.0)
-    place = v
-    if PLACED:
-        place = tl.load(place_ptr + v, mask=v < V, other=0).to(tl.int32)
-    taken = (v < V) & (place < tl.where(n < length, M, 0))
+    taken = (v < V) & (place_v < tl.where(n < length, M, 0))
     column_ptr = q_ptr + b * stride_q + tl.minimum(n, K - 1) * stride_column
-    rest = p - tl.load(column_ptr + place, mask=taken, other=0.0).to(tl.float32)
+    rest = p - tl.load(column_ptr + place_v, mask=taken, other=0.0).to(tl.float32)
     lost = tl.max((rest != rest).to(tl.int32), 0) > 0
     rest, p = tl.log(tl.where(rest > 0, rest, 0.0)), tl.log(p)
     if tl.load(greedy_ptr + b) == 0:
