@@ -32,9 +32,10 @@ class Draft:
     Attributes:
         tokens_bk: int64 ``[b, k]``.
         length_b: int64 ``[b]``, how many of them count; 0 where a row has none.
-        q_bkm: the distributions that they were drawn from, or None where nothing was drawn that the row's own noise
-            did not decide: then a guess is kept exactly where it is what the row would draw anyway, and all tokens are
-            those of plain decoding. Guesses behind the same guesses were drawn from it independently.
+        q_bkm: the distributions that they were drawn from, over the tokens that `place_v` has a place for. None where
+            nothing was drawn that the row's own noise did not decide: then a guess is kept exactly where it is what
+            the row would draw anyway, and all tokens are those of plain decoding. Guesses behind the same guesses were
+            drawn from it independently.
         branches: how many first guesses there are, how many second ones behind each of them, and so on; 1 from where
             it ends.
         place_v: int64, the place of each token in q, m where it has none; None where q is of all tokens.

@@ -107,21 +107,21 @@ def draw(
     """
     exchange, past, q_bkm = sampler.draws and not coupled, history, None
     tokens_bk = length_b.new_empty(len(length_b), k)
-    # Other processors than a temperature ask for all tokens.
-    ids_m, place_v = (None, None) if sampler.shapes else (guessable.ids_m, guessable.place_v)
+    # Other processors than a temperature see all tokens.
+    whole = sampler.shapes
     for i in range(k):
         few_bm = few(tokens_bk[:, :i])
-        logits_bm = guessable.among_all(few_bm) if sampler.shapes else few_bm
+        logits_bm = guessable.among_all(few_bm) if whole else few_bm
         logits_b1m, temperature_b = sampler.shaped(logits_bm[:, None], past)
         if exchange and q_bkm is None:
             q_bkm = logits_bm.new_empty(len(length_b), k, logits_bm.shape[1], dtype=precise(logits_bm.dtype))
         guess_(
-            tokens_bk, q_bkm, i, logits_b1m[:, 0], *sampler.noise(history), ids_m=ids_m, temperature_b=temperature_b,
-            draws=sampler.draws, stream=DRAFT_STREAM if exchange else 0,
+            tokens_bk, q_bkm, i, logits_b1m[:, 0], *sampler.noise(history), ids_m=None if whole else guessable.ids_m,
+            temperature_b=temperature_b, draws=sampler.draws, stream=DRAFT_STREAM if exchange else 0,
         )  # fmt: skip
         if sampler.penalises:
             past = past.after(tokens_bk[:, i])
-    return Draft(tokens_bk, length_b, q_bkm, place_v=place_v if exchange else None)
+    return Draft(tokens_bk, length_b, q_bkm, place_v=None if whole else guessable.place_v)
 
 
 class ModelDrafter(Drafter):

@@ -307,17 +307,16 @@ class Sampler:
             x = keep_eta(x, column["eta"])
         return x
 
-    def probabilities(self, logits: Tensor, history: History) -> Tensor:
+    def probabilities(self, logits_bv: Tensor, history: History) -> Tensor:
         """The distribution that `sample` draws from; a greedy row's has all its mass on one token.
 
         NaN where logits hold a NaN or have no finite maximum.
 
         Args:
-            logits: ``[b, v]``, or ``[b, t, v]`` of several steps, where no row may need a history of its tokens.
+            logits_bv: as the model gives them.
             history: of the same rows.
         """
-        x = self._process_block(logits, history) if logits.dim() == 3 else self.process(logits, history)
-        return odds(x, self.greedy_b[: len(x)] if self.settles else None)
+        return odds(self.process(logits_bv, history), self.greedy_b[: len(logits_bv)] if self.settles else None)
 
     def sample(self, logits_bv: Tensor, history: History, stream: int = 0) -> Tensor:
         """The next tokens, int64 ``[b]``; -1 where a row's logits hold a NaN or have no finite maximum.
@@ -340,16 +339,11 @@ class Sampler:
         return self.greedy_b[:rows], self.seed_b[:rows], history.step_b
 
     def shaped(self, logits_btv: Tensor, history: History) -> tuple[Tensor, Tensor | None]:
-        """The logits of t steps, and the temperatures that they are still to be divided by, None where that is 1.
+        """The logits of t steps, and the temperatures that they are still to be divided by; None where that is 1.
 
-        Whoever draws can do so on the way, unless other processors come behind.
+        Whoever draws divides on the way, unless other processors come behind. For t above 1 no row `penalises`.
         """
         if self.shapes:
-            return self._process_block(logits_btv, history), None
+            steps = [self.process(logits_bv, history) for logits_bv in logits_btv.unbind(1)]
+            return torch.stack(steps, dim=1), None
         return logits_btv, self._columns["temperature"][: len(logits_btv), 0] if self._asked["temperature"] else None
-
-    def _process_block(self, logits_btv: Tensor, history: History) -> Tensor:
-        """`process` of several steps that know the same of their tokens."""
-        if not any(self._asked.values()):
-            return logits_btv.to(precise(logits_btv.dtype))
-        return torch.stack([self.process(logits_bv, history) for logits_bv in logits_btv.unbind(1)], dim=1)
