@@ -74,7 +74,7 @@ def best_of(score_ptr, at_ptr, base, SHARES: tl.constexpr, BS: tl.constexpr):
     return best, tl.load(at_ptr + base + share)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead"])
 def best_kernel(
     logits_ptr, ids_ptr, temperature_ptr, greedy_ptr, seed_ptr, step_ptr, score_ptr, at_ptr, top_ptr, sum_ptr, V, ahead,
     stride_b, stride_t, T: tl.constexpr, SHARES: tl.constexpr, DRAWS: tl.constexpr, STREAM: tl.constexpr,
@@ -118,7 +118,7 @@ def token_kernel(
     tl.store(out_ptr + row, tl.where((best < float("inf")) & (best > -float("inf")), token.to(tl.int64), -1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column"])
 def guess_kernel(
     logits_ptr, ids_ptr, temperature_ptr, greedy_ptr, score_ptr, at_ptr, top_ptr, sum_ptr, tokens_ptr, q_ptr, M, column,
     stride_logits, stride_tokens, stride_q, stride_column, PARTS: tl.constexpr, SHARES: tl.constexpr, BS: tl.constexpr,
