@@ -124,6 +124,21 @@ def test_guesses_read_on_in_the_ring_as_in_states_of_their_own(models: Models, m
     assert found["triton"] == found["torch"]
 
 
+@pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
+def test_kernels_guess_and_judge_the_same_tokens(models: Models) -> None:
+    """Whole rounds, of a head that guesses some tokens, at a temperature: noise and coins are the same."""
+    model = models("attention").float()
+    model = model.cuda() if torch.cuda.is_available() else model
+    head, found = head_for(model, ids=FEW).float(), list[list[list[int]]]()
+    for backend in ("torch", "triton"):
+        with backends.use(backend):
+            sampling, limits = SamplingConfig(temperature=0.7, seed=3), Limits(6, end_tokens=[])
+            drafter, prompts = DraftHead(head), [[1, 2, 3, 4, 5], [7, 9]]
+            some = generate(model, prompts, limits=limits, sampling=sampling, drafter=drafter, draft_tokens=3)
+            found.append([one.tokens for one in some])
+    assert found[0] == found[1]
+
+
 def test_a_head_reads_prompts_in_pieces(models: Models) -> None:
     """Longer ones than its window too; a row that begins anew knows nothing of the one before."""
     model = models("attention")

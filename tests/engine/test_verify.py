@@ -335,3 +335,24 @@ def test_a_row_of_one_possible_token_gives_it_whatever_its_noise() -> None:
     assert n_b.tolist() == [1, 1]
     assert tokens_bt[:, 0].tolist() == [token, token]
     assert sampler.sample(logits_bv, history).tolist() == [token, token]
+
+
+def test_a_draft_of_few_tokens_is_one_of_all_with_no_chance_of_the_others() -> None:
+    """Its distributions over all tokens, cut, behind certain guesses, and the tokens that stand."""
+    rows, place_v = 500, torch.tensor([0, 3, 1, 2])
+    sampler, length_b = sampled(rows), torch.arange(rows) % (K + 1)
+    q_bkm = torch.rand(rows, K, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
+    q_bkm /= q_bkm.sum(-1, keepdim=True)
+    guess_bk = torch.tensor([0, 2, 3])[q_bkm.flatten(0, 1).multinomial(1).view(rows, K)]
+    few = Draft(guess_bk, length_b, q_bkm, place_v=place_v)
+    q_bkv = torch.stack((q_bkm[..., 0], torch.zeros(rows, K), q_bkm[..., 1], q_bkm[..., 2]), dim=-1)
+    whole = Draft(guess_bk, length_b, q_bkv)
+    logits_btv = TARGET[torch.cat((torch.full((rows, 1), START), guess_bk), 1)]
+    certain = Draft(torch.ones_like(guess_bk), (torch.arange(rows) % 2) * length_b)
+    for mine, theirs in ((few, whole), (few.cut(1), whole.cut(1)), (certain.over(few, V), certain.over(whole, V))):
+        assert mine.q_bkv is not None and theirs.q_bkv is not None
+        assert torch.equal(mine.q_bkv, theirs.q_bkv)
+        t = mine.tokens_bk.shape[1] + 1
+        (tokens_bt, n_b), want = (verify(sampler, fresh(rows), logits_btv[:, :t], one) for one in (mine, theirs))
+        assert torch.equal(tokens_bt, want[0]) and torch.equal(n_b, want[1])
+        assert len(n_b.unique()) == t

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import backends
-from subquad.ops.draw import draw, gumbel, uniform
+from subquad.ops.draw import draw, guess_, gumbel, odds, uniform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
@@ -73,3 +73,53 @@ def test_coins_are_the_same_to_the_bit(stream: int) -> None:
     with backends.use("triton"):
         assert torch.equal(uniform(seed_b, step_b, stream), want_b)
     assert ((want_b >= 0) & (want_b < 1)).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_temperature_is_a_division_before(backend: str, dtype: torch.dtype) -> None:
+    logits_btv, *noise = rows(4, 2, dtype)
+    temperature_b = torch.tensor([1.0, 0.3, 1.7, 2.0], device=DEVICE)
+    with backends.use(backend):
+        got_bt = draw(logits_btv, *noise, temperature_b=temperature_b, stream=3)
+        assert torch.equal(got_bt, draw(logits_btv.float() / temperature_b[:, None, None], *noise, stream=3))
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("some", [False, True])
+def test_guesses_are_draws_among_some_tokens(backend: str, dtype: torch.dtype, some: bool) -> None:
+    """As among all tokens with the others forbidden, in their column alone; odds are what they were drawn from."""
+    logits_btv, greedy_b, seed_b, step_b = rows(4, 1, dtype)
+    temperature_b = torch.tensor([1.0, 0.3, 1.7, 2.0], device=DEVICE)
+    ids_m = torch.arange(3, V, 7, device=DEVICE) if some else torch.arange(V, device=DEVICE)
+    few_bm = logits_btv[:, 0, ids_m]
+    all_bv = torch.full_like(logits_btv[:, 0], -torch.inf).index_copy_(1, ids_m, few_bm)
+    tokens_bk = torch.full((4, 3), -5, device=DEVICE)
+    q_bkm = torch.full((4, 3, len(ids_m)), -5.0, device=DEVICE)
+    more = {"ids_m": ids_m if some else None, "temperature_b": temperature_b}
+    with backends.use(backend):
+        guess_(tokens_bk, q_bkm, 2, few_bm, greedy_b, seed_b, step_b, **more, stream=3)
+        alone_bk = torch.zeros_like(tokens_bk)
+        guess_(alone_bk, None, 2, few_bm, greedy_b, seed_b, step_b, **more, stream=3)
+        want_b1 = draw(all_bv[:, None], greedy_b, seed_b, step_b + 2, temperature_b=temperature_b, stream=3)
+        guess_(alone_bk, None, 1, few_bm, greedy_b, seed_b, step_b, **more, draws=False)
+    assert torch.equal(tokens_bk[:, 2:], want_b1) and torch.equal(alone_bk[:, 2:], want_b1)
+    assert (tokens_bk[:, :2] == -5).all() and (q_bkm[:, :2] == -5).all()
+    assert torch.equal(alone_bk[:, 1], ids_m[few_bm.argmax(-1)])
+    # Ten operations in float32, of numbers whose exponents are known to the last digit times their size, 30 at most.
+    want_bm = odds(few_bm.float() / temperature_b[:, None], greedy_b)
+    torch.testing.assert_close(q_bkm[:, 2], want_bm, rtol=4e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_guesses_of_broken_rows_are_tokens_without_odds(backend: str) -> None:
+    logits_btv, *noise = rows(4, 1, torch.float32)
+    logits_btv[0, 0, 4000], logits_btv[1, 0, 1], logits_btv[2, 0] = torch.nan, torch.inf, -torch.inf
+    logits_btv[3, 0, 1:] = -torch.inf
+    tokens_b1, q_b1v = torch.full((4, 1), -5, device=DEVICE), torch.zeros(4, 1, V, device=DEVICE)
+    with backends.use(backend):
+        guess_(tokens_b1, q_b1v, 0, logits_btv[:, 0], *noise)
+    assert ((tokens_b1 >= 0) & (tokens_b1 < V)).all()
+    assert q_b1v[:3].isnan().all()
+    assert tokens_b1[3, 0] == 0 and q_b1v[3, 0, 0] == 1 and (q_b1v[3, 0, 1:] == 0).all()

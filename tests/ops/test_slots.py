@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from subquad.ops import backends
-from subquad.ops.slots import Slots, agree, emit_, lead
+from subquad.ops.slots import Slots, agree, emit_, keep_last_, lead
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
@@ -80,3 +80,15 @@ def test_kernels_keep_the_books_as_pytorch_does() -> None:
         # What is not kept goes to the last column, or nowhere.
         assert torch.equal(mine[..., :30], theirs[..., :30])
     assert 0 < int(books[0].alive_b.sum()) < 9
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_vector_that_counts_is_kept(backend: str, dtype: torch.dtype) -> None:
+    """A part of wider buffers, with more numbers than a program copies."""
+    last_bd = torch.zeros(5, 1500, device=DEVICE, dtype=dtype)[:4, :1300]
+    x_btd = torch.randn(4, 3, 1400, device=DEVICE).to(dtype)[..., 50:1350]
+    want_bd = torch.stack((last_bd[0], x_btd[1, 0], x_btd[2, 2], x_btd[3, 1]))
+    with backends.use(backend):
+        keep_last_(last_bd, x_btd, ints(0, 1, 3, 2))
+    assert torch.equal(last_bd, want_bd)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import torch
@@ -64,13 +64,13 @@ class DraftHead(HeadDrafter):
         steps = Layout.steps(pool.block.seen_b, k - 1) if k > 1 else []
         stream_b1d, state = pool.stream_bd[:, None], pool.block
 
-        def few(guesses: Sequence[Tensor]) -> Tensor:
+        def few(guesses_bi: Tensor) -> Tensor:
             nonlocal stream_b1d, state
-            if guesses:
-                pair = stream_b1d, guesses[-1][:, None]
-                stream_b1d, update = self._head.read(self._target, *pair, state, steps[len(guesses) - 1])
-                if len(guesses) < len(steps):
-                    state = self._head.behind(update, len(guesses), steps[len(guesses)])
+            if ahead := guesses_bi.shape[1]:
+                pair = stream_b1d, guesses_bi[:, -1:]
+                stream_b1d, update = self._head.read(self._target, *pair, state, steps[ahead - 1])
+                if ahead < len(steps):
+                    state = self._head.behind(update, ahead, steps[ahead])
             return self._guessable.few(stream_b1d[:, 0])
 
         return draw(self._asked(pool, k), k, few, self._guessable, sampler, history, coupled=self.coupled)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Self, cast
 
 import torch
@@ -80,11 +81,11 @@ class Gad(HeadDrafter):
         stream_bkd = head.ahead(self._target, pool.stream_bd, n, pool.block)
         few_bkm = self._guessable.few(stream_bkd.flatten(0, 1)).unflatten(0, (rows, n))
 
-        def few(guesses: Sequence[Tensor]) -> Tensor:
-            return few_bkm[:, len(guesses)]
+        def few(guesses_bi: Tensor) -> Tensor:
+            return few_bkm[:, guesses_bi.shape[1]]
 
         draft = draw(self._asked(pool, n), n, few, self._guessable, sampler, history, coupled=self.coupled)
         # Columns of which none counts.
         tokens_bk = F.pad(draft.tokens_bk, (0, k - n))
-        q_bkv = None if draft.q_bkv is None else F.pad(draft.q_bkv, (0, 0, 0, k - n))
-        return Draft(tokens_bk, draft.length_b, q_bkv)
+        q_bkm = None if draft.q_bkm is None else F.pad(draft.q_bkm, (0, 0, 0, k - n))
+        return replace(draft, tokens_bk=tokens_bk, q_bkm=q_bkm)

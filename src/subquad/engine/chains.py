@@ -15,8 +15,8 @@ from subquad.core.state import State
 from subquad.engine.draft import Draft
 from subquad.engine.history import History
 from subquad.engine.sampler import Sampler
-from subquad.engine.verify import COIN_STREAM, DRAFT_STREAM, draw_rest
-from subquad.ops.draw import uniform
+from subquad.engine.verify import COIN_STREAM, DRAFT_STREAM
+from subquad.ops.draw import draw_rest, uniform
 
 # Halvings of [1, K] in the search for rho: more would let less than one guess in a thousand more stand.
 HALVINGS = 12
@@ -64,15 +64,16 @@ def verify_chains(
     alive_bc = tokens_bck.new_ones(rows, draft.chains, dtype=torch.bool)
     n_b, at_b = torch.ones_like(draft.length_b), first_b
     tokens: list[Tensor] = []
+    q_bkv = draft.q_bkv
     for i in range(k):
         logits_bv, alive_bc = logits_btv[at_b, i], alive_bc & (draft.length_b > i)[:, None]
-        if draft.q_bkv is None:
+        if q_bkv is None:
             token_b = sampler.sample(logits_bv, history)
         else:
             # Chains that share this guess and all before it stand in succession.
             every = math.prod(draft.branches[i + 1 :])
             guess_bm, there_bm = tokens_bck[:, ::every, i], alive_bc[:, ::every]
-            token_b = k_seq(sampler, history, logits_bv, guess_bm, there_bm, draft.q_bkv[at_b, i])
+            token_b = k_seq(sampler, history, logits_bv, guess_bm, there_bm, q_bkv[at_b, i])
         tokens.append(token_b)
         alive_bc = alive_bc & (tokens_bck[..., i] == token_b[:, None])
         stands_b = alive_bc.any(1)
@@ -106,14 +107,14 @@ def k_seq(
     q_bv, k_b = q_bv.to(p_bv.dtype), there_bm.sum(1)
     rho_b = least_rho(p_bv, q_bv, k_b, guess_bm.shape[1])
     p_bm, q_bm = p_bv.gather(1, guess_bm), q_bv.gather(1, guess_bm)
-    seed_b = sampler.seed_b[: len(p_bv)]
-    coins = [uniform(seed_b, history.step_b, COIN_STREAM + STREAMS * j) for j in range(guess_bm.shape[1])]
+    greedy_b, seed_b, step_b = sampler.noise(history)
+    coins = [uniform(seed_b, step_b, COIN_STREAM + STREAMS * j) for j in range(guess_bm.shape[1])]
     stands_bm = there_bm & (torch.stack(coins, dim=1) * rho_b[:, None] * q_bm < p_bm)
     first_b1 = stands_bm.to(torch.int64).argmax(1, keepdim=True)
     taken_bv = torch.minimum(p_bv / rho_b[:, None], q_bv)
     rest_bv = (p_bv - _judged(taken_bv.sum(-1), k_b)[:, None] * taken_bv).clamp(min=0)
     rest_bv = torch.where((k_b > 0)[:, None], rest_bv, p_bv)
-    drawn_b = draw_rest(sampler, history, rest_bv, p_bv)
+    drawn_b = draw_rest(rest_bv, p_bv, greedy_b, seed_b, step_b)
     token_b = torch.where(stands_bm.any(1), guess_bm.gather(1, first_b1)[:, 0], drawn_b)
     return torch.where(p_bv.sum(-1).isfinite(), token_b, -1)
 

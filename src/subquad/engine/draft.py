@@ -19,6 +19,7 @@ from subquad.core.registry import load
 from subquad.engine.history import History
 from subquad.engine.sampler import Sampler
 from subquad.models.stack import Stack
+from subquad.ops.draw import among_all
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,25 @@ class Draft:
     Attributes:
         tokens_bk: int64 ``[b, k]``.
         length_b: int64 ``[b]``, how many of them count; 0 where a row has none.
-        q_bkv: the distributions that they were drawn from, or None where nothing was drawn that the row's own noise
-            did not decide: then a guess is kept exactly where it is what the row would draw anyway, and all tokens are
-            those of plain decoding. Guesses behind the same guesses were drawn from it independently.
+        q_bkm: the distributions that they were drawn from, over the tokens that `place_v` has a place for. None where
+            nothing was drawn that the row's own noise did not decide: then a guess is kept exactly where it is what
+            the row would draw anyway, and all tokens are those of plain decoding. Guesses behind the same guesses were
+            drawn from it independently.
         branches: how many first guesses there are, how many second ones behind each of them, and so on; 1 from where
             it ends.
+        place_v: int64, the place of each token in q, m where it has none; None where q is of all tokens.
     """
 
     tokens_bk: Tensor
     length_b: Tensor
-    q_bkv: Tensor | None = None
+    q_bkm: Tensor | None = None
     branches: tuple[int, ...] = ()
+    place_v: Tensor | None = None
+
+    @property
+    def q_bkv(self) -> Tensor | None:
+        """The distributions over all tokens."""
+        return None if self.q_bkm is None else among_all(self.q_bkm, self.place_v)
 
     @property
     def chains(self) -> int:
@@ -56,17 +65,17 @@ class Draft:
         """At most `k` guesses a chain, and of chains that are then the same one."""
         branches = self.branches[:k]
         every = self.chains // math.prod(branches)
-        q_bkv = None if self.q_bkv is None else self.q_bkv[::every, :k]
-        return Draft(self.tokens_bk[::every, :k], self.length_b.clamp(max=k), q_bkv, branches)
+        q_bkm = None if self.q_bkm is None else self.q_bkm[::every, :k]
+        return Draft(self.tokens_bk[::every, :k], self.length_b.clamp(max=k), q_bkm, branches, self.place_v)
 
     def over(self, other: Draft, vocab_size: int) -> Draft:
         """These guesses, one certain chain, in rows that have any, and `other`'s, of as many columns, in the rest."""
         there_b, tokens_bk = self.length_b > 0, other.fork(self.tokens_bk)
         there_b1 = other.fork(there_b)[:, None]
-        q_bkv = None
-        if other.q_bkv is not None:
-            certain_bkv = F.one_hot(tokens_bk, vocab_size).to(other.q_bkv.dtype)
-            q_bkv = torch.where(there_b1[..., None], certain_bkv, other.q_bkv)
+        q_bkv = other.q_bkv
+        if q_bkv is not None:
+            certain_bkv = F.one_hot(tokens_bk, vocab_size).to(q_bkv.dtype)
+            q_bkv = torch.where(there_b1[..., None], certain_bkv, q_bkv)
         tokens_bk = torch.where(there_b1, tokens_bk, other.tokens_bk)
         return Draft(tokens_bk, torch.where(there_b, self.length_b, other.length_b), q_bkv, other.branches)
 

@@ -14,10 +14,11 @@ from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.core.state import State, axes
 from subquad.engine.draft import Drafter, take_options
-from subquad.engine.model_draft import Guessable, last
+from subquad.engine.model_draft import Guessable
 from subquad.models.draft_head import Head, HeadConfig, load_head, untrained
 from subquad.models.stack import Stack
 from subquad.ops.ring import RingState
+from subquad.ops.slots import keep_last_
 from subquad.ops.window import WindowState
 
 # Pairs of a read that are usual: what stood since the last one, or guesses.
@@ -98,7 +99,9 @@ class HeadDrafter(Drafter):
         block = self._pool.block.select(at).settled()
         layout = Layout.ragged(n_b, tokens_bt.shape[1], start_b=block.seen_b)
         stream_btd, update = self._head.read(self._target, hidden_btd, tokens_bt, block, layout)
-        self._pool.stream_bd[at] = torch.where(n_b[:, None] > 0, last(stream_btd, n_b), self._pool.stream_bd[at])
+        last_bd = self._pool.stream_bd[at]
+        keep_last_(last_bd, stream_btd, n_b)
+        self._pool.stream_bd[at] = last_bd
         update.commit_(self._pool.block, at, n_b)
 
     @torch.no_grad()
@@ -108,7 +111,7 @@ class HeadDrafter(Drafter):
         pool = self._pool.first(rows)
         layout = Layout.ragged(n_b, t, start_b=pool.block.seen_b)
         stream_btd, update = self._head.read(self._target, hidden_btd, tokens_bt, pool.block, layout)
-        pool.stream_bd.copy_(torch.where(n_b[:, None] > 0, last(stream_btd, n_b), pool.stream_bd))
+        keep_last_(pool.stream_bd, stream_btd, n_b)
         update.commit_(pool.block, None, n_b)
 
     def _asked(self, pool: HeadState, k: int) -> Tensor:

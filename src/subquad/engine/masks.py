@@ -157,8 +157,8 @@ class Masks:
         held = self._room(draft.chains).draft(draft)
         held.tokens_bk.copy_(draft.tokens_bk)
         held.length_b.copy_(draft.length_b)
-        if draft.q_bkv is not None and held.q_bkv is not None:
-            held.q_bkv.copy_(draft.q_bkv)
+        if draft.q_bkm is not None and held.q_bkm is not None:
+            held.q_bkm.copy_(draft.q_bkm)
         return held
 
     def look(self, held: Draft) -> None:
@@ -170,7 +170,7 @@ class Masks:
         """
         (n, chains), k = (len(held.length_b), held.chains), held.tokens_bk.shape[1]
         tokens_bck = held.tokens_bk.view(n, chains, k).tolist()
-        length_b, certain = held.length_b.tolist(), held.q_bkv is None
+        length_b, certain = held.length_b.tolist(), held.q_bkm is None
         there, here = self._room(chains).words(n * chains, k + 1)
         here.fill_(-1)
         masks_bctw: NDArray[np.int32] = here.view(n, chains, k + 1, -1).numpy()
@@ -235,12 +235,12 @@ class _Room:
     def draft(self, like: Draft) -> Draft:
         """Where such a draft lies."""
         b, k = like.tokens_bk.shape
-        q_bkv = None
-        if like.q_bkv is not None:
+        q_bkm, length_b = None, self.length_b[: len(like.length_b)]
+        if like.q_bkm is not None:
             if self._q is None:
-                self._q = like.q_bkv.new_zeros(self.guesses * self.vocab_size)
-            q_bkv = self._q[: b * k * self.vocab_size].view(b, k, -1)
-        return Draft(self._tokens[: b * k].view(b, k), self.length_b[: len(like.length_b)], q_bkv, like.branches)
+                self._q = like.q_bkm.new_zeros(self.guesses * self.vocab_size)
+            q_bkm = self._q[: like.q_bkm.numel()].view_as(like.q_bkm)
+        return Draft(self._tokens[: b * k].view(b, k), length_b, q_bkm, like.branches, like.place_v)
 
     def words(self, b: int, t: int) -> tuple[Tensor, Tensor]:
         """Bits: uint8 ``[b, t, 4 w]`` on the device, and int32 ``[b, t, w]`` where the host writes them."""

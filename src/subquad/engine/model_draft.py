@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
+from subquad.core.state import precise
 from subquad.engine.draft import Draft, Drafter, Transcript
 from subquad.engine.history import History
 from subquad.engine.request import check_model
@@ -16,6 +17,7 @@ from subquad.engine.sampler import Sampler
 from subquad.engine.translate import Foreign, TranslatedTranscript, Translation
 from subquad.engine.verify import DRAFT_STREAM
 from subquad.models.stack import Stack, StackState
+from subquad.ops.draw import guess_
 
 # Tokens of a read that are usual: what stood since the last one, or guesses.
 FEW = 16
@@ -33,6 +35,10 @@ class Guessable:
         ids: of those tokens; None is all.
         translation: of these tokens where the model has others; then `ids` are some that both have.
 
+    Attributes:
+        ids_m: of those tokens, ascending; None is all.
+        place_v: int64, where each token stands among them, m where it does not.
+
     Raises:
         ConfigError: no ids, or ids that there are not.
     """
@@ -40,7 +46,8 @@ class Guessable:
     def __init__(self, model: Stack, ids: Sequence[int] | None, translation: Translation | None = None) -> None:
         self.model = model
         self.size = model.config.vocab_size if translation is None else len(translation.pieces)
-        self._ids_m: Tensor | None = None
+        self.ids_m: Tensor | None = None
+        self.place_v: Tensor | None = None
         self._own_v: Tensor | None = None
         if ids is not None:
             wrong = next((i for i in ids if not 0 <= i < self.size), None)
@@ -48,30 +55,28 @@ class Guessable:
                 raise ConfigError(
                     f"draft vocabulary: expected ids from 0 to {self.size - 1}, got {wrong}; write it anew"
                 )
-            self._ids_m = own_m = torch.tensor(sorted(set(ids)), device=model.device)
+            self.ids_m = own_m = torch.tensor(sorted(set(ids)), device=model.device)
+            self.place_v = torch.full((self.size,), len(own_m), device=model.device)
+            self.place_v[own_m] = torch.arange(len(own_m), device=model.device)
             if translation is not None:
                 self._own_v = translation.table(model.device)[0][:, 0]
-                own_m = self._own_v[self._ids_m]
+                own_m = self._own_v[self.ids_m]
             self._head_md = model.lm_head.weight.detach()[own_m]
 
     def few(self, hidden_bd: Tensor) -> Tensor:
         """Logits ``[b, m]`` of the tokens that may be guessed, in the order of their ids."""
-        return self.model.head(hidden_bd) if self._ids_m is None else F.linear(hidden_bd, self._head_md)
+        return self.model.head(hidden_bd) if self.ids_m is None else F.linear(hidden_bd, self._head_md)
 
     def among_all(self, few_bm: Tensor) -> Tensor:
         """These logits as ``[b, v]``, minus infinity for what is never guessed."""
-        if self._ids_m is None:
+        if self.ids_m is None:
             return few_bm
         none_bv = few_bm.new_full((len(few_bm), self.size), -torch.inf)
-        return none_bv.index_copy_(1, self._ids_m, few_bm)
+        return none_bv.index_copy_(1, self.ids_m, few_bm)
 
     def logits(self, hidden_bd: Tensor) -> Tensor:
         """Logits ``[b, v]``, minus infinity for what is never guessed."""
         return self.among_all(self.few(hidden_bd))
-
-    def named(self, at_b: Tensor) -> Tensor:
-        """The ids of tokens by their places in `few`; any that may be guessed for -1."""
-        return at_b.clamp(min=0) if self._ids_m is None else self._ids_m[at_b]
 
     def own(self, guesses_bt: Tensor) -> Tensor:
         """Guesses as the model's tokens."""
@@ -81,7 +86,7 @@ class Guessable:
 def draw(
     length_b: Tensor,
     k: int,
-    few: Callable[[Sequence[Tensor]], Tensor],
+    few: Callable[[Tensor], Tensor],
     guessable: Guessable,
     sampler: Sampler,
     history: History,
@@ -93,29 +98,30 @@ def draw(
     Args:
         length_b: how many of them count.
         k: at least 1.
-        few: gives `Guessable.few` behind guesses ``[b]``, which are one more at each call, the first with none.
+        few: gives `Guessable.few` behind guesses ``[b, i]``, one more at each call, the first with none.
         guessable: the tokens that may be guessed.
         sampler: of the rows.
         history: behind the rows' last tokens; not changed.
         coupled: draw each with the noise that the row will draw its own token with (arXiv 2408.07978): all tokens are
             then those of plain decoding, at any temperature, and a few more guesses fall.
     """
-    guesses: list[Tensor] = []
-    drawn_from: list[Tensor] = []
-    exchange = sampler.draws and not coupled
-    for _ in range(k):
-        few_bm = few(guesses)
-        if sampler.plain:
-            # The likeliest of all is the likeliest of these, and nothing else is asked.
-            guesses.append(guessable.named(sampler.sample(few_bm, history)))
-            continue
-        logits_bv = guessable.among_all(few_bm)
-        if exchange:
-            drawn_from.append(sampler.probabilities(logits_bv, history))
-        guess_b = sampler.sample(logits_bv, history, DRAFT_STREAM if exchange else 0).clamp(min=0)
-        guesses.append(guess_b)
-        history = history.after(guess_b)
-    return Draft(torch.stack(guesses, 1), length_b, torch.stack(drawn_from, 1) if exchange else None)
+    exchange, past, q_bkm = sampler.draws and not coupled, history, None
+    tokens_bk = length_b.new_empty(len(length_b), k)
+    # Other processors than a temperature see all tokens.
+    whole = sampler.shapes
+    for i in range(k):
+        few_bm = few(tokens_bk[:, :i])
+        logits_bm = guessable.among_all(few_bm) if whole else few_bm
+        logits_b1m, temperature_b = sampler.shaped(logits_bm[:, None], past)
+        if exchange and q_bkm is None:
+            q_bkm = logits_bm.new_empty(len(length_b), k, logits_bm.shape[1], dtype=precise(logits_bm.dtype))
+        guess_(
+            tokens_bk, q_bkm, i, logits_b1m[:, 0], *sampler.noise(history), ids_m=None if whole else guessable.ids_m,
+            temperature_b=temperature_b, draws=sampler.draws, stream=DRAFT_STREAM if exchange else 0,
+        )  # fmt: skip
+        if sampler.penalises:
+            past = past.after(tokens_bk[:, i])
+    return Draft(tokens_bk, length_b, q_bkm, place_v=None if whole else guessable.place_v)
 
 
 class ModelDrafter(Drafter):
@@ -206,10 +212,10 @@ class ModelDrafter(Drafter):
         """k reads, the first of what stood since the last time; see `Drafter.propose`."""
         first_bd, length_b = self._read_kept(rows, k)
 
-        def few(guesses: Sequence[Tensor]) -> Tensor:
-            if not guesses:
+        def few(guesses_bi: Tensor) -> Tensor:
+            if not guesses_bi.shape[1]:
                 return self._guessable.few(first_bd)
-            return self._guessable.few(self._read_guesses(torch.stack(list(guesses), 1), self._pool.first(rows)))
+            return self._guessable.few(self._read_guesses(guesses_bi, self._pool.first(rows)))
 
         return draw(length_b, k, few, self._guessable, sampler, history, coupled=self.coupled)
 

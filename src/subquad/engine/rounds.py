@@ -328,7 +328,8 @@ class Rounds:
         if held is not None:
             finite_bt = logits_btv.amax(-1).isfinite()
             tokens_bt = torch.where((tokens_bt < 0) & finite_bt, EXHAUSTED, tokens_bt)
-        before = self.scores.level is not None or self._hidden_bnd is not None
+        told = self.drafter if k or asked else None
+        before = self.scores.level is not None or (self._hidden_bnd is not None and told is None)
         fill_b = slots.fill_b.clone() if before else slots.fill_b
         # Guesses of several chains at one position count as one.
         kept_b = emit_(slots, tokens_bt, n_b, draft.length_b)
@@ -338,8 +339,8 @@ class Rounds:
             self._loose_b[:n] += (loose_bt & (columns_t < kept_b[:, None])).sum(1)
         self.scores.note(tokens_bt, kept_b, logits_btv, fill_b)
         update.commit_(pool, rows, kept_b)
-        if (k or asked) and self.drafter is not None:
-            self.drafter.observe(tokens_bt.clamp(min=0), kept_b, hidden_btd)
+        if told is not None:
+            told.observe(tokens_bt.clamp(min=0), kept_b, hidden_btd)
         elif self._hidden_bnd is not None:
             # A row that has ended writes where nothing will be read.
             at_b11 = fill_b.clamp(max=self._hidden_bnd.shape[1] - 1)[:, None, None]

@@ -30,7 +30,7 @@ from subquad.engine.processors import (
     penalise_counts,
     penalise_repetition,
 )
-from subquad.ops.draw import draw
+from subquad.ops.draw import draw, odds
 
 
 @dataclass(frozen=True)
@@ -262,9 +262,9 @@ class Sampler:
         return (*flags, self.largest_k, self.largest_n, *words)
 
     @property
-    def plain(self) -> bool:
-        """Whether every row takes the likeliest token as the model has it, whatever came before."""
-        return not self.draws and not any(self._asked.values())
+    def shapes(self) -> bool:
+        """Whether some row asks for more than a temperature, so that all tokens must be there."""
+        return any(asked for name, asked in self._asked.items() if name != "temperature")
 
     @property
     def counts_tokens(self) -> bool:
@@ -307,22 +307,16 @@ class Sampler:
             x = keep_eta(x, column["eta"])
         return x
 
-    def probabilities(self, logits: Tensor, history: History) -> Tensor:
+    def probabilities(self, logits_bv: Tensor, history: History) -> Tensor:
         """The distribution that `sample` draws from; a greedy row's has all its mass on one token.
 
         NaN where logits hold a NaN or have no finite maximum.
 
         Args:
-            logits: ``[b, v]``, or ``[b, t, v]`` of several steps, where no row may need a history of its tokens.
+            logits_bv: as the model gives them.
             history: of the same rows.
         """
-        x = self._process_block(logits, history) if logits.dim() == 3 else self.process(logits, history)
-        if not self.settles:
-            return x.softmax(-1)
-        certain = torch.zeros_like(x).scatter_(-1, x.argmax(-1, keepdim=True), 1)
-        certain = certain.masked_fill(~x.amax(-1, keepdim=True).isfinite(), torch.nan)
-        greedy_b = self.greedy_b[: len(x)]
-        return torch.where(greedy_b.view(-1, *[1] * (x.dim() - 1)), certain, x.softmax(-1))
+        return odds(self.process(logits_bv, history), self.greedy_b[: len(logits_bv)] if self.settles else None)
 
     def sample(self, logits_bv: Tensor, history: History, stream: int = 0) -> Tensor:
         """The next tokens, int64 ``[b]``; -1 where a row's logits hold a NaN or have no finite maximum.
@@ -336,14 +330,20 @@ class Sampler:
 
     def sample_block(self, logits_btv: Tensor, history: History, stream: int = 0) -> Tensor:
         """The tokens ``[b, t]`` of the next t steps; see `sample`. For t above 1 no row `penalises`."""
-        rows = len(logits_btv)
-        if any(self._asked.values()):
-            logits_btv = self._process_block(logits_btv, history)
-        noise = self.greedy_b[:rows], self.seed_b[:rows], history.step_b
-        return draw(logits_btv, *noise, draws=self.draws, stream=stream)
+        logits_btv, temperature_b = self.shaped(logits_btv, history)
+        return draw(logits_btv, *self.noise(history), temperature_b=temperature_b, draws=self.draws, stream=stream)
 
-    def _process_block(self, logits_btv: Tensor, history: History) -> Tensor:
-        """`process` of several steps that know the same of their tokens."""
-        if not any(self._asked.values()):
-            return logits_btv.to(precise(logits_btv.dtype))
-        return torch.stack([self.process(logits_bv, history) for logits_bv in logits_btv.unbind(1)], dim=1)
+    def noise(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
+        """What decides the noise of the first rows' next tokens: which rows are greedy, their seeds and their steps."""
+        rows = len(history.step_b)
+        return self.greedy_b[:rows], self.seed_b[:rows], history.step_b
+
+    def shaped(self, logits_btv: Tensor, history: History) -> tuple[Tensor, Tensor | None]:
+        """The logits of t steps, and the temperatures that they are still to be divided by; None where that is 1.
+
+        Whoever draws divides on the way, unless other processors come behind. For t above 1 no row `penalises`.
+        """
+        if self.shapes:
+            steps = [self.process(logits_bv, history) for logits_bv in logits_btv.unbind(1)]
+            return torch.stack(steps, dim=1), None
+        return logits_btv, self._columns["temperature"][: len(logits_btv), 0] if self._asked["temperature"] else None

@@ -2,32 +2,89 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from subquad.ops.backends import Backends
 from subquad.ops.draw.noise import gumbel
+from subquad.ops.draw.odds import among_all, odds
 
-__all__ = ["draw", "gumbel", "uniform"]
+__all__ = ["among_all", "draw", "draw_rest", "guess_", "gumbel", "odds", "uniform"]
 
 _backends = Backends(__name__)
 
 
 def draw(
-    logits_btv: Tensor, greedy_b: Tensor, seed_b: Tensor, step_b: Tensor, *, draws: bool = True, stream: int = 0
+    logits_btv: Tensor,
+    greedy_b: Tensor,
+    seed_b: Tensor,
+    step_b: Tensor,
+    *,
+    temperature_b: Tensor | None = None,
+    draws: bool = True,
+    stream: int = 0,
 ) -> Tensor:
     """The token of each column, int64 ``[b, t]``; -1 where logits hold a NaN or have no finite maximum.
 
-    ``argmax(logits + Gumbel noise)`` is distributed as ``softmax(logits)``; of equal tokens the first is taken.
+    ``argmax(logits / temperature + Gumbel noise)`` is distributed as ``softmax(logits / temperature)``; of equal tokens
+    the first is taken.
 
     Args:
         logits_btv: behind all processors. Column i of a row is drawn with the noise of step ``step_b + i``.
         greedy_b: bool, rows that take no noise.
         seed_b: int64 seeds of the rows.
         step_b: int64, tokens that each row has drawn.
+        temperature_b: float32, what is still to divide by; None is 1.
         draws: False promises that all rows are greedy, without asking the device.
         stream: which of the rows' independent noises.
     """
-    return _backends.choose(logits_btv).draw(logits_btv, greedy_b, seed_b, step_b, draws=draws, stream=stream)
+    chosen = _backends.choose(logits_btv)
+    return chosen.draw(logits_btv, greedy_b, seed_b, step_b, temperature_b, draws=draws, stream=stream)
+
+
+def guess_(
+    tokens_bk: Tensor,
+    q_bkm: Tensor | None,
+    at: int,
+    logits_bm: Tensor,
+    greedy_b: Tensor,
+    seed_b: Tensor,
+    step_b: Tensor,
+    *,
+    ids_m: Tensor | None = None,
+    temperature_b: Tensor | None = None,
+    draws: bool = True,
+    stream: int = 0,
+) -> None:
+    """Write column `at` of guesses, each as `draw` takes a token, and `odds`, which it was drawn from.
+
+    Where logits hold a NaN or have no finite maximum the guess is any token, and its odds are NaN.
+
+    Args:
+        tokens_bk: int64, where the guesses are written.
+        q_bkm: float32, or float64 as the logits, where their odds are written; None where nobody asks.
+        at: the column, drawn with the noise of step ``step_b + at``.
+        logits_bm: of the tokens `ids_m`, behind all processors.
+        greedy_b, seed_b, step_b: as in `draw`.
+        ids_m: int64, ascending: noise belongs to a token, whichever others there are. None is all tokens.
+        temperature_b, draws, stream: as in `draw`.
+    """
+    chosen = _backends.choose(logits_bm)
+    noise = greedy_b, seed_b, step_b
+    chosen.guess_(tokens_bk, q_bkm, at, logits_bm, *noise, ids_m, temperature_b, draws=draws, stream=stream)
+
+
+def draw_rest(rest_bv: Tensor, p_bv: Tensor, greedy_b: Tensor, seed_b: Tensor, step_b: Tensor) -> Tensor:
+    """A token ``[b]`` in proportion to what is left of p where no guess stands, with the rows' own noise.
+
+    Args:
+        rest_bv: what is left, in any scale.
+        p_bv: the distribution, for rows where rounding leaves nothing: there p and q are the same, and a draw from p is
+            as good.
+        greedy_b, seed_b, step_b: as in `draw`.
+    """
+    rest_bv = torch.where(rest_bv.sum(-1, keepdim=True) > 0, rest_bv, p_bv)
+    return draw(rest_bv.log()[:, None], greedy_b, seed_b, step_b)[:, 0]
 
 
 def uniform(seed_b: Tensor, step_b: Tensor, stream: int) -> Tensor:

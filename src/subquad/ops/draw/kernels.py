@@ -17,7 +17,8 @@ def _mix(x):
 
 
 @triton.jit
-def _bits(seed, step, v, STREAM: tl.constexpr):
+def bits_of(seed, step, v, STREAM: tl.constexpr):
+    """The bits that all noise is made of, of tokens `v`, of a step or one for each of them."""
     key = _mix(_mix(seed.to(tl.uint64) + GOLDEN) + step.to(tl.uint64) * GOLDEN)
     if STREAM:
         key = _mix(key + STREAM)
@@ -25,9 +26,9 @@ def _bits(seed, step, v, STREAM: tl.constexpr):
 
 
 @triton.jit
-def _gumbel(seed, step, v, STREAM: tl.constexpr):
-    """`subquad.ops.draw.gumbel` of tokens `v`."""
-    bits = (_bits(seed, step, v, STREAM) >> 11) | 1
+def gumbel_of(seed, step, v, STREAM: tl.constexpr):
+    """`subquad.ops.draw.noise.gumbel_of` tokens `v`."""
+    bits = (bits_of(seed, step, v, STREAM) >> 11) | 1
     u = tl.minimum(bits.to(tl.int64).to(tl.float32) * 1.1102230246251565e-16, 0.99999994)
     # log(1 - u) with the digits that the difference has lost: the quotient makes up for them.
     w = 1.0 - u
@@ -36,41 +37,116 @@ def _gumbel(seed, step, v, STREAM: tl.constexpr):
 
 
 @triton.jit
+def uniform_of(seed, step, v, STREAM: tl.constexpr):
+    """`subquad.ops.draw.uniform` where `v` is 0."""
+    return (bits_of(seed, step, v, STREAM) >> 40).to(tl.int64).to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def divided(ptrs, mask, temperature_ptr, b, TEMPERED: tl.constexpr):
+    """`subquad.ops.draw.odds.divided` of row `b`, minus infinity where nothing is."""
+    x = tl.load(ptrs, mask=mask, other=-float("inf")).to(tl.float32)
+    if TEMPERED:
+        # Rounded as PyTorch does, so that both take the same tokens.
+        x = tl.div_rn(x, tl.load(temperature_ptr + b) + tl.zeros_like(x))
+    return x
+
+
+@triton.jit
+def highest(x):
+    """The largest number and whether there is a NaN or an infinity, then it is infinity."""
+    broken = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), 0)
+    return tl.where(broken > 0, float("inf"), tl.max(x, 0))
+
+
+@triton.jit
+def mass(x, top):
+    """Sum of ``exp(x - top)``, 0 where all are minus infinity."""
+    return tl.sum(tl.exp(x - tl.where(top == -float("inf"), 0.0, top)), 0)
+
+
+@triton.jit
+def best_of(score_ptr, at_ptr, base, SHARES: tl.constexpr, BS: tl.constexpr):
+    """The best score of a row's shares, which begin at `base`, and where it is; of equal ones the first."""
+    s = tl.arange(0, BS)
+    score = tl.load(score_ptr + base + s, mask=s < SHARES, other=-float("inf"))
+    best, share = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+    return best, tl.load(at_ptr + base + share)
+
+
+@triton.jit(do_not_specialize=["ahead"])
 def best_kernel(
-    logits_ptr, greedy_ptr, seed_ptr, step_ptr, score_ptr, token_ptr, V, stride_b, stride_t,
-    T: tl.constexpr, SHARES: tl.constexpr, DRAWS: tl.constexpr, STREAM: tl.constexpr, BV: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    logits_ptr, ids_ptr, temperature_ptr, greedy_ptr, seed_ptr, step_ptr, score_ptr, at_ptr, top_ptr, sum_ptr, V, ahead,
+    stride_b, stride_t, T: tl.constexpr, SHARES: tl.constexpr, DRAWS: tl.constexpr, STREAM: tl.constexpr,
+    NAMED: tl.constexpr, TEMPERED: tl.constexpr, SUMS: tl.constexpr, BV: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Best score of a share of a row's tokens, and the token; infinity where there is a NaN or an infinity.
+    """Best score of a share of a row's tokens, and its place; infinity where there is a NaN or an infinity.
+
+    Where SUMS, the largest logit of the share too, and the mass of all of them relative to it.
 
     Grid: rows of b times t, times SHARES, so many programs a row.
     """
     row, share = tl.program_id(0) // SHARES, tl.program_id(0) % SHARES
     b, t = row // T, row % T
     v = share * BV + tl.arange(0, BV)
+    token = v
+    if DRAWS and NAMED:
+        token = tl.load(ids_ptr + v, mask=v < V, other=0).to(tl.int32)
     begin(OVERLAP)
     ptrs = logits_ptr + b.to(tl.int64) * stride_b + t * stride_t + v
-    x = tl.load(ptrs, mask=v < V, other=-float("inf")).to(tl.float32)
-    broken = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), 0)
+    x = divided(ptrs, v < V, temperature_ptr, b, TEMPERED)
+    top = highest(x)
+    if SUMS:
+        tl.store(top_ptr + tl.program_id(0), top)
+        tl.store(sum_ptr + tl.program_id(0), mass(x, top))
     if DRAWS:  # noqa: SIM102  (known to the compiler, what follows is not)
         if tl.load(greedy_ptr + b) == 0:
-            x += _gumbel(tl.load(seed_ptr + b), tl.load(step_ptr + b) + t, v, STREAM)
+            x += gumbel_of(tl.load(seed_ptr + b), tl.load(step_ptr + b) + ahead + t, token, STREAM)
     best, at = tl.max(x, 0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(score_ptr + tl.program_id(0), tl.where(broken > 0, float("inf"), best))
-    tl.store(token_ptr + tl.program_id(0), share * BV + at)
+    tl.store(score_ptr + tl.program_id(0), tl.where(top == float("inf"), top, best))
+    tl.store(at_ptr + tl.program_id(0), share * BV + at)
 
 
 @triton.jit
 def token_kernel(
-    score_ptr, token_ptr, out_ptr, SHARES: tl.constexpr, BS: tl.constexpr, OVERLAP: tl.constexpr
+    score_ptr, at_ptr, out_ptr, SHARES: tl.constexpr, BS: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
     """The best of all shares. Grid: rows."""
-    row, s = tl.program_id(0), tl.arange(0, BS)
+    row = tl.program_id(0)
     begin(OVERLAP)
-    score = tl.load(score_ptr + row * SHARES + s, mask=s < SHARES, other=-float("inf"))
-    best, at = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
-    token = tl.load(token_ptr + row * SHARES + at).to(tl.int64)
-    tl.store(out_ptr + row, tl.where((best < float("inf")) & (best > -float("inf")), token, -1))
+    best, token = best_of(score_ptr, at_ptr, row * SHARES, SHARES, BS)
+    tl.store(out_ptr + row, tl.where((best < float("inf")) & (best > -float("inf")), token.to(tl.int64), -1))
+
+
+@triton.jit(do_not_specialize=["column"])
+def guess_kernel(
+    logits_ptr, ids_ptr, temperature_ptr, greedy_ptr, score_ptr, at_ptr, top_ptr, sum_ptr, tokens_ptr, q_ptr, M, column,
+    stride_logits, stride_tokens, stride_q, stride_column, PARTS: tl.constexpr, SHARES: tl.constexpr, BS: tl.constexpr,
+    ODDS: tl.constexpr, NAMED: tl.constexpr, TEMPERED: tl.constexpr, BM: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The best of all shares by its name, and where ODDS each program's part of the row's odds.
+
+    Grid: rows times PARTS, 1 where nobody asks for odds.
+    """
+    b, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
+    begin(OVERLAP)
+    best, place = best_of(score_ptr, at_ptr, b * SHARES, SHARES, BS)
+    sound = (best < float("inf")) & (best > -float("inf"))
+    place = tl.where(sound, place, 0)
+    token = place.to(tl.int64)
+    if NAMED:
+        token = tl.load(ids_ptr + place)
+    tl.store(tokens_ptr + b * stride_tokens + column, token, mask=part == 0)
+    if ODDS:
+        s, m = tl.arange(0, BS), part * BM + tl.arange(0, BM)
+        tops = tl.load(top_ptr + b * SHARES + s, mask=s < SHARES, other=-float("inf"))
+        top = tl.where(sound, tl.max(tops, 0), 0.0)
+        sums = tl.load(sum_ptr + b * SHARES + s, mask=s < SHARES, other=0.0)
+        total = tl.sum(tl.where(s < SHARES, sums * tl.exp(tops - top), 0.0), 0)
+        x = divided(logits_ptr + b * stride_logits + m, m < M, temperature_ptr, b, TEMPERED)
+        certain = tl.where(m == place, 1.0, 0.0)
+        q = tl.where(tl.load(greedy_ptr + b) != 0, certain, tl.exp(x - top) / total)
+        tl.store(q_ptr + b * stride_q + column * stride_column + m, tl.where(sound, q, float("nan")), mask=m < M)
 
 
 @triton.jit
@@ -78,5 +154,4 @@ def uniform_kernel(seed_ptr, step_ptr, out_ptr, STREAM: tl.constexpr, OVERLAP: t
     """`subquad.ops.draw.uniform`. Grid: rows."""
     row, v = tl.program_id(0), tl.arange(0, 1)
     begin(OVERLAP)
-    bits = _bits(tl.load(seed_ptr + row), tl.load(step_ptr + row), v, STREAM)
-    tl.store(out_ptr + row + v, (bits >> 40).to(tl.int64).to(tl.float32) * 5.9604644775390625e-08)
+    tl.store(out_ptr + row + v, uniform_of(tl.load(seed_ptr + row), tl.load(step_ptr + row), v, STREAM))

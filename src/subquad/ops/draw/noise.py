@@ -17,11 +17,11 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 31 & 0x1FFFFFFFF)
 
 
-def _bits(seed_b: Tensor, step_b: Tensor, count: int, stream: int) -> Tensor:
+def _bits(seed_b: Tensor, step_b: Tensor, token_m: Tensor, stream: int) -> Tensor:
     key_b = _mix(_mix(seed_b + GOLDEN) + step_b * GOLDEN)
     if stream:
         key_b = _mix(key_b + stream)
-    return _mix(key_b[:, None] + torch.arange(1, count + 1, device=seed_b.device) * GOLDEN)
+    return _mix(key_b[:, None] + (token_m + 1) * GOLDEN)
 
 
 def gumbel(seed_b: Tensor, step_b: Tensor, vocab_size: int, stream: int = 0) -> Tensor:
@@ -36,13 +36,19 @@ def gumbel(seed_b: Tensor, step_b: Tensor, vocab_size: int, stream: int = 0) -> 
         vocab_size: v.
         stream: noises of different streams are independent.
     """
+    return gumbel_of(seed_b, step_b, torch.arange(vocab_size, device=seed_b.device), stream)
+
+
+def gumbel_of(seed_b: Tensor, step_b: Tensor, token_m: Tensor, stream: int) -> Tensor:
+    """`gumbel` of some tokens alone, ``[b, m]``."""
     # The uniform is never 0, and finest near 0, where log1p turns it into the exponentials that win; nor is it ever
     # rounded to 1, where the noise would be minus infinity and a token that is certain could lose.
-    bits_bv = (_bits(seed_b, step_b, vocab_size, stream) >> 11 & 0x1FFFFFFFFFFFFF) | 1
-    uniform_bv = (bits_bv.to(torch.float32) * 2.0**-53).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform_bv))
+    bits_bm = (_bits(seed_b, step_b, token_m, stream) >> 11 & 0x1FFFFFFFFFFFFF) | 1
+    uniform_bm = (bits_bm.to(torch.float32) * 2.0**-53).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform_bm))
 
 
 def uniform(seed_b: Tensor, step_b: Tensor, stream: int) -> Tensor:
     """`subquad.ops.draw.uniform`."""
-    return (_bits(seed_b, step_b, 1, stream)[:, 0] >> 40 & 0xFFFFFF).to(torch.float32) * 2.0**-24
+    first_1 = torch.zeros(1, dtype=torch.int64, device=seed_b.device)
+    return (_bits(seed_b, step_b, first_1, stream)[:, 0] >> 40 & 0xFFFFFF).to(torch.float32) * 2.0**-24

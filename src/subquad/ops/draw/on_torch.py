@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subquad.core.state import precise
-from subquad.ops.draw.noise import gumbel, uniform
+from subquad.ops.draw.noise import gumbel, gumbel_of, uniform
+from subquad.ops.draw.odds import divided, odds
 
-__all__ = ["draw", "refusal", "uniform"]
+__all__ = ["draw", "guess_", "refusal", "uniform"]
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -16,10 +16,13 @@ def refusal(*tensors: Tensor) -> str | None:
     return None
 
 
-def draw(logits_btv: Tensor, greedy_b: Tensor, seed_b: Tensor, step_b: Tensor, *, draws: bool, stream: int) -> Tensor:
+def draw(
+    logits_btv: Tensor, greedy_b: Tensor, seed_b: Tensor, step_b: Tensor, temperature_b: Tensor | None, *, draws: bool,
+    stream: int,
+) -> Tensor:  # fmt: skip
     """`subquad.ops.draw.draw`."""
     b, t, v = logits_btv.shape
-    score_btv = logits_btv.to(precise(logits_btv.dtype))
+    score_btv = divided(logits_btv, temperature_b)
     # One reduction tells: the maximum of a row is NaN when any of it is.
     sound_bt = score_btv.amax(-1).isfinite()
     if draws:
@@ -27,3 +30,17 @@ def draw(logits_btv: Tensor, greedy_b: Tensor, seed_b: Tensor, step_b: Tensor, *
         noise_btv = gumbel(seed_b.repeat_interleave(t), step_bt.flatten(), v, stream).view(b, t, v)
         score_btv = score_btv + noise_btv.masked_fill(greedy_b[:, None, None], 0)
     return torch.where(sound_bt, score_btv.argmax(-1), -1)
+
+
+def guess_(
+    tokens_bk: Tensor, q_bkm: Tensor | None, at: int, logits_bm: Tensor, greedy_b: Tensor, seed_b: Tensor,
+    step_b: Tensor, ids_m: Tensor | None, temperature_b: Tensor | None, *, draws: bool, stream: int,
+) -> None:  # fmt: skip
+    """`subquad.ops.draw.guess_`."""
+    score_bm = divided(logits_bm, temperature_b)
+    if q_bkm is not None:
+        q_bkm[:, at] = odds(score_bm, greedy_b)
+    ids_m = torch.arange(logits_bm.shape[1], device=logits_bm.device) if ids_m is None else ids_m
+    if draws:
+        score_bm = score_bm + gumbel_of(seed_b, step_b + at, ids_m, stream).masked_fill(greedy_b[:, None], 0)
+    tokens_bk[:, at] = ids_m[score_bm.argmax(-1)]

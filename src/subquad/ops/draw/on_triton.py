@@ -9,10 +9,11 @@ import triton
 from torch import Tensor
 
 from subquad.ops import launch, overlap
-from subquad.ops.draw.kernels import best_kernel, token_kernel, uniform_kernel
+from subquad.ops.draw.kernels import best_kernel, guess_kernel, token_kernel, uniform_kernel
 
-# Tokens of a program.
-SHARE = 2048
+# Tokens of a program, and how many programs a GPU has processors for.
+FEWEST, MOST = 512, 2048
+PROCESSORS = 128
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -22,36 +23,108 @@ def refusal(*tensors: Tensor) -> str | None:
     return launch.refusal(*tensors, widths=())
 
 
-def draw(logits_btv: Tensor, greedy_b: Tensor, seed_b: Tensor, step_b: Tensor, *, draws: bool, stream: int) -> Tensor:
+def share(rows: int, width: int) -> int:
+    """Tokens of a program, of rows that programs share: fewer where all processors would not have some."""
+    return min(max(triton.next_power_of_2(rows * width // PROCESSORS), FEWEST), MOST)
+
+
+def draw(
+    logits_btv: Tensor, greedy_b: Tensor, seed_b: Tensor, step_b: Tensor, temperature_b: Tensor | None, *, draws: bool,
+    stream: int,
+) -> Tensor:  # fmt: skip
     """`subquad.ops.draw.draw`."""
     logits_btv = logits_btv if logits_btv.stride(-1) == 1 else logits_btv.contiguous()
-    return _draw(logits_btv, greedy_b.contiguous(), seed_b.contiguous(), step_b.contiguous(), draws, stream)
+    noise = greedy_b.contiguous(), seed_b.contiguous(), step_b.contiguous()
+    return _draw(logits_btv, *noise, temperature_b, draws, stream)
 
 
 @torch.library.custom_op("subquad::draw", mutates_args=())
 @launch.guarded
-def _draw(logits: Tensor, greedy: Tensor, seed: Tensor, step: Tensor, draws: bool, stream: int) -> Tensor:
-    b, t, v = logits.shape
+def _draw(
+    logits: Tensor, greedy: Tensor, seed: Tensor, step: Tensor, temperature: Tensor | None, draws: bool, stream: int
+) -> Tensor:
+    b, t = logits.shape[:2]
     token = torch.empty(b, t, dtype=torch.int64, device=logits.device)
     if b * t == 0:
         return token
-    shares = triton.cdiv(v, SHARE)
-    best = launch.scratch(b * t, shares, like=logits, dtype=torch.float32)
-    at = launch.scratch(b * t, shares, like=logits, dtype=torch.int32)
-    options = overlap.options(logits.device)
-    kernel: Any = best_kernel[(b * t * shares,)]
+    score, at, shares = _best(logits, greedy, seed, step, None, temperature, 0, draws, stream, None)
+    kernel: Any = token_kernel[(b * t,)]
     kernel(
-        logits, greedy, seed, step, best, at, v, *logits.stride()[:2],
-        T=t, SHARES=shares, DRAWS=draws, STREAM=stream, BV=SHARE, num_warps=4, **options,
+        score, at, token, SHARES=shares, BS=triton.next_power_of_2(shares), num_warps=1,
+        **overlap.options(logits.device),
     )  # fmt: skip
-    kernel = token_kernel[(b * t,)]
-    kernel(best, at, token, SHARES=shares, BS=triton.next_power_of_2(shares), num_warps=1, **options)
     return token
 
 
 @_draw.register_fake
-def _(logits: Tensor, greedy: Tensor, seed: Tensor, step: Tensor, draws: bool, stream: int) -> Tensor:
+def _(
+    logits: Tensor, greedy: Tensor, seed: Tensor, step: Tensor, temperature: Tensor | None, draws: bool, stream: int
+) -> Tensor:
     return logits.new_empty(logits.shape[:2], dtype=torch.int64)
+
+
+def guess_(
+    tokens_bk: Tensor, q_bkm: Tensor | None, at: int, logits_bm: Tensor, greedy_b: Tensor, seed_b: Tensor,
+    step_b: Tensor, ids_m: Tensor | None, temperature_b: Tensor | None, *, draws: bool, stream: int,
+) -> None:  # fmt: skip
+    """`subquad.ops.draw.guess_`."""
+    logits_bm = logits_bm if logits_bm.stride(-1) == 1 else logits_bm.contiguous()
+    noise = greedy_b.contiguous(), seed_b.contiguous(), step_b.contiguous()
+    _guess(tokens_bk, q_bkm, at, logits_bm, *noise, ids_m, temperature_b, draws, stream)
+
+
+@torch.library.custom_op("subquad::guess", mutates_args=("tokens", "q"))
+@launch.guarded
+def _guess(
+    tokens: Tensor, q: Tensor | None, column: int, logits: Tensor, greedy: Tensor, seed: Tensor, step: Tensor,
+    ids: Tensor | None, temperature: Tensor | None, draws: bool, stream: int,
+) -> None:  # fmt: skip
+    b, m = logits.shape
+    if b == 0:
+        return
+    sums = None if q is None else launch.scratch(2, b, triton.cdiv(m, share(b, m)), like=logits, dtype=torch.float32)
+    score, at, shares = _best(logits[:, None], greedy, seed, step, ids, temperature, column, draws, stream, sums)
+    top, total = (score, score) if sums is None else sums
+    # What is absent has its place taken by something that no branch reads.
+    strides = (0, 0) if q is None else q.stride()[:2]
+    parts = 1 if q is None else shares
+    kernel: Any = guess_kernel[(b * parts,)]
+    kernel(
+        logits, at if ids is None else ids, score if temperature is None else temperature, greedy, score, at, top,
+        total, tokens, score if q is None else q, m, column, logits.stride(0), tokens.stride(0), *strides,
+        PARTS=parts, SHARES=shares, BS=triton.next_power_of_2(shares), ODDS=q is not None, NAMED=ids is not None,
+        TEMPERED=temperature is not None, BM=share(b, m), num_warps=1 if q is None else 4,
+        **overlap.options(logits.device),
+    )  # fmt: skip
+
+
+@_guess.register_fake
+def _(
+    tokens: Tensor, q: Tensor | None, column: int, logits: Tensor, greedy: Tensor, seed: Tensor, step: Tensor,
+    ids: Tensor | None, temperature: Tensor | None, draws: bool, stream: int,
+) -> None:  # fmt: skip
+    return None
+
+
+def _best(
+    logits: Tensor, greedy: Tensor, seed: Tensor, step: Tensor, ids: Tensor | None, temperature: Tensor | None,
+    ahead: int, draws: bool, stream: int, sums: Tensor | None,
+) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+    """Best scores of all rows' shares, where they are, and how many shares a row has."""
+    b, t, v = logits.shape
+    size = share(b * t, v)
+    shares = triton.cdiv(v, size)
+    score = launch.scratch(b * t, shares, like=logits, dtype=torch.float32)
+    at = launch.scratch(b * t, shares, like=logits, dtype=torch.int32)
+    top, total = (score, score) if sums is None else sums
+    kernel: Any = best_kernel[(b * t * shares,)]
+    kernel(
+        logits, at if ids is None else ids, score if temperature is None else temperature, greedy, seed, step, score,
+        at, top, total, v, ahead, *logits.stride()[:2],
+        T=t, SHARES=shares, DRAWS=draws, STREAM=stream, NAMED=ids is not None, TEMPERED=temperature is not None,
+        SUMS=sums is not None, BV=size, num_warps=4, **overlap.options(logits.device),
+    )  # fmt: skip
+    return score, at, shares
 
 
 def uniform(seed_b: Tensor, step_b: Tensor, stream: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.ops.backends import Backends
 
-__all__ = ["Slots", "agree", "emit_", "lead"]
+__all__ = ["Slots", "agree", "emit_", "keep_last_", "lead"]
 
 _backends = Backends(__name__)
 
@@ -93,3 +93,14 @@ def emit_(slots: Slots, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> Ten
         length_b: int64, guesses that were read.
     """
     return _backends.choose(tokens_bt, *slots).emit_(slots, tokens_bt, n_b, length_b)
+
+
+def keep_last_(last_bd: Tensor, x_btd: Tensor, n_b: Tensor) -> None:
+    """Write the vector of each row's n-th column over what was kept of the row, in place; nothing where n is 0.
+
+    Args:
+        last_bd: what is kept.
+        x_btd: as `last_bd`.
+        n_b: int64, how many columns count.
+    """
+    _backends.choose(x_btd, last_bd).keep_last_(last_bd, x_btd, n_b)

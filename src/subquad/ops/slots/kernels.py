@@ -63,3 +63,16 @@ def emit_kernel(
     tl.store(judged_ptr + b, tl.load(judged_ptr + b) + tl.minimum(tl.minimum(length, n), given))
     tl.store(guessed_ptr + b, tl.load(guessed_ptr + b) + length)
     tl.store(given_ptr + b, given)
+
+
+@triton.jit
+def keep_last_kernel(
+    last_ptr, x_ptr, n_ptr, D, stride_last, stride_b, stride_t, BD: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    """See `subquad.ops.slots.keep_last_`. Grid: rows times the blocks of a vector."""
+    b, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BD + tl.arange(0, BD)
+    begin(OVERLAP)
+    n = tl.load(n_ptr + b)
+    there = d < tl.where(n > 0, D, 0)
+    x = tl.load(x_ptr + b * stride_b + (n - 1) * stride_t + d, mask=there)
+    tl.store(last_ptr + b * stride_last + d, x, mask=there)

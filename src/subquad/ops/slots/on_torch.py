@@ -49,3 +49,9 @@ def emit_(slots: Slots, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> Ten
     slots.judged_b.add_(torch.minimum(torch.minimum(length_b, n_b), given_b))
     slots.guessed_b.add_(length_b)
     return given_b
+
+
+def keep_last_(last_bd: Tensor, x_btd: Tensor, n_b: Tensor) -> None:
+    """`subquad.ops.slots.keep_last_`."""
+    at_b11 = (n_b - 1).clamp(min=0)[:, None, None].expand(-1, 1, x_btd.shape[2])
+    last_bd.copy_(torch.where(n_b[:, None] > 0, x_btd.gather(1, at_b11)[:, 0], last_bd))

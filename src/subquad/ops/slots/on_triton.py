@@ -9,10 +9,13 @@ import triton
 from torch import Tensor
 
 from subquad.ops import launch, overlap
-from subquad.ops.slots.kernels import agree_kernel, emit_kernel, lead_kernel
+from subquad.ops.slots.kernels import agree_kernel, emit_kernel, keep_last_kernel, lead_kernel
 
 if TYPE_CHECKING:
     from subquad.ops.slots import Slots
+
+# Numbers of a vector that a program copies.
+WIDTH = 1024
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -99,3 +102,25 @@ def _(
     guessed: Tensor, tokens: Tensor, n: Tensor, length: Tensor,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(n)
+
+
+def keep_last_(last_bd: Tensor, x_btd: Tensor, n_b: Tensor) -> None:
+    """`subquad.ops.slots.keep_last_`."""
+    _keep_last(last_bd, x_btd if x_btd.stride(-1) == 1 else x_btd.contiguous(), n_b.contiguous())
+
+
+@torch.library.custom_op("subquad::slots_keep_last", mutates_args=("last",))
+@launch.guarded
+def _keep_last(last: Tensor, x: Tensor, n: Tensor) -> None:
+    b, d = last.shape
+    if b:
+        kernel: Any = keep_last_kernel[(b, triton.cdiv(d, WIDTH))]
+        kernel(
+            last, x, n, d, last.stride(0), *x.stride()[:2], BD=min(triton.next_power_of_2(d), WIDTH), num_warps=4,
+            **overlap.options(x.device),
+        )  # fmt: skip
+
+
+@_keep_last.register_fake
+def _(last: Tensor, x: Tensor, n: Tensor) -> None:
+    return None

@@ -1,0 +1,48 @@
+"""Which drawn guesses stand, and the token behind them: speculative sampling of several rows at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from subquad.ops.backends import Backends
+
+__all__ = ["exchange"]
+
+_backends = Backends(__name__)
+
+
+def exchange(
+    logits_btv: Tensor,
+    guesses_bk: Tensor,
+    length_b: Tensor,
+    q_bkm: Tensor,
+    place_v: Tensor | None,
+    greedy_b: Tensor,
+    seed_b: Tensor,
+    step_b: Tensor,
+    *,
+    coin: int,
+    temperature_b: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The guesses that stand and a token behind them, distributed as p (arXiv 2211.17192, algorithm 1).
+
+    A guess d stands where ``u q(d) < p(d)``, u uniform, and those before it do. Behind them a token is drawn from
+    ``max(p - q, 0)``, renormalised, or from p where no guess is left; p is `subquad.ops.draw.odds` of the logits.
+
+    Args:
+        logits_btv: of the model, behind all processors: column i is what guess i is held against.
+        guesses_bk: int64, k at most t.
+        length_b: int64, how many of them there are.
+        q_bkm: what they were drawn from.
+        place_v: int64, the place of each token in q, m where it has none; None is a q of all tokens.
+        greedy_b, seed_b, step_b: as in `subquad.ops.draw.draw`; coin and token of column i are those of step
+            ``step_b + i``.
+        coin: stream of u; the token's is 0.
+        temperature_b: as in `subquad.ops.draw.draw`.
+
+    Returns:
+        int64 ``tokens_bt`` and ``n_b``, how many of them count, at least 1. A token is -1 where logits are not finite.
+    """
+    chosen = _backends.choose(logits_btv, q_bkm)
+    guesses = guesses_bk, length_b, q_bkm, place_v
+    return chosen.exchange(logits_btv, *guesses, greedy_b, seed_b, step_b, temperature_b, coin)
