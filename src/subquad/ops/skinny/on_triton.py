@@ -66,10 +66,11 @@ def whole(rows: int, width: int) -> dict[str, int]:
     tokens, inputs = triton.next_power_of_2(rows), triton.next_power_of_2(width)
     if rows <= VERY_FEW:
         return {"BM": tokens, "BN": 2 if rows == 1 else 4, "BK": inputs, "SLICES": 0, "num_warps": 4}
-    slices = 4 if width <= 1024 else 8
+    # Of more tokens a slice's products and the sums over slices take longer than to start programs.
+    slices = 4 if width <= 1024 and tokens <= NARROW else 8
     return {
         "BM": max(tokens, NARROW),
-        "BN": NARROW,
+        "BN": 2 * NARROW if tokens <= NARROW else NARROW,
         "BK": max(inputs, slices * FEWEST),
         "SLICES": slices,
         "num_warps": slices,
