@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from subquad.core.errors import ConfigError
+from subquad.core.held import held
 
 T = TypeVar("T")
+# So many numbers are made once: in a round of decoding each would be a launch. Longer blocks have better to do.
+FEW = 64
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,18 @@ class Layout:
         kept_b: Tensor | None = None,
     ) -> Layout:
         """Every column a token; row ``i`` starts at position ``start_b[i]``."""
-        lengths_b = torch.full((batch,), time, device=start_b.device if isinstance(start_b, Tensor) else device)
+        if isinstance(start_b, Tensor) and time == 1:
+            lengths_b = _ones(batch, start_b.device)
+        else:
+            lengths_b = torch.full((batch,), time, device=start_b.device if isinstance(start_b, Tensor) else device)
         return Layout(lengths_b, Layout._positions(batch, time, start_b, device), padded=False, kept_b=kept_b)
 
     @staticmethod
     def steps(start_b: Tensor, count: int) -> list[Layout]:
         """`count` blocks of one token a row, one behind the other, from `start_b` on."""
         b, device = len(start_b), start_b.device
-        positions_nb = start_b + torch.arange(count, device=device)[:, None]
-        lengths_n = torch.ones(count * b, dtype=torch.int64, device=device)
+        positions_nb = start_b + _counted(count, device)[:, None]
+        lengths_n = _ones(count * b, device)
         whole = Layout(lengths_n, positions_nb.view(-1, 1), padded=False)
         steps: list[Layout] = []
         for own in (slice(i * b, (i + 1) * b) for i in range(count)):
@@ -102,15 +108,12 @@ class Layout:
 
     @staticmethod
     def _positions(batch: int, time: int, start_b: Tensor | int, device: torch.device | str | None) -> Tensor:
-        device = start_b.device if isinstance(start_b, Tensor) else device
-        if isinstance(start_b, Tensor) and time == 1:
-            # A copy, since the counter that it is of goes on.
-            positions_bt = start_b[:, None].clone()
-        else:
+        if not isinstance(start_b, Tensor):
             # Rows alike are one row in memory, and what is computed from them is computed once.
-            columns_t = torch.arange(time, device=device)
-            positions_bt = start_b[:, None] + columns_t if isinstance(start_b, Tensor) else columns_t + start_b
-        return positions_bt.expand(batch, time)
+            return (torch.arange(time, device=device) + start_b).expand(batch, time)
+        # A copy in any case, since the counter that it is of goes on.
+        start_b1 = start_b[:, None]
+        return (start_b1.clone() if time == 1 else start_b1 + _counted(time, start_b.device)).expand(batch, time)
 
     @staticmethod
     def ragged(lengths_b: Tensor, time: int, *, start_b: Tensor | int = 0) -> Layout:
@@ -205,3 +208,17 @@ class Layout:
             documents_bt = self.documents_bt[:, start:stop] - before_b1
         lengths_b = (self.lengths_b - start).clamp(0, stop - start)
         return Layout(lengths_b, self.positions_bt[:, start:stop], documents_bt, self.padded)
+
+
+def _counted(n: int, device: torch.device) -> Tensor:
+    """``0, 1, ..., n - 1``."""
+    if n > FEW:
+        return torch.arange(n, device=device)
+    return held(("counted", device), device, lambda: torch.arange(FEW, device=device))[:n]
+
+
+def _ones(n: int, device: torch.device) -> Tensor:
+    """As many ones, int64."""
+    if n > FEW:
+        return torch.ones(n, dtype=torch.int64, device=device)
+    return held(("ones", device), device, lambda: torch.ones(FEW, dtype=torch.int64, device=device))[:n]

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.core.held import held
+
 # In some columns of the table few magnitudes repeat, 1 in tile 0, or cosines of odd eighths of pi in tile n / 4:
 # there roundings to bfloat16 add up instead of cancelling. Of all factors this one lets them change a tile the least:
 # by 1.6e-3, where the worst lets them by 7.8e-3.
@@ -76,10 +78,12 @@ class Tables(NamedTuple):
 
 def tables(cut: Plan, like: Tensor) -> Tables:
     """Those in the dtype of `like`; made once, since over short rows they are half of all."""
-    key = cut, like.dtype, like.device
-    if key in _known:
-        return _known[key]
-    (n, p, q), device = cut, like.device
+    dtype, device = like.dtype, like.device
+    return held(("flashconv", cut, dtype, device), device, lambda: _tables(cut, dtype, device))
+
+
+def _tables(cut: Plan, dtype: torch.dtype, device: torch.device) -> Tables:
+    n, p, q = cut
     exact_fn = table(n, device)
     f, row, column = (torch.arange(size, device=device) for size in cut)
     # Angles in parts of a turn, whole turns taken off while they are integers; theta_f turns by 2 f + 1 of them.
@@ -91,20 +95,12 @@ def tables(cut: Plan, like: Tensor) -> Tables:
 
     def values(turned: Tensor, size: float) -> Tensor:
         angle = (turned % parts).double() * (2 * math.pi / parts)
-        return (torch.stack((angle.cos(), angle.sin()), dim=-3) * size).to(like.dtype)
+        return (torch.stack((angle.cos(), angle.sin()), dim=-3) * size).to(dtype)
 
     # On their own way there, filters are scaled like all else.
     factor = math.prod(undone(size) / scale(size) for size in cut)
     power = 2.0 ** round(math.log2(factor))
-    made = Tables(
-        cut, exact_fn.to(like.dtype), (exact_fn * power).to(like.dtype), factor / power, exact_fn * factor,
+    return Tables(
+        cut, exact_fn.to(dtype), (exact_fn * power).to(dtype), factor / power, exact_fn * factor,
         values(left_fkp, scale(p)), values(middle_fkq, 1), values(right_ql, scale(q)),
     )  # fmt: skip
-    # What a captured graph computes lies in its own memory, and what is no plain tensor is nothing to keep.
-    captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not captured and type(exact_fn) is Tensor:
-        _known[key] = made
-    return made
-
-
-_known: dict[tuple[Plan, torch.dtype, torch.device], Tables] = {}

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from subquad.core.attention import RotarySpec
 from subquad.core.errors import ConfigError, UnsupportedError, nearest
+from subquad.core.held import held
 from subquad.core.layout import Layout
 from subquad.core.state import precise
 from subquad.ops.backends import Backends
 from subquad.ops.rope import on_torch
 
 _backends = Backends(__name__)
-
-_known: dict[Hashable, tuple[Tensor, float]] = {}
 
 
 def frequencies(
@@ -149,17 +148,8 @@ def _name(spec: RotarySpec) -> tuple[Hashable, ...]:
 
 def _frequencies(spec: RotarySpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
     """`frequencies`, computed once: in a round of decoding they are as many launches as a layer."""
-    if torch.compiler.is_compiling():
-        return frequencies(spec, dtype=dtype, device=device)
-    key = (*_name(spec), dtype, device)
-    if key in _known:
-        return _known[key]
-    made = frequencies(spec, dtype=dtype, device=device)
-    # What a captured graph computes lies in its own memory, and what is no plain tensor is nothing to keep.
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not captured and type(made[0]) is Tensor:
-        _known[key] = made
-    return made
+    key = ("frequencies", *_name(spec), dtype, device)
+    return held(key, device, lambda: frequencies(spec, dtype=dtype, device=device))
 
 
 def _turns(spec: RotarySpec, positions_bt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:

@@ -1,0 +1,36 @@
+"""What never changes and costs a launch or more to make: made once, and kept for every later call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+_made: dict[Hashable, Any] = {}
+
+
+def held(key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
+    """What ``make()`` returned at the first call with `key`: nobody may write into its tensors.
+
+    Kept for the life of the process, so keys must be few. A compiled region makes its own, and so does a CUDA graph
+    that is being captured, whose memory is used again; what is no plain tensor is nothing to keep either.
+
+    Args:
+        key: names what is made, and everything it depends on, the device included.
+        device: where it lies.
+        make: makes a tensor, or a tuple with tensors.
+    """
+    if torch.compiler.is_compiling():
+        return make()
+    if key in _made:
+        return _made[key]
+    made = make()
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    tensors = [x for x in (made if isinstance(made, tuple) else (made,)) if isinstance(x, Tensor)]
+    if not captured and all(type(x) is Tensor for x in tensors):
+        _made[key] = made
+    return made
