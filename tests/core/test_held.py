@@ -27,8 +27,10 @@ def test_what_is_made_once_is_the_same_afterwards() -> None:
 
 
 def test_a_compiled_region_makes_its_own() -> None:
-    compiled = torch.compile(lambda x: x + held("a", CPU, lambda: torch.ones(2)), backend="eager", fullgraph=True)
-    assert compiled(torch.zeros(2)).tolist() == [1, 1]
+    def more(x: torch.Tensor) -> torch.Tensor:
+        return x + held("a", CPU, lambda: torch.ones(2))
+
+    assert torch.compile(more, backend="eager", fullgraph=True)(torch.zeros(2)).tolist() == [1, 1]
     assert not module._made  # pyright: ignore[reportPrivateUsage]
 
 
