@@ -114,6 +114,7 @@ def test_many_columns(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """More than a block has, which ends within a tile's rows."""
     if DEVICE == "cpu":
         monkeypatch.setattr(toeplitz, "PRODUCT", toeplitz.PRODUCT._replace(width=16))
+        monkeypatch.setattr(toeplitz, "MASKED", toeplitz.MASKED._replace(width=16))
         monkeypatch.setattr(toeplitz, "CORRELATION", toeplitz.CORRELATION._replace(width=16))
     compare(arguments(200, b=5 if DEVICE == "cpu" else 70, d=1, g=1))
 
@@ -123,6 +124,18 @@ def test_half_precision(dtype: torch.dtype, way: str) -> None:
     # By the Fourier way so are spectra over tiles and within them, on the way there and back, products and tables, and
     # of filters what is transformed and what has been, over tiles.
     compare(arguments(130, dtype=dtype), roundings=3 if way == "toeplitz" else 11)
+
+
+@pytest.mark.parametrize("way", ["fourier"], indirect=True)
+def test_small_filters_are_no_smaller_than_half_precision_holds(way: str) -> None:
+    values = {name: x for name, x in arguments(500, b=1, d=1, g=1, dtype=torch.float16).items() if name != "bias_d"}
+    values["k_gl"] = values["k_gl"].float()
+    large = flashconv.parallel(**values)
+    # Outputs of an ordinary size: what is lost is lost of the filters.
+    values["u_btd"], values["k_gl"] = values["u_btd"] * 2.0**10, values["k_gl"] * 2.0**-18
+    small = flashconv.parallel(**values).double() * 2.0**8
+    # Themselves rounded to multiples of 2^-24, such filters would be off by a hundredth.
+    assert error(small, large, float(large.double().norm())) < 4 * torch.finfo(torch.float16).eps
 
 
 @pytest.mark.parametrize("way", ["fourier"], indirect=True)
@@ -162,9 +175,9 @@ def test_both_ways(way: str, documents: bool) -> None:
     compare(values, documents_bt=documents_bt)
 
 
-@pytest.mark.parametrize("length", [140, 70])
-def test_documents(length: int) -> None:
-    values = arguments(140, length, d=2, g=1)
+@pytest.mark.parametrize(("length", "dtype"), [(140, torch.float32), (70, torch.float32), (140, torch.bfloat16)])
+def test_documents(length: int, dtype: torch.dtype) -> None:
+    values = arguments(140, length, d=2, g=1, dtype=dtype)
     documents_bt = torch.zeros(2, 140, dtype=torch.int64, device=DEVICE)
     for row, starts in enumerate(([3, 4, 40, 64, 65, 100], [70])):
         for start in starts:

@@ -105,7 +105,7 @@ def convolve(
 def spectra(k: Tensor, behind: Tensor | None, known: Tables) -> Tensor:
     """The filters' values ``[g, n, 2, p, q]``, in the dtype of operands; with those of filters backwards in time."""
     n, p, q = known.plan
-    spectrum, _ = transform(k.mT[None], None, known, known.filter_fn)
+    spectrum, _ = transform(k.mT[None], None, known, power=known.power)
     made = spectrum.view(len(k), n, 2, p, q)
     # In place: a program writes where it alone has read.
     within.filters[(len(k) * n,)](made, *known.within, known.rest, n, P=p, Q=q, **_within(known))
@@ -118,10 +118,10 @@ def spectra(k: Tensor, behind: Tensor | None, known: Tables) -> Tensor:
 
 
 def transform(
-    x: Tensor, gate: Tensor | None, known: Tables, table: Tensor, behind: Tensor | None = None
+    x: Tensor, gate: Tensor | None, known: Tables, behind: Tensor | None = None, *, power: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """``F (x gate)``, ``[d, n, b, 2, c]``, and ``x behind`` where that is given; `table` is ``F`` or a multiple."""
-    (b, t, d), (n, p, q) = x.shape, known.plan
+    """``F (power x gate)``, ``[d, n, b, 2, c]``, and ``x behind`` where that is given."""
+    (b, t, d), (n, p, q), table = x.shape, known.plan, known.over_fn
     c = p * q
     made = launch.scratch(d, n, b, 2, c, like=x, dtype=table.dtype)
     into = None if behind is None else launch.scratch(b, t, d, like=x, dtype=x.dtype)
@@ -135,8 +135,8 @@ def transform(
     gate_ = x if gate is None else gate
     over.transform[(triton.cdiv(d, channels) * (c // places) * b,)](
         x, gate_, x if behind is None else behind, table, x if into is None else into, made,
-        *x.stride(), *gate_.stride()[:2], t, b, n, d,
-        GATE=gate is not None, BEHIND=behind is not None, WHOLE=n <= depth, C=c, BC=places, BD=channels,
+        *x.stride(), *gate_.stride()[:2], t, b, n, d, power,
+        GATE=gate is not None, SCALED=power != 1, BEHIND=behind is not None, WHOLE=n <= depth, C=c, BC=places, BD=channels,
         BF=rows, BK=depth, **_options(table, tiles),
     )  # fmt: skip
     return made, into
@@ -225,7 +225,7 @@ def _forward(
     """
     t = u.shape[1]
     known = tables(plan(t, u.dtype), u)
-    spectrum, _ = transform(u, gate_in, known, known.over_fn)
+    spectrum, _ = transform(u, gate_in, known)
     filters = spectra(k, behind, known)
     made = multiply(spectrum, filters, known, bias, adjoint=False)
     y, alone = restore(made, known, gate_out, None, t=t, second=keep and gate_out is not None)
@@ -263,7 +263,7 @@ def _backward(
     """Gradients of u, both filters, bias and both gates; empty for what is not there."""
     t = u.shape[1]
     known = tables(plan(t, u.dtype), u)
-    dy_spectrum, dgate_out = transform(dy, gate_out, known, known.over_fn, None if gate_out is None else alone)
+    dy_spectrum, dgate_out = transform(dy, gate_out, known, None if gate_out is None else alone)
     made = multiply(dy_spectrum, filters, known, bias, adjoint=True)
     du, dgate_in = restore(made, known, gate_in, None if gate_in is None else u, t=t, second=gate_in is not None)
     own_dn2c, other_dn2c = correlate(dy_spectrum, spectrum, known, behind=behind is not None)

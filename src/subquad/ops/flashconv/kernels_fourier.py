@@ -51,10 +51,10 @@ def columns(channel, place, N, B, b, D, C: tl.constexpr, BC: tl.constexpr, BD: t
 
 @triton.jit
 def gated(
-    x, gate, behind, into, sxb, sxt, sxd, sgb, sgt, b, tile, place, channel, T, D, first,
-    GATE: tl.constexpr, BEHIND: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
+    x, gate, behind, into, sxb, sxt, sxd, sgb, sgt, b, tile, place, channel, T, D, power, first,
+    GATE: tl.constexpr, SCALED: tl.constexpr, BEHIND: tl.constexpr, C: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """``x gate`` of some tiles, ``[tile, (channel, place)]``; writes ``x behind`` on the way where it is the first."""
+    """``power x gate`` of some tiles, ``[tile, (channel, place)]``; writes ``x behind`` where it is the first."""
     at, inside = offsets(sxb, sxt, sxd, b, tile, place, channel, T, D, C)
     made = tl.load(x + at, mask=inside, other=0.0)
     if BEHIND:
@@ -64,17 +64,19 @@ def gated(
     if GATE:
         at, _ = offsets(sgb, sgt, 1, b, tile, place, channel, T, D, C)
         made = made.to(tl.float32) * tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        made = made.to(tl.float32) * power
     turned = tl.permute(made.to(DTYPE), (0, 2, 1))
     return tl.reshape(turned, (made.shape[0], made.shape[1] * made.shape[2]))
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def transform(
-    x, gate, behind, table, into, out, sxb, sxt, sxd, sgb, sgt, T, B, N, D,
-    GATE: tl.constexpr, BEHIND: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
-    BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    x, gate, behind, table, into, out, sxb, sxt, sxd, sgb, sgt, T, B, N, D, power,
+    GATE: tl.constexpr, SCALED: tl.constexpr, BEHIND: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr,
+    BC: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``F (x gate)`` over the tiles of ``[b, t, d]``, and ``x behind`` as it is; WHOLE where BK holds all tiles."""
+    """``F (power x gate)`` over the tiles of ``[b, t, d]``, and ``x behind`` as it is; WHOLE where BK holds all tiles."""
     dtype: tl.constexpr = out.dtype.element_ty
     channel, place, b, _ = places(D, B, C, BC, BD)
     at, mine = columns(channel, place, N, B, b, D, C, BC, BD)
@@ -83,7 +85,8 @@ def transform(
     tile = tl.arange(0, BK)
     if WHOLE:
         x_kc = gated(
-            x, gate, behind, into, sxb, sxt, sxd, sgb, sgt, b, tile, place, channel, T, D, True, GATE, BEHIND, C, dtype
+            x, gate, behind, into, sxb, sxt, sxd, sgb, sgt, b, tile, place, channel, T, D, power, True, GATE, SCALED,
+            BEHIND, C, dtype,
         )  # fmt: skip
     for first in range(0, 2 * N, BF):
         row = first + tl.arange(0, BF)
@@ -96,8 +99,8 @@ def transform(
                 k = start + tile
                 f_rk = tl.load(table + row[:, None] * N + k[None, :], (row < 2 * N)[:, None] & (k < N)[None, :], 0.0)
                 x_kc = gated(
-                    x, gate, behind, into, sxb, sxt, sxd, sgb, sgt, b, k, place, channel, T, D, first == 0, GATE,
-                    BEHIND, C, dtype,
+                    x, gate, behind, into, sxb, sxt, sxd, sgb, sgt, b, k, place, channel, T, D, power, first == 0,
+                    GATE, SCALED, BEHIND, C, dtype,
                 )  # fmt: skip
                 total = product(f_rk, x_kc, total, PRECISION)
         to = row // 2 * (B * 2 * C) + row % 2 * C

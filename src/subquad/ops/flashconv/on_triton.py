@@ -23,8 +23,8 @@ def refusal(*tensors: Tensor) -> str | None:
     b, t, _ = tensors[0].shape
     if t > LONGEST:
         return f"beyond {LONGEST} tokens PyTorch's Fourier transforms are faster, got {t}"
-    if triton.cdiv(t, toeplitz.TILE) * b > launch.GRID * toeplitz.PRODUCT.width:
-        return f"the Triton kernels take up to {launch.GRID * toeplitz.PRODUCT.width} tiles of {toeplitz.TILE} tokens"
+    if triton.cdiv(t, toeplitz.TILE) * b > launch.GRID * toeplitz.MASKED.width:
+        return f"the Triton kernels take up to {launch.GRID * toeplitz.MASKED.width} tiles of {toeplitz.TILE} tokens"
     return launch.refusal(*tensors, widths=())
 
 

@@ -48,17 +48,16 @@ class Tables(NamedTuple):
     Attributes:
         plan: how rows are cut.
         over_fn: ``F`` over tiles, in the dtype of operands.
-        filter_fn: the same for filters, with what undoes the scales of all tables on the way there and back, but for a
-            factor near 1, so that its roundings are those of ``F``.
-        rest: that factor.
-        taps_fn: the same in float32, with the factor.
+        power, rest: what filters are multiplied by to undo the scales of all tables on the way there and back: a power
+            of two before they are rounded, so that small ones stay normal numbers, and a factor near 1 behind.
+        taps_fn: ``F`` in float32, times both.
         left, middle, right: within a tile, ``[n, 2, p, p]``, ``[n, 2, p, q]`` and ``[2, q, q]``, complex in real and
             imaginary parts, in the dtype of operands.
     """
 
     plan: Plan
     over_fn: Tensor
-    filter_fn: Tensor
+    power: float
     rest: float
     taps_fn: Tensor
     left: Tensor
@@ -101,6 +100,6 @@ def _tables(cut: Plan, dtype: torch.dtype, device: torch.device) -> Tables:
     factor = math.prod(undone(size) / scale(size) for size in cut)
     power = 2.0 ** round(math.log2(factor))
     return Tables(
-        cut, exact_fn.to(dtype), (exact_fn * power).to(dtype), factor / power, exact_fn * factor,
+        cut, exact_fn.to(dtype), power, factor / power, exact_fn * factor,
         values(left_fkp, scale(p)), values(middle_fkq, 1), values(right_ql, scale(q)),
     )  # fmt: skip

@@ -35,6 +35,8 @@ class Tiling(NamedTuple):
 
 
 PACK, PRODUCT, CORRELATION = Tiling(128, 4, 1), Tiling(256, 4, 3), Tiling(32, 4, 1)
+# With documents, which are loaded beside the columns.
+MASKED = Tiling(128, 4, 2)
 
 
 def convolve(
@@ -93,9 +95,10 @@ def _convolve(packed: Tensor, k: Tensor, documents: Tensor | None) -> Tensor:
     """Of packed inputs the packed outputs."""
     d, n, b, _ = packed.shape
     made = launch.scratch(*packed.shape, like=packed, dtype=packed.dtype)
-    kernels.toeplitz[(d, triton.cdiv(n * b, PRODUCT.width))](
+    tiles = PRODUCT if documents is None else MASKED
+    kernels.toeplitz[(d, triton.cdiv(n * b, tiles.width))](
         k, packed, packed if documents is None else documents, made, n * b, b, k.shape[1], d // len(k),
-        C=TILE, BC=PRODUCT.width, LEVELS=LEVELS, **_options(packed, documents, PRODUCT),
+        C=TILE, BC=tiles.width, LEVELS=LEVELS, **_options(packed, documents, tiles),
     )  # fmt: skip
     return made
 
