@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from subquad.core.errors import ConfigError
 from subquad.ops import backends
 from subquad.ops.draw import draw, guess_, gumbel, odds, uniform
 
@@ -123,3 +124,38 @@ def test_guesses_of_broken_rows_are_tokens_without_odds(backend: str) -> None:
     assert ((tokens_b1 >= 0) & (tokens_b1 < V)).all()
     assert q_b1v[:3].isnan().all()
     assert tokens_b1[3, 0] == 0 and q_b1v[3, 0, 0] == 1 and (q_b1v[3, 0, 1:] == 0).all()
+
+
+@needs_triton
+def test_what_is_strided_is_read_as_it_lies() -> None:
+    logits_btv, *noise = rows(4, 1, torch.float32)
+    temperature_b, ids_m = (0.5 + 0.1 * torch.arange(8, device=DEVICE))[::2], torch.arange(80, device=DEVICE)[::2]
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for backend in ("torch", "triton"):
+        tokens_bk, q_bkm = torch.zeros(4, 1, dtype=torch.int64, device=DEVICE), torch.zeros(4, 1, 40, device=DEVICE)
+        with backends.use(backend):
+            drawn_bt = draw(logits_btv, *noise, temperature_b=temperature_b[:1].expand(4))
+            few_bm = logits_btv[:, 0, ids_m]
+            guess_(tokens_bk, q_bkm, 0, few_bm, *noise, ids_m=ids_m, temperature_b=temperature_b)
+        found.append((drawn_bt, tokens_bk, q_bkm))
+    (drawn_bt, tokens_bk, q_bkm), (got_bt, got_bk, got_bkm) = found
+    assert torch.equal(got_bt, drawn_bt) and torch.equal(got_bk, tokens_bk)
+    torch.testing.assert_close(got_bkm, q_bkm)
+
+
+@needs_triton
+def test_guesses_are_not_written_between_others() -> None:
+    logits_btv, *noise = rows(2, 1, torch.float32)
+    with backends.use("triton"), pytest.raises(ConfigError, match="tokens_bk: expected a last axis that lies side"):
+        guess_(torch.zeros(3, 2, dtype=torch.int64, device=DEVICE).T, None, 0, logits_btv[:, 0], *noise)
+
+
+@needs_triton
+def test_operators_keep_their_contract() -> None:
+    from subquad.ops.draw import on_triton
+
+    logits_btv, *noise = rows(2, 1, torch.float32)
+    tokens_bk, q_bkm = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE), torch.zeros(2, 1, V, device=DEVICE)
+    torch.library.opcheck(on_triton._draw, (logits_btv, *noise, None, True, 0))
+    torch.library.opcheck(on_triton._guess, (tokens_bk, q_bkm, 0, logits_btv[:, 0], *noise, None, None, True, 1))
+    torch.library.opcheck(on_triton._guess, (tokens_bk, None, 0, logits_btv[:, 0], *noise, None, None, False, 1))

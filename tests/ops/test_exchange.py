@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from subquad.core.errors import ConfigError
 from subquad.ops import backends, launch
 from subquad.ops.draw import among_all, guess_, odds
 from subquad.ops.exchange import exchange
@@ -17,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
 both = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 V, M, K = 1301, 700, 3
-# Of each of its two tests the chance to fail for nothing.
+# About the chance that one sample fails for nothing.
 ALARM = 1e-9
 
 
@@ -196,3 +197,33 @@ def test_rows_of_a_wider_buffer_are_read_as_they_lie(whole: bool) -> None:
     )
     for want, got in zip(a.exchange("triton"), wide.exchange("triton"), strict=True):
         assert torch.equal(got, want)
+
+
+@needs_triton
+def test_what_is_strided_is_read_as_it_lies() -> None:
+    a = a_round(6, tempered=True)
+    assert a.place_v is not None and a.temperature_b is not None
+    wide_v2, wide_b2 = (torch.stack((x, x), 1) for x in (a.place_v, a.temperature_b))
+    strided = a._replace(place_v=wide_v2[:, 0], temperature_b=wide_b2[:, 0])
+    for got, want in zip(strided.exchange("triton"), a.exchange("triton"), strict=True):
+        assert torch.equal(got, want)
+
+
+@both
+@pytest.mark.parametrize("k", [0, K + 2])
+def test_guesses_are_one_at_least_and_no_more_than_columns(backend: str, k: int) -> None:
+    a = a_round(2, whole=True)
+    guesses_bk, q_bkm = a.guesses_bk.new_zeros(2, k), a.q_bkm.new_zeros(2, k, V)
+    with pytest.raises(ConfigError, match=f"expected from 1 to t=4 guesses a row, got {k}"):
+        a._replace(guesses_bk=guesses_bk, q_bkm=q_bkm).exchange(backend)
+
+
+@needs_triton
+def test_operator_keeps_its_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    from subquad.ops.exchange import on_triton
+
+    monkeypatch.setattr(launch, "poison", False)
+    a = a_round(2, tempered=True)
+    rows = a.length_b, a.greedy_b, a.seed_b, a.step_b
+    given = (a.logits_btv, a.guesses_bk, a.q_bkm, *rows, a.place_v, a.temperature_b, 2)
+    torch.library.opcheck(on_triton._exchange, given)

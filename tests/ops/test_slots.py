@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from subquad.core.errors import ConfigError
 from subquad.ops import backends
 from subquad.ops.slots import Slots, agree, emit_, keep_last_, lead
 
@@ -92,3 +93,22 @@ def test_the_last_vector_that_counts_is_kept(backend: str, dtype: torch.dtype) -
     with backends.use(backend):
         keep_last_(last_bd, x_btd, ints(0, 1, 3, 2))
     assert torch.equal(last_bd, want_bd)
+
+
+@needs_triton
+def test_what_is_kept_is_not_written_between_others() -> None:
+    last_bd, x_btd, n_b = (
+        torch.zeros(3, 2, device=DEVICE).T,
+        torch.ones(2, 1, 3, device=DEVICE),
+        torch.ones(2, device=DEVICE),
+    )
+    with backends.use("triton"), pytest.raises(ConfigError, match="last_bd: expected a last axis that lies side"):
+        keep_last_(last_bd, x_btd, n_b.long())
+
+
+@needs_triton
+def test_operator_keeps_its_contract() -> None:
+    from subquad.ops.slots import on_triton
+
+    x_btd, n_b = torch.randn(2, 3, 5, device=DEVICE), torch.tensor([3, 0], device=DEVICE)
+    torch.library.opcheck(on_triton._keep_last, (torch.zeros(2, 5, device=DEVICE), x_btd, n_b))

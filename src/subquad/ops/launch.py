@@ -82,6 +82,21 @@ def refusal(*tensors: Tensor, widths: tuple[int, ...]) -> str | None:
     return None
 
 
+def written(**tensors: Tensor | None) -> None:
+    """Refuse tensors that are written in place and whose last axis does not lie side by side."""
+    for name, x in tensors.items():
+        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ConfigError(
+                f"{name}: expected a last axis that lies side by side, got strides {x.stride()}; give a contiguous "
+                "tensor, which is written in place"
+            )
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The same, contiguous where they are any."""
+    return tuple(None if x is None else x.contiguous() for x in tensors)
+
+
 def operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors that meet in a matrix product, in one dtype and with a contiguous last axis.
 

@@ -34,8 +34,8 @@ def draw(
 ) -> Tensor:  # fmt: skip
     """`subquad.ops.draw.draw`."""
     logits_btv = logits_btv if logits_btv.stride(-1) == 1 else logits_btv.contiguous()
-    noise = greedy_b.contiguous(), seed_b.contiguous(), step_b.contiguous()
-    return _draw(logits_btv, *noise, temperature_b, draws, stream)
+    of_rows = launch.contiguous(greedy_b, seed_b, step_b, temperature_b)
+    return _draw(logits_btv, *of_rows, draws, stream)
 
 
 @torch.library.custom_op("subquad::draw", mutates_args=())
@@ -68,9 +68,10 @@ def guess_(
     step_b: Tensor, ids_m: Tensor | None, temperature_b: Tensor | None, *, draws: bool, stream: int,
 ) -> None:  # fmt: skip
     """`subquad.ops.draw.guess_`."""
+    launch.written(tokens_bk=tokens_bk, q_bkm=q_bkm)
     logits_bm = logits_bm if logits_bm.stride(-1) == 1 else logits_bm.contiguous()
-    noise = greedy_b.contiguous(), seed_b.contiguous(), step_b.contiguous()
-    _guess(tokens_bk, q_bkm, at, logits_bm, *noise, ids_m, temperature_b, draws, stream)
+    others = launch.contiguous(greedy_b, seed_b, step_b, ids_m, temperature_b)
+    _guess(tokens_bk, q_bkm, at, logits_bm, *others, draws, stream)
 
 
 @torch.library.custom_op("subquad::guess", mutates_args=("tokens", "q"))

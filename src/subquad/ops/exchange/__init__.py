@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from subquad.core.errors import ConfigError
 from subquad.ops.backends import Backends
 
 __all__ = ["exchange"]
@@ -31,7 +32,7 @@ def exchange(
 
     Args:
         logits_btv: of the model, behind all processors: column i is what guess i is held against.
-        guesses_bk: int64, k at most t.
+        guesses_bk: int64, k from 1 to t.
         length_b: int64, how many of them there are.
         q_bkm: what they were drawn from.
         place_v: int64, the place of each token in q, m where it has none; None is a q of all tokens.
@@ -42,7 +43,13 @@ def exchange(
 
     Returns:
         int64 ``tokens_bt`` and ``n_b``, how many of them count, at least 1. A token is -1 where logits are not finite.
+
+    Raises:
+        ConfigError: no column of guesses, or more of them than of logits.
     """
+    k, t = guesses_bk.shape[1], logits_btv.shape[1]
+    if not 1 <= k <= t:
+        raise ConfigError(f"exchange: expected from 1 to t={t} guesses a row, got {k}; draw where there are none")
     chosen = _backends.choose(logits_btv, q_bkm)
     guesses = guesses_bk, length_b, q_bkm, place_v
     return chosen.exchange(logits_btv, *guesses, greedy_b, seed_b, step_b, temperature_b, coin)

@@ -24,8 +24,8 @@ def exchange(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`subquad.ops.exchange.exchange`."""
     wide = (x if x.stride(-1) == 1 else x.contiguous() for x in (logits_btv, guesses_bk, q_bkm))
-    of_rows = (x.contiguous() for x in (length_b, greedy_b, seed_b, step_b))
-    return _exchange(*wide, *of_rows, place_v, temperature_b, coin)
+    others = launch.contiguous(length_b, greedy_b, seed_b, step_b, place_v, temperature_b)
+    return _exchange(*wide, *others, coin)
 
 
 @torch.library.custom_op("subquad::exchange", mutates_args=())

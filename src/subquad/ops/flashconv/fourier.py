@@ -136,8 +136,8 @@ def transform(
     over.transform[(triton.cdiv(d, channels) * (c // places) * b,)](
         x, gate_, x if behind is None else behind, table, x if into is None else into, made,
         *x.stride(), *gate_.stride()[:2], t, b, n, d, power,
-        GATE=gate is not None, SCALED=power != 1, BEHIND=behind is not None, WHOLE=n <= depth, C=c, BC=places, BD=channels,
-        BF=rows, BK=depth, **_options(table, tiles),
+        GATE=gate is not None, SCALED=power != 1, BEHIND=behind is not None, WHOLE=n <= depth, C=c, BC=places,
+        BD=channels, BF=rows, BK=depth, **_options(table, tiles),
     )  # fmt: skip
     return made, into
 

@@ -76,7 +76,7 @@ def transform(
     GATE: tl.constexpr, SCALED: tl.constexpr, BEHIND: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr,
     BC: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``F (power x gate)`` over the tiles of ``[b, t, d]``, and ``x behind`` as it is; WHOLE where BK holds all tiles."""
+    """``F (power x gate)`` over the tiles of ``[b, t, d]``, and ``x behind``; WHOLE where BK holds all tiles."""
     dtype: tl.constexpr = out.dtype.element_ty
     channel, place, b, _ = places(D, B, C, BC, BD)
     at, mine = columns(channel, place, N, B, b, D, C, BC, BD)

@@ -29,8 +29,8 @@ class Tiling(NamedTuple):
 FEWEST, NARROW = 16, 8
 # So few are multiplied without it.
 VERY_FEW = 2
-# A program holds whole rows of a weight of at most so many bytes.
-ROW_BYTES = 4096
+# A program holds whole rows of a weight of at most so many bytes, and of sixteen columns at most so many numbers each.
+ROW_BYTES, HELD = 4096, 2048
 # One token before a long row of a weight: no matrix unit reads as fast.
 LONG, SINGLE = 2048, Tiling(4, 1024, 3, 4)
 
@@ -61,8 +61,11 @@ def few(rows: int, width: int, size: int) -> bool:
     return width * size <= ROW_BYTES and rows <= (FEWEST if size <= 2 else VERY_FEW)
 
 
-def whole(rows: int, width: int) -> dict[str, int]:
-    """How programs that hold whole rows are cut and launched: few columns each, so that all processors have some."""
+def whole(rows: int, width: int, weights: int = 1) -> dict[str, int]:
+    """How programs that hold whole rows of one or two weights are cut and launched.
+
+    One token or two are few columns each, so that all processors have some; more of them are a tile of the matrix unit.
+    """
     tokens, inputs = triton.next_power_of_2(rows), triton.next_power_of_2(width)
     if rows <= VERY_FEW:
         return {"BM": tokens, "BN": 2 if rows == 1 else 4, "BK": inputs, "SLICES": 0, "num_warps": 4}
@@ -70,7 +73,7 @@ def whole(rows: int, width: int) -> dict[str, int]:
     slices = 4 if width <= 1024 and tokens <= NARROW else 8
     return {
         "BM": max(tokens, NARROW),
-        "BN": 2 * NARROW if tokens <= NARROW else NARROW,
+        "BN": 2 * NARROW if tokens <= NARROW and weights * inputs <= HELD else NARROW,
         "BK": max(inputs, slices * FEWEST),
         "SLICES": slices,
         "num_warps": slices,
@@ -170,7 +173,7 @@ def _gate(
     out = launch.scratch(b, t, n, like=x, dtype=x.dtype)
     biases = gate if gate_bias is None else gate_bias, up if up_bias is None else up_bias
     if y is not None:
-        cut = whole(rows, k)
+        cut = whole(rows, k, weights=2)
         kernel: Any = gate_few_kernel[(triton.cdiv(n, cut["BN"]),)]
         kernel(
             x, y, x if scale is None else scale, gate, up, *biases, out, rows, k, n, eps, UNIT=unit(k),
