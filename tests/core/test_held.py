@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from subquad.core import held as module
 from subquad.core.held import held
@@ -32,6 +33,13 @@ def test_a_compiled_region_makes_its_own() -> None:
 
     assert torch.compile(more, backend="eager", fullgraph=True)(torch.zeros(2)).tolist() == [1, 1]
     assert not module._made  # pyright: ignore[reportPrivateUsage]
+
+
+def test_where_tensors_are_imagined_so_are_these() -> None:
+    held("a", CPU, lambda: torch.ones(2))
+    with FakeTensorMode():
+        assert isinstance(held("a", CPU, lambda: torch.ones(2)), FakeTensor)
+    assert held("a", CPU, lambda: torch.zeros(2)).tolist() == [1, 1]
 
 
 def test_no_tensor_of_a_kind_of_its_own_is_kept() -> None:

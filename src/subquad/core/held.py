@@ -24,7 +24,8 @@ def held(key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
         device: where it lies.
         make: makes a tensor, or a tuple with tensors.
     """
-    if torch.compiler.is_compiling():
+    # Where tensors are imagined (`FakeTensorMode`), so must these be.
+    if torch.compiler.is_compiling() or type(torch.empty(0, device=device)) is not Tensor:
         return make()
     if key in _made:
         return _made[key]
