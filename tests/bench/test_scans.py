@@ -83,7 +83,7 @@ def test_heads_taken_in_groups_give_the_whole() -> None:
     parts = scans._exact(scan, scan.on("torch"), arguments, dy, dstate)
     assert parts.keys() == whole.keys()
     for name, x in whole.items():
-        # Float64 sums in another order: some hundred roundings of 1e-16.
+        # Float64 sums in another order, of 8 channels times 16 through 9 steps: at most 1,152 roundings of 1.1e-16.
         torch.testing.assert_close(parts[name], x, rtol=1e-12, atol=1e-12)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.ops import backends
-from subquad.ops.draw import draw, guess_, gumbel, odds, uniform
+from subquad.ops.draw import draw, guess_, gumbel, probabilities, uniform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
@@ -90,7 +90,7 @@ def test_a_temperature_is_a_division_before(backend: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("some", [False, True])
 def test_guesses_are_draws_among_some_tokens(backend: str, dtype: torch.dtype, some: bool) -> None:
-    """As among all tokens with the others forbidden, in their column alone; odds are what they were drawn from."""
+    """As among all tokens with the others forbidden, in their column alone, with what they were drawn from."""
     logits_btv, greedy_b, seed_b, step_b = rows(4, 1, dtype)
     temperature_b = torch.tensor([1.0, 0.3, 1.7, 2.0], device=DEVICE)
     ids_m = torch.arange(3, V, 7, device=DEVICE) if some else torch.arange(V, device=DEVICE)
@@ -109,7 +109,7 @@ def test_guesses_are_draws_among_some_tokens(backend: str, dtype: torch.dtype, s
     assert (tokens_bk[:, :2] == -5).all() and (q_bkm[:, :2] == -5).all()
     assert torch.equal(alone_bk[:, 1], ids_m[few_bm.argmax(-1)])
     # Ten operations in float32, of numbers whose exponents are known to the last digit times their size, 30 at most.
-    want_bm = odds(few_bm.float() / temperature_b[:, None], greedy_b)
+    want_bm = probabilities(few_bm.float() / temperature_b[:, None], greedy_b)
     torch.testing.assert_close(q_bkm[:, 2], want_bm, rtol=4e-6, atol=1e-9)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from subquad.core import held
+from subquad.core import constants
 from subquad.core.attention import RotarySpec
 from subquad.core.errors import ConfigError, UnsupportedError
 from subquad.core.layout import Layout
@@ -89,7 +89,7 @@ def test_rows_alike_share_one_row_and_packed_documents_have_their_own() -> None:
 
 def test_tables_are_made_once_a_layout_and_frequencies_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, list[float]] = {"_turns": [], "frequencies": []}
-    monkeypatch.setattr(held, "_made", {})
+    monkeypatch.setattr(constants, "_made", {})
     for name, thetas in made.items():
         real = getattr(rope, name)
         monkeypatch.setattr(

@@ -99,8 +99,8 @@ class Bench:
         The error is measured twice, as the largest difference over the largest magnitude of `want`, which shows a
         single wrong element, and as the norm of the difference over the norm of `want`, which shows many that are
         slightly wrong. Each may be `rtol`, or, given `naive` (the plain computation in the same dtype), twice the error
-        of that, and never less than the dtype's epsilon; four times it where every sum is rounded to that dtype, as
-        those of float16 and bfloat16 are not: processors take them in different orders.
+        of that, and never less than the dtype's epsilon; four of them in float32 and float64, whose sums round in
+        another order on each processor, where those of halves are in float32.
 
         Args:
             what: the claim, in words.
@@ -118,6 +118,7 @@ class Bench:
         if (naive is None) == (rtol is None):
             raise ConfigError(f"gate {what!r}: expected either naive or rtol, got both or neither; give one")
         if naive is not None:
+            # A sum of n numbers in another order is off by some sqrt(n) / 2 epsilons: four are 64 numbers.
             least = torch.finfo(got.dtype).eps * (1 if got.element_size() == 2 else 4)
             limits = {measure: max(2 * error, least) for measure, error in _errors(naive, want).items()}
         else:

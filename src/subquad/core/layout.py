@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from subquad.core.constants import constant
 from subquad.core.errors import ConfigError
-from subquad.core.held import held
 
 T = TypeVar("T")
 # So many numbers are made once: in a round of decoding each would be a launch. Longer blocks have better to do.
@@ -97,7 +97,7 @@ class Layout:
     def steps(start_b: Tensor, count: int) -> list[Layout]:
         """`count` blocks of one token a row, one behind the other, from `start_b` on."""
         b, device = len(start_b), start_b.device
-        positions_nb = start_b + _counted(count, device)[:, None]
+        positions_nb = start_b + _arange(count, device)[:, None]
         lengths_n = _ones(count * b, device)
         whole = Layout(lengths_n, positions_nb.view(-1, 1), padded=False)
         steps: list[Layout] = []
@@ -113,7 +113,7 @@ class Layout:
             return (torch.arange(time, device=device) + start_b).expand(batch, time)
         # A copy in any case, since the counter that it is of goes on.
         start_b1 = start_b[:, None]
-        return (start_b1.clone() if time == 1 else start_b1 + _counted(time, start_b.device)).expand(batch, time)
+        return (start_b1.clone() if time == 1 else start_b1 + _arange(time, start_b.device)).expand(batch, time)
 
     @staticmethod
     def ragged(lengths_b: Tensor, time: int, *, start_b: Tensor | int = 0) -> Layout:
@@ -210,15 +210,15 @@ class Layout:
         return Layout(lengths_b, self.positions_bt[:, start:stop], documents_bt, self.padded)
 
 
-def _counted(n: int, device: torch.device) -> Tensor:
+def _arange(n: int, device: torch.device) -> Tensor:
     """``0, 1, ..., n - 1``."""
     if n > FEW:
         return torch.arange(n, device=device)
-    return held(("counted", device), device, lambda: torch.arange(FEW, device=device))[:n]
+    return constant(("counted", device), device, lambda: torch.arange(FEW, device=device))[:n]
 
 
 def _ones(n: int, device: torch.device) -> Tensor:
     """As many ones, int64."""
     if n > FEW:
         return torch.ones(n, dtype=torch.int64, device=device)
-    return held(("ones", device), device, lambda: torch.ones(FEW, dtype=torch.int64, device=device))[:n]
+    return constant(("ones", device), device, lambda: torch.ones(FEW, dtype=torch.int64, device=device))[:n]

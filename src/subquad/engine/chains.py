@@ -16,7 +16,7 @@ from subquad.engine.draft import Draft
 from subquad.engine.history import History
 from subquad.engine.sampler import Sampler
 from subquad.engine.verify import COIN_STREAM, DRAFT_STREAM
-from subquad.ops.draw import draw_rest, uniform
+from subquad.ops.draw import draw_residual, uniform
 
 # Halvings of [1, K] in the search for rho: more would let less than one guess in a thousand more stand.
 HALVINGS = 12
@@ -114,7 +114,7 @@ def k_seq(
     taken_bv = torch.minimum(p_bv / rho_b[:, None], q_bv)
     rest_bv = (p_bv - _judged(taken_bv.sum(-1), k_b)[:, None] * taken_bv).clamp(min=0)
     rest_bv = torch.where((k_b > 0)[:, None], rest_bv, p_bv)
-    drawn_b = draw_rest(rest_bv, p_bv, greedy_b, seed_b, step_b)
+    drawn_b = draw_residual(rest_bv, p_bv, greedy_b, seed_b, step_b)
     token_b = torch.where(stands_bm.any(1), guess_bm.gather(1, first_b1)[:, 0], drawn_b)
     return torch.where(p_bv.sum(-1).isfinite(), token_b, -1)
 

@@ -17,7 +17,8 @@ from subquad.engine.sampler import Sampler
 from subquad.engine.translate import Foreign, TranslatedTranscript, Translation
 from subquad.engine.verify import DRAFT_STREAM
 from subquad.models.stack import Stack, StackState
-from subquad.ops.draw import guess_
+from subquad.ops.draw import among_all, guess_
+from subquad.ops.slots import keep_last_
 
 # Tokens of a read that are usual: what stood since the last one, or guesses.
 FEW = 16
@@ -69,10 +70,7 @@ class Guessable:
 
     def among_all(self, few_bm: Tensor) -> Tensor:
         """These logits as ``[b, v]``, minus infinity for what is never guessed."""
-        if self.ids_m is None:
-            return few_bm
-        none_bv = few_bm.new_full((len(few_bm), self.size), -torch.inf)
-        return none_bv.index_copy_(1, self.ids_m, few_bm)
+        return among_all(few_bm, self.place_v, -torch.inf)
 
     def logits(self, hidden_bd: Tensor) -> Tensor:
         """Logits ``[b, v]``, minus infinity for what is never guessed."""
@@ -105,7 +103,7 @@ def draw(
         coupled: draw each with the noise that the row will draw its own token with (arXiv 2408.07978): all tokens are
             then those of plain decoding, at any temperature, and a few more guesses fall.
     """
-    exchange, past, q_bkm = sampler.draws and not coupled, history, None
+    independent, past, q_bkm = sampler.draws and not coupled, history, None
     tokens_bk = length_b.new_empty(len(length_b), k)
     # Other processors than a temperature see all tokens.
     whole = sampler.shapes
@@ -113,11 +111,11 @@ def draw(
         few_bm = few(tokens_bk[:, :i])
         logits_bm = guessable.among_all(few_bm) if whole else few_bm
         logits_b1m, temperature_b = sampler.shaped(logits_bm[:, None], past)
-        if exchange and q_bkm is None:
+        if independent and q_bkm is None:
             q_bkm = logits_bm.new_empty(len(length_b), k, logits_bm.shape[1], dtype=precise(logits_bm.dtype))
         guess_(
             tokens_bk, q_bkm, i, logits_b1m[:, 0], *sampler.noise(history), ids_m=None if whole else guessable.ids_m,
-            temperature_b=temperature_b, draws=sampler.draws, stream=DRAFT_STREAM if exchange else 0,
+            temperature_b=temperature_b, draws=sampler.draws, stream=DRAFT_STREAM if independent else 0,
         )  # fmt: skip
         if sampler.penalises:
             past = past.after(tokens_bk[:, i])
@@ -190,7 +188,9 @@ class ModelDrafter(Drafter):
         tokens_bt = self._told.read(pool.seen_b[:, None] + columns_t)
         hidden_btd, update = self.model.read(tokens_bt, pool, lengths_b)
         update.commit_(pool, None, lengths_b)
-        return last(hidden_btd, lengths_b)
+        last_bd = hidden_btd[:, 0].clone()
+        keep_last_(last_bd, hidden_btd, lengths_b)
+        return last_bd
 
     def _read_kept(self, rows: int, k: int) -> tuple[Tensor, Tensor]:
         """Read what stood since k guesses: the stream behind it, ``[b, d]``, and how many guesses that allows, ``[b]``.
@@ -229,9 +229,3 @@ class ModelDrafter(Drafter):
         at, to = (torch.tensor(slots, device=self.model.device) for slots in (sources, targets))
         self._pool.write_(to, self._pool.select(at))
         self._told.move(sources, targets)
-
-
-def last(x_btd: Tensor, n_b: Tensor) -> Tensor:
-    """``[b, d]``: the vector of each row's n-th column, of the first where n is 0."""
-    at_b11 = (n_b - 1).clamp(min=0)[:, None, None].expand(-1, 1, x_btd.shape[2])
-    return x_btd.gather(1, at_b11)[:, 0]

@@ -30,7 +30,7 @@ from subquad.engine.processors import (
     penalise_counts,
     penalise_repetition,
 )
-from subquad.ops.draw import draw, odds
+from subquad.ops.draw import draw, probabilities
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,8 @@ class Sampler:
             logits_bv: as the model gives them.
             history: of the same rows.
         """
-        return odds(self.process(logits_bv, history), self.greedy_b[: len(logits_bv)] if self.settles else None)
+        greedy_b = self.greedy_b[: len(logits_bv)] if self.settles else None
+        return probabilities(self.process(logits_bv, history), greedy_b)
 
     def sample(self, logits_bv: Tensor, history: History, stream: int = 0) -> Tensor:
         """The next tokens, int64 ``[b]``; -1 where a row's logits hold a NaN or have no finite maximum.

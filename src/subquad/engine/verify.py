@@ -10,7 +10,7 @@ from torch import Tensor
 from subquad.engine.draft import Draft
 from subquad.engine.history import History
 from subquad.engine.sampler import Sampler
-from subquad.ops.exchange import exchange
+from subquad.ops.rejection import rejection_sample
 from subquad.ops.slots import agree
 
 # The rows' independent noises beside that of the model's own tokens: what drafters draw with, and an accept's coin.
@@ -57,7 +57,9 @@ def _judge(sampler: Sampler, history: History, logits_btv: Tensor, draft: Draft)
     if draft.q_bkm is not None and draft.tokens_bk.shape[1]:
         logits_btv, temperature_b = sampler.shaped(logits_btv, history)
         guesses = draft.tokens_bk, draft.length_b, draft.q_bkm, draft.place_v
-        return exchange(logits_btv, *guesses, *sampler.noise(history), coin=COIN_STREAM, temperature_b=temperature_b)
+        return rejection_sample(
+            logits_btv, *guesses, *sampler.noise(history), coin=COIN_STREAM, temperature_b=temperature_b
+        )
     tokens_bt = sampler.sample_block(logits_btv, history)
     if not draft.tokens_bk.shape[1]:
         return tokens_bt, torch.ones_like(draft.length_b)

@@ -82,7 +82,7 @@ def refusal(*tensors: Tensor, widths: tuple[int, ...]) -> str | None:
     return None
 
 
-def written(**tensors: Tensor | None) -> None:
+def writable(**tensors: Tensor | None) -> None:
     """Refuse tensors that are written in place and whose last axis does not lie side by side."""
     for name, x in tensors.items():
         if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from subquad.ops.backends import Backends
 from subquad.ops.draw.noise import gumbel
-from subquad.ops.draw.odds import among_all, odds
+from subquad.ops.draw.probabilities import among_all, probabilities
 
-__all__ = ["among_all", "draw", "draw_rest", "guess_", "gumbel", "odds", "uniform"]
+__all__ = ["among_all", "draw", "draw_residual", "guess_", "gumbel", "probabilities", "uniform"]
 
 _backends = Backends(__name__)
 
@@ -56,13 +56,13 @@ def guess_(
     draws: bool = True,
     stream: int = 0,
 ) -> None:
-    """Write column `at` of guesses, each as `draw` takes a token, and `odds`, which it was drawn from.
+    """Write column `at` of guesses, each as `draw` takes a token, and `probabilities`, which it was drawn from.
 
-    Where logits hold a NaN or have no finite maximum the guess is any token, and its odds are NaN.
+    Where logits hold a NaN or have no finite maximum the guess is any token, and its probabilities are NaN.
 
     Args:
         tokens_bk: int64, where the guesses are written.
-        q_bkm: float32, or float64 as the logits, where their odds are written; None where nobody asks.
+        q_bkm: float32, or float64 as the logits, where their probabilities are written; None where nobody asks.
         at: the column, drawn with the noise of step ``step_b + at``.
         logits_bm: of the tokens `ids_m`, behind all processors.
         greedy_b, seed_b, step_b: as in `draw`.
@@ -74,7 +74,7 @@ def guess_(
     chosen.guess_(tokens_bk, q_bkm, at, logits_bm, *noise, ids_m, temperature_b, draws=draws, stream=stream)
 
 
-def draw_rest(rest_bv: Tensor, p_bv: Tensor, greedy_b: Tensor, seed_b: Tensor, step_b: Tensor) -> Tensor:
+def draw_residual(rest_bv: Tensor, p_bv: Tensor, greedy_b: Tensor, seed_b: Tensor, step_b: Tensor) -> Tensor:
     """A token ``[b]`` in proportion to what is left of p where no guess stands, with the rows' own noise.
 
     Args:

@@ -44,7 +44,7 @@ def uniform_of(seed, step, v, STREAM: tl.constexpr):
 
 @triton.jit
 def divided(ptrs, mask, temperature_ptr, b, TEMPERED: tl.constexpr):
-    """`subquad.ops.draw.odds.divided` of row `b`, minus infinity where nothing is."""
+    """`subquad.ops.draw.probabilities.divided` of row `b`, minus infinity where nothing is."""
     x = tl.load(ptrs, mask=mask, other=-float("inf")).to(tl.float32)
     if TEMPERED:
         # Rounded as PyTorch does, so that both take the same tokens.
@@ -122,11 +122,11 @@ def token_kernel(
 def guess_kernel(
     logits_ptr, ids_ptr, temperature_ptr, greedy_ptr, score_ptr, at_ptr, top_ptr, sum_ptr, tokens_ptr, q_ptr, M, column,
     stride_logits, stride_tokens, stride_q, stride_column, PARTS: tl.constexpr, SHARES: tl.constexpr, BS: tl.constexpr,
-    ODDS: tl.constexpr, NAMED: tl.constexpr, TEMPERED: tl.constexpr, BM: tl.constexpr, OVERLAP: tl.constexpr,
+    PROBABILITIES: tl.constexpr, NAMED: tl.constexpr, TEMPERED: tl.constexpr, BM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The best of all shares by its name, and where ODDS each program's part of the row's odds.
+    """The best of all shares by its name, and where PROBABILITIES each program's part of the row's probabilities.
 
-    Grid: rows times PARTS, 1 where nobody asks for odds.
+    Grid: rows times PARTS, 1 where nobody asks for probabilities.
     """
     b, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     begin(OVERLAP)
@@ -137,7 +137,7 @@ def guess_kernel(
     if NAMED:
         token = tl.load(ids_ptr + place)
     tl.store(tokens_ptr + b * stride_tokens + column, token, mask=part == 0)
-    if ODDS:
+    if PROBABILITIES:
         s, m = tl.arange(0, BS), part * BM + tl.arange(0, BM)
         tops = tl.load(top_ptr + b * SHARES + s, mask=s < SHARES, other=-float("inf"))
         top = tl.where(sound, tl.max(tops, 0), 0.0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops.draw.noise import gumbel, gumbel_of, uniform
-from subquad.ops.draw.odds import divided, odds
+from subquad.ops.draw.probabilities import divided, probabilities
 
 __all__ = ["draw", "guess_", "refusal", "uniform"]
 
@@ -39,7 +39,7 @@ def guess_(
     """`subquad.ops.draw.guess_`."""
     score_bm = divided(logits_bm, temperature_b)
     if q_bkm is not None:
-        q_bkm[:, at] = odds(score_bm, greedy_b)
+        q_bkm[:, at] = probabilities(score_bm, greedy_b)
     ids_m = torch.arange(logits_bm.shape[1], device=logits_bm.device) if ids_m is None else ids_m
     if draws:
         score_bm = score_bm + gumbel_of(seed_b, step_b + at, ids_m, stream).masked_fill(greedy_b[:, None], 0)

@@ -68,7 +68,7 @@ def guess_(
     step_b: Tensor, ids_m: Tensor | None, temperature_b: Tensor | None, *, draws: bool, stream: int,
 ) -> None:  # fmt: skip
     """`subquad.ops.draw.guess_`."""
-    launch.written(tokens_bk=tokens_bk, q_bkm=q_bkm)
+    launch.writable(tokens_bk=tokens_bk, q_bkm=q_bkm)
     logits_bm = logits_bm if logits_bm.stride(-1) == 1 else logits_bm.contiguous()
     others = launch.contiguous(greedy_b, seed_b, step_b, ids_m, temperature_b)
     _guess(tokens_bk, q_bkm, at, logits_bm, *others, draws, stream)
@@ -93,8 +93,8 @@ def _guess(
     kernel(
         logits, at if ids is None else ids, score if temperature is None else temperature, greedy, score, at, top,
         total, tokens, score if q is None else q, m, column, logits.stride(0), tokens.stride(0), *strides,
-        PARTS=parts, SHARES=shares, BS=triton.next_power_of_2(shares), ODDS=q is not None, NAMED=ids is not None,
-        TEMPERED=temperature is not None, BM=share(b, m), num_warps=1 if q is None else 4,
+        PARTS=parts, SHARES=shares, BS=triton.next_power_of_2(shares), PROBABILITIES=q is not None,
+        NAMED=ids is not None, TEMPERED=temperature is not None, BM=share(b, m), num_warps=1 if q is None else 4,
         **overlap.options(logits.device),
     )  # fmt: skip
 

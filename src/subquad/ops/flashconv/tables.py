@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.core.held import held
+from subquad.core.constants import constant
 
 # In some columns of the table few magnitudes repeat, 1 in tile 0, or cosines of odd eighths of pi in tile n / 4:
 # there roundings to bfloat16 add up instead of cancelling. Of all factors this one lets them change a tile the least:
@@ -78,7 +78,7 @@ class Tables(NamedTuple):
 def tables(cut: Plan, like: Tensor) -> Tables:
     """Those in the dtype of `like`; made once, since over short rows they are half of all."""
     dtype, device = like.dtype, like.device
-    return held(("flashconv", cut, dtype, device), device, lambda: _tables(cut, dtype, device))
+    return constant(("flashconv", cut, dtype, device), device, lambda: _tables(cut, dtype, device))
 
 
 def _tables(cut: Plan, dtype: torch.dtype, device: torch.device) -> Tables:

@@ -35,7 +35,7 @@ class Tiling(NamedTuple):
 
 
 PACK, PRODUCT, CORRELATION = Tiling(128, 4, 1), Tiling(256, 4, 3), Tiling(32, 4, 1)
-# With documents, which are loaded beside the columns.
+# With documents, which are loaded beside the columns: wider ones would not fit.
 MASKED = Tiling(128, 4, 2)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from subquad.core.attention import RotarySpec
+from subquad.core.constants import constant
 from subquad.core.errors import ConfigError, UnsupportedError, nearest
-from subquad.core.held import held
 from subquad.core.layout import Layout
 from subquad.core.state import precise
 from subquad.ops.backends import Backends
@@ -149,7 +149,7 @@ def _name(spec: RotarySpec) -> tuple[Hashable, ...]:
 def _frequencies(spec: RotarySpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
     """`frequencies`, computed once: in a round of decoding they are as many launches as a layer."""
     key = ("frequencies", *_name(spec), dtype, device)
-    return held(key, device, lambda: frequencies(spec, dtype=dtype, device=device))
+    return constant(key, device, lambda: frequencies(spec, dtype=dtype, device=device))
 
 
 def _turns(spec: RotarySpec, positions_bt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:

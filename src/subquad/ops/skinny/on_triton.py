@@ -29,8 +29,10 @@ class Tiling(NamedTuple):
 FEWEST, NARROW = 16, 8
 # So few are multiplied without it.
 VERY_FEW = 2
-# A program holds whole rows of a weight of at most so many bytes, and of sixteen columns at most so many numbers each.
-ROW_BYTES, HELD = 4096, 2048
+# A program holds whole rows of a weight of at most so many bytes.
+ROW_BYTES = 4096
+# It makes sixteen columns at once where it holds at most so many numbers for each: more take the place of a program.
+WIDEST = 2048
 # One token before a long row of a weight: no matrix unit reads as fast.
 LONG, SINGLE = 2048, Tiling(4, 1024, 3, 4)
 
@@ -73,7 +75,7 @@ def whole(rows: int, width: int, weights: int = 1) -> dict[str, int]:
     slices = 4 if width <= 1024 and tokens <= NARROW else 8
     return {
         "BM": max(tokens, NARROW),
-        "BN": 2 * NARROW if tokens <= NARROW and weights * inputs <= HELD else NARROW,
+        "BN": 2 * NARROW if tokens <= NARROW and weights * inputs <= WIDEST else NARROW,
         "BK": max(inputs, slices * FEWEST),
         "SLICES": slices,
         "num_warps": slices,

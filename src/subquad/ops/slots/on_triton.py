@@ -106,7 +106,7 @@ def _(
 
 def keep_last_(last_bd: Tensor, x_btd: Tensor, n_b: Tensor) -> None:
     """`subquad.ops.slots.keep_last_`."""
-    launch.written(last_bd=last_bd)
+    launch.writable(last_bd=last_bd)
     _keep_last(last_bd, x_btd if x_btd.stride(-1) == 1 else x_btd.contiguous(), n_b.contiguous())
 
 

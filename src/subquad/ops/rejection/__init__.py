@@ -7,12 +7,12 @@ from torch import Tensor
 from subquad.core.errors import ConfigError
 from subquad.ops.backends import Backends
 
-__all__ = ["exchange"]
+__all__ = ["rejection_sample"]
 
 _backends = Backends(__name__)
 
 
-def exchange(
+def rejection_sample(
     logits_btv: Tensor,
     guesses_bk: Tensor,
     length_b: Tensor,
@@ -28,7 +28,7 @@ def exchange(
     """The guesses that stand and a token behind them, distributed as p (arXiv 2211.17192, algorithm 1).
 
     A guess d stands where ``u q(d) < p(d)``, u uniform, and those before it do. Behind them a token is drawn from
-    ``max(p - q, 0)``, renormalised, or from p where no guess is left; p is `subquad.ops.draw.odds` of the logits.
+    ``max(p - q, 0)``, renormalised, or from p where no guess is left; p is `subquad.ops.draw.probabilities` of logits.
 
     Args:
         logits_btv: of the model, behind all processors: column i is what guess i is held against.
@@ -49,7 +49,7 @@ def exchange(
     """
     k, t = guesses_bk.shape[1], logits_btv.shape[1]
     if not 1 <= k <= t:
-        raise ConfigError(f"exchange: expected from 1 to t={t} guesses a row, got {k}; draw where there are none")
+        raise ConfigError(f"guesses_bk: expected from 1 to t={t} guesses a row, got {k}; draw where there are none")
     chosen = _backends.choose(logits_btv, q_bkm)
     guesses = guesses_bk, length_b, q_bkm, place_v
-    return chosen.exchange(logits_btv, *guesses, greedy_b, seed_b, step_b, temperature_b, coin)
+    return chosen.rejection_sample(logits_btv, *guesses, greedy_b, seed_b, step_b, temperature_b, coin)

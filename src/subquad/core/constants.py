@@ -1,4 +1,4 @@
-"""What never changes and costs a launch or more to make: made once, and kept for every later call."""
+"""Tensors that never change and cost a launch or more to make: made once, and kept for every later call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 _made: dict[Hashable, Any] = {}
 
 
-def held(key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
+def constant(key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
     """What ``make()`` returned at the first call with `key`: nobody may write into its tensors.
 
     Kept for the life of the process, so keys must be few. A compiled region makes its own, and so does a CUDA graph

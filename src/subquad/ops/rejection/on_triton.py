@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subquad.ops import launch, overlap
 from subquad.ops.draw.on_triton import share
-from subquad.ops.exchange.kernels import exchange_kernel, rest_kernel, share_kernel
+from subquad.ops.rejection.kernels import accept_kernel, residual_kernel, share_kernel
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -18,19 +18,19 @@ def refusal(*tensors: Tensor) -> str | None:
     return launch.refusal(*tensors, widths=())
 
 
-def exchange(
+def rejection_sample(
     logits_btv: Tensor, guesses_bk: Tensor, length_b: Tensor, q_bkm: Tensor, place_v: Tensor | None, greedy_b: Tensor,
     seed_b: Tensor, step_b: Tensor, temperature_b: Tensor | None, coin: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`subquad.ops.exchange.exchange`."""
+    """`subquad.ops.rejection.rejection_sample`."""
     wide = (x if x.stride(-1) == 1 else x.contiguous() for x in (logits_btv, guesses_bk, q_bkm))
     others = launch.contiguous(length_b, greedy_b, seed_b, step_b, place_v, temperature_b)
-    return _exchange(*wide, *others, coin)
+    return _rejection_sample(*wide, *others, coin)
 
 
-@torch.library.custom_op("subquad::exchange", mutates_args=())
+@torch.library.custom_op("subquad::rejection_sample", mutates_args=())
 @launch.guarded
-def _exchange(
+def _rejection_sample(
     logits: Tensor, guesses: Tensor, q: Tensor, length: Tensor, greedy: Tensor, seed: Tensor, step: Tensor,
     place: Tensor | None, temperature: Tensor | None, coin: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -54,14 +54,14 @@ def _exchange(
         logits, scale, top, total, at, v, *logits.stride()[:2],
         T=t, SHARES=shares, TEMPERED=tempered, BV=size, num_warps=4, **options,
     )  # fmt: skip
-    kernel = rest_kernel[(b * parts,)]
+    kernel = residual_kernel[(b * parts,)]
     kernel(
         logits, scale, guesses, length, q, at if place is None else place, greedy, seed, step, top, total, at, n, score,
         token, v, q.shape[2], b, *logits.stride()[:2], guesses.stride(0), *q.stride()[:2],
         T=t, K=k, SHARES=shares, PARTS=parts, PLACED=place is not None, TEMPERED=tempered, COIN=coin,
         BT=bt, BS=triton.next_power_of_2(shares), BV=part, num_warps=4, **options,
     )  # fmt: skip
-    kernel = exchange_kernel[(b,)]
+    kernel = accept_kernel[(b,)]
     kernel(
         guesses, n, score, token, tokens, count, b, guesses.stride(0),
         T=t, K=k, PARTS=parts, BT=bt, BS=triton.next_power_of_2(parts), num_warps=1, **options,
@@ -69,7 +69,7 @@ def _exchange(
     return tokens, count
 
 
-@_exchange.register_fake
+@_rejection_sample.register_fake
 def _(
     logits: Tensor, guesses: Tensor, q: Tensor, length: Tensor, greedy: Tensor, seed: Tensor, step: Tensor,
     place: Tensor | None, temperature: Tensor | None, coin: int,

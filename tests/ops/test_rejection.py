@@ -11,8 +11,8 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.ops import backends, launch
-from subquad.ops.draw import among_all, guess_, odds
-from subquad.ops.exchange import exchange
+from subquad.ops.draw import among_all, guess_, probabilities
+from subquad.ops.rejection import rejection_sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
@@ -35,9 +35,9 @@ class Round(NamedTuple):
     step_b: Tensor
     temperature_b: Tensor | None
 
-    def exchange(self, backend: str) -> tuple[Tensor, Tensor]:
+    def rejection_sample(self, backend: str) -> tuple[Tensor, Tensor]:
         with backends.use(backend):
-            return exchange(*self[:-1], coin=2, temperature_b=self.temperature_b)
+            return rejection_sample(*self[:-1], coin=2, temperature_b=self.temperature_b)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def a_round(b: int, *, dtype: torch.dtype = torch.float32, whole: bool = False, 
 def test_kernels_do_what_the_equation_says(dtype: torch.dtype, whole: bool, tempered: bool) -> None:
     """p is summed in another order, so that a coin may fall between the two: in none of these rows it does."""
     a = a_round(32, dtype=dtype, whole=whole, tempered=tempered)
-    (want_bt, want_b), (got_bt, got_b) = a.exchange("torch"), a.exchange("triton")
+    (want_bt, want_b), (got_bt, got_b) = a.rejection_sample("torch"), a.rejection_sample("triton")
     assert torch.equal(got_b, want_b)
     counts_bt = torch.arange(K + 1, device=DEVICE) < want_b[:, None]
     assert torch.equal(got_bt[counts_bt], want_bt[counts_bt])
@@ -101,7 +101,7 @@ def test_greedy_rows_keep_what_is_likeliest_and_no_other_guess(backend: str) -> 
     greedy_b, zeros_b = torch.ones(3, dtype=torch.bool, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
     q_bkv = torch.full((3, K, V), 1 / V, device=DEVICE)
     a = Round(logits_btv, guesses_bk, zeros_b + K, q_bkv, None, greedy_b, zeros_b, zeros_b, None)
-    tokens_bt, n_b = a.exchange(backend)
+    tokens_bt, n_b = a.rejection_sample(backend)
     assert n_b.tolist() == [4, 2, 1]
     assert [row[:n] for row, n in zip(tokens_bt.tolist(), n_b.tolist(), strict=True)] == [[600] * 4, [600] * 2, [600]]
 
@@ -110,20 +110,20 @@ def test_greedy_rows_keep_what_is_likeliest_and_no_other_guess(backend: str) -> 
 def test_what_is_not_finite_hurts_its_own_row_only(backend: str) -> None:
     a = a_round(9, whole=True)
     # All guesses stand, so that each column is reached.
-    q_bkv = odds(a.logits_btv[:, :K], None)
+    q_bkv = probabilities(a.logits_btv[:, :K], None)
     a = a._replace(q_bkm=q_bkv, guesses_bk=a.logits_btv[:, :K].argmax(-1), length_b=a.length_b.new_full((9,), K))
-    tokens_bt, n_b = a.exchange(backend)
+    tokens_bt, n_b = a.rejection_sample(backend)
     assert n_b.tolist() == [K + 1] * 9
     a.logits_btv[0, 2, 1000], a.logits_btv[1, 0, 5], a.logits_btv[2, K] = math.nan, math.inf, -math.inf
     q_bkv[3, 1, 77] = math.nan
     q_bkv[5, 1] = math.nan
-    got_bt, got_b = a.exchange(backend)
+    got_bt, got_b = a.rejection_sample(backend)
     assert torch.equal(got_bt[6:], tokens_bt[6:]) and torch.equal(got_b[6:], n_b[6:])
     assert got_b[:3].tolist() == [3, 1, K + 1]
     assert [int(got_bt[row, column]) for row, column in ((0, 2), (1, 0), (2, K))] == [-1, -1, -1]
     # A q of NaN costs its guess and what is behind it, and the token is what the row draws anyway.
     a.length_b[5] = 1
-    without_bt, _ = a.exchange(backend)
+    without_bt, _ = a.rejection_sample(backend)
     assert int(got_b[5]) == 2 and got_bt[5, 1] == without_bt[5, 1] and int(got_b[3]) == K + 1
 
 
@@ -133,7 +133,7 @@ def test_one_column_and_no_other_behind_it(backend: str) -> None:
     a = a_round(12)
     a = a._replace(length_b=a.length_b.clamp(max=1))
     one = a._replace(logits_btv=a.logits_btv[:, :1], guesses_bk=a.guesses_bk[:, :1], q_bkm=a.q_bkm[:, :1])
-    (tokens_bt, n_b), (want_bt, want_b) = one.exchange(backend), a.exchange(backend)
+    (tokens_bt, n_b), (want_bt, want_b) = one.rejection_sample(backend), a.rejection_sample(backend)
     assert torch.equal(n_b, want_b) and torch.equal(tokens_bt[:, 0], want_bt[:, 0])
 
 
@@ -163,7 +163,7 @@ def test_tokens_are_distributed_as_p(backend: str) -> None:
         guess_(guesses_nk, q_nkm, 0, few_m.expand(n, 6), *noise, ids_m=ids_m, temperature_b=temperature_n, stream=1)
     logits_ntv = logits_v.expand(n, 2, v)
     a = Round(logits_ntv, guesses_nk, zeros_n + 1, q_nkm, place_v, *noise, temperature_n)
-    tokens_nt, n_n = a.exchange(backend)
+    tokens_nt, n_n = a.rejection_sample(backend)
     p_v = (logits_v.double() / 0.8).softmax(0).cpu()
     q_v = among_all((few_m.double() / 0.8).softmax(0), place_v).cpu()
     rest_v = (p_v - q_v).clamp(min=0)
@@ -188,14 +188,14 @@ def test_tokens_are_distributed_as_p(backend: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("whole", [False, True])
 def test_rows_of_a_wider_buffer_are_read_as_they_lie(whole: bool) -> None:
-    """Guesses, odds and logits that are parts of larger tensors."""
+    """Guesses, probabilities and logits that are parts of larger tensors."""
     a = a_round(6, whole=whole)
     wide = a._replace(
         logits_btv=torch.nn.functional.pad(a.logits_btv, (0, 9), value=9.0)[..., :V],
         guesses_bk=torch.nn.functional.pad(a.guesses_bk, (1, 2))[:, 1:-2],
         q_bkm=torch.nn.functional.pad(a.q_bkm, (0, 5, 2, 0), value=9.0)[:, 2:, :-5],
     )
-    for want, got in zip(a.exchange("triton"), wide.exchange("triton"), strict=True):
+    for want, got in zip(a.rejection_sample("triton"), wide.rejection_sample("triton"), strict=True):
         assert torch.equal(got, want)
 
 
@@ -205,7 +205,7 @@ def test_what_is_strided_is_read_as_it_lies() -> None:
     assert a.place_v is not None and a.temperature_b is not None
     wide_v2, wide_b2 = (torch.stack((x, x), 1) for x in (a.place_v, a.temperature_b))
     strided = a._replace(place_v=wide_v2[:, 0], temperature_b=wide_b2[:, 0])
-    for got, want in zip(strided.exchange("triton"), a.exchange("triton"), strict=True):
+    for got, want in zip(strided.rejection_sample("triton"), a.rejection_sample("triton"), strict=True):
         assert torch.equal(got, want)
 
 
@@ -214,16 +214,16 @@ def test_what_is_strided_is_read_as_it_lies() -> None:
 def test_guesses_are_one_at_least_and_no_more_than_columns(backend: str, k: int) -> None:
     a = a_round(2, whole=True)
     guesses_bk, q_bkm = a.guesses_bk.new_zeros(2, k), a.q_bkm.new_zeros(2, k, V)
-    with pytest.raises(ConfigError, match=f"expected from 1 to t=4 guesses a row, got {k}"):
-        a._replace(guesses_bk=guesses_bk, q_bkm=q_bkm).exchange(backend)
+    with pytest.raises(ConfigError, match=f"guesses_bk: expected from 1 to t=4 guesses a row, got {k}"):
+        a._replace(guesses_bk=guesses_bk, q_bkm=q_bkm).rejection_sample(backend)
 
 
 @needs_triton
 def test_operator_keeps_its_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    from subquad.ops.exchange import on_triton
+    from subquad.ops.rejection import on_triton
 
     monkeypatch.setattr(launch, "poison", False)
     a = a_round(2, tempered=True)
     rows = a.length_b, a.greedy_b, a.seed_b, a.step_b
     given = (a.logits_btv, a.guesses_bk, a.q_bkm, *rows, a.place_v, a.temperature_b, 2)
-    torch.library.opcheck(on_triton._exchange, given)
+    torch.library.opcheck(on_triton._rejection_sample, given)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from subquad.core import held as module
-from subquad.core.held import held
+from subquad.core import constants as module
+from subquad.core.constants import constant
 from subquad.core.layout import FEW, Layout
 
 CPU = torch.device("cpu")
@@ -23,27 +23,27 @@ def test_what_is_made_once_is_the_same_afterwards() -> None:
         calls.append(1)
         return torch.ones(2), 0.5
 
-    first, again, other = (held(key, CPU, make) for key in ("a", "a", "b"))
+    first, again, other = (constant(key, CPU, make) for key in ("a", "a", "b"))
     assert first is again and first is not other and len(calls) == 2
 
 
 def test_a_compiled_region_makes_its_own() -> None:
     def more(x: torch.Tensor) -> torch.Tensor:
-        return x + held("a", CPU, lambda: torch.ones(2))
+        return x + constant("a", CPU, lambda: torch.ones(2))
 
     assert torch.compile(more, backend="eager", fullgraph=True)(torch.zeros(2)).tolist() == [1, 1]
     assert not module._made  # pyright: ignore[reportPrivateUsage]
 
 
 def test_where_tensors_are_imagined_so_are_these() -> None:
-    held("a", CPU, lambda: torch.ones(2))
+    constant("a", CPU, lambda: torch.ones(2))
     with FakeTensorMode():
-        assert isinstance(held("a", CPU, lambda: torch.ones(2)), FakeTensor)
-    assert held("a", CPU, lambda: torch.zeros(2)).tolist() == [1, 1]
+        assert isinstance(constant("a", CPU, lambda: torch.ones(2)), FakeTensor)
+    assert constant("a", CPU, lambda: torch.zeros(2)).tolist() == [1, 1]
 
 
 def test_no_tensor_of_a_kind_of_its_own_is_kept() -> None:
-    held("a", CPU, lambda: torch.nn.Parameter(torch.ones(2)))
+    constant("a", CPU, lambda: torch.nn.Parameter(torch.ones(2)))
     assert not module._made  # pyright: ignore[reportPrivateUsage]
 
 

@@ -29,7 +29,7 @@ def share_kernel(
 
 
 @triton.jit
-def rest_kernel(
+def residual_kernel(
     logits_ptr, temperature_ptr, guesses_ptr, length_ptr, q_ptr, place_ptr, greedy_ptr, seed_ptr, step_ptr,
     top_ptr, sum_ptr, at_ptr, n_ptr, score_ptr, token_ptr, V, M, rows,
     stride_b, stride_t, stride_guesses, stride_q, stride_column,
@@ -101,7 +101,7 @@ def rest_kernel(
 
 
 @triton.jit
-def exchange_kernel(
+def accept_kernel(
     guesses_ptr, n_ptr, score_ptr, token_ptr, out_ptr, count_ptr, rows, stride_guesses,
     T: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip

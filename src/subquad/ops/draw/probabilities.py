@@ -9,7 +9,7 @@ from torch import Tensor
 from subquad.core.state import precise
 
 
-def odds(scores_xv: Tensor, greedy_b: Tensor | None) -> Tensor:
+def probabilities(scores_xv: Tensor, greedy_b: Tensor | None) -> Tensor:
     """``softmax(scores)``, and in greedy rows all mass on the first of the likeliest tokens.
 
     NaN where scores hold a NaN or have no finite maximum.
@@ -32,11 +32,12 @@ def divided(logits_xv: Tensor, temperature_b: Tensor | None) -> Tensor:
     return scores_xv if temperature_b is None else scores_xv / temperature_b.view(-1, *[1] * (scores_xv.dim() - 1))
 
 
-def among_all(odds_xm: Tensor, place_v: Tensor | None) -> Tensor:
-    """Odds of some tokens as ``[..., v]``, 0 for those that have no place among them.
+def among_all(x_xm: Tensor, place_v: Tensor | None, absent: float = 0.0) -> Tensor:
+    """Numbers of some tokens as numbers of all, ``[..., v]``.
 
     Args:
-        odds_xm: ``[..., m]``.
+        x_xm: ``[..., m]``.
         place_v: int64, the place of each token, m where it has none; None where these are all tokens.
+        absent: of tokens without a place: 0 for probabilities, minus infinity for logits.
     """
-    return odds_xm if place_v is None else F.pad(odds_xm, (0, 1))[..., place_v]
+    return x_xm if place_v is None else F.pad(x_xm, (0, 1), value=absent)[..., place_v]
