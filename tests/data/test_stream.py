@@ -6,6 +6,7 @@ import json
 import lzma
 import subprocess
 import sys
+import sysconfig
 import time
 import types
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from subquad.core.errors import ConfigError, DataError
-from subquad.data import Source, TokenStream, held_out_text, parse_source
+from subquad.data import Source, TokenStream, held_out_batch, held_out_text, parse_source
 from subquad.data import stream as streams
 from subquad.data.documents import Documents, Rendered, held_out
 from subquad.data.sources import pieces, render, split_options
@@ -111,6 +112,28 @@ def test_pydoc_is_text_enough():
     assert sum(map(len, documents)) > 300_000
 
 
+def test_pycode_asks_for_functions_and_answers_with_them(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text(
+        'def f(x):\n    """Twice."""\n    return 2 * x\n\n\ndef g():\n    return 1\n\n\n'
+        'class C:\n    def h(self):\n        """Nothing,\n\n        at length.\n        """\n        pass\n'
+    )
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "odd.py").write_text('def t():\n    """Odd."""\n    return 1\n')
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    first, second = parse_source("pycode").open()
+    assert first == [
+        {"role": "user", "content": 'Complete this Python function.\n\n```python\ndef f(x):\n    """Twice."""\n```'},
+        {"role": "assistant", "content": '```python\ndef f(x):\n    """Twice."""\n    return 2 * x\n```'},
+    ]
+    assert second[0]["content"].endswith('def h(self):\n    """Nothing,\n\n    at length.\n    """\n```')
+
+
+def test_there_is_code_in_every_python():
+    documents = list(itertools.islice(parse_source("pycode").open(), 1000))
+    assert len(documents) == 1000
+
+
 def test_datasets_arguments(monkeypatch):
     calls = []
 
@@ -206,6 +229,28 @@ def test_held_out_text_is_read_once_whatever_the_weights():
     assert sorted(text.strip().split("\n\n")) == sorted(out)
     # By weight as far as the small one goes.
     assert text.strip().split("\n\n")[1:4] == [t for t in small if held_out(t, 0.3)][:3]
+
+
+def test_all_answers_to_a_question_lie_on_one_side():
+    def talk(question, answer):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    sides = {held_out(talk("why?", f"because {i}"), 0.5) for i in range(20)}
+    assert sides == {held_out("why?", 0.5)}
+    assert len({held_out(talk(f"why {i}?", "because"), 0.5) for i in range(20)}) == 2
+
+
+def test_a_held_out_batch_is_the_beginning_of_what_no_training_sees():
+    texts = words(3, 60)
+    want = tokenise([t for t in texts if held_out(t, 0.4)], Bytes())
+    batch = held_out_batch([memory("m", texts)], Bytes(), time=16, tokens=100, fraction=0.4)
+    assert batch.wanted_bt is None
+    assert batch.tokens_bt.flatten().tolist() == want[:96].tolist()
+    assert batch.tokens_bt.shape == (6, 16)
+    few = held_out_batch([memory("m", texts)], Bytes(), time=10_000, tokens=99, fraction=0.4)
+    assert few.tokens_bt.tolist() == [want[:99].tolist()]
+    with pytest.raises(DataError, match="--data m: expected held-out documents at --held-out 0.0, got none"):
+        held_out_batch([memory("m", texts)], Bytes(), time=16, tokens=100, fraction=0.0)
 
 
 def test_weights_that_can_not_be():

@@ -13,6 +13,7 @@ import torch
 from subquad import cli
 from subquad.core.errors import CheckpointError, ConfigError
 from subquad.core.layout import Layout
+from subquad.data import Batch
 from subquad.decode.draft_head import DraftHead
 from subquad.engine import head_draft
 from subquad.engine.draft import parse_drafter
@@ -32,23 +33,25 @@ Models = Callable[[str], Stack]
 FEW = [2, 3, 5, 7, 11, 13]
 
 
-def head_for(model: Stack, window: int = 6, ids: list[int] | None = None) -> Head:
-    head = untrained(HeadConfig.like(model.config, window, kept=len(ids or []), target="it"), ids or []).double()
+def head_for(model: Stack, window: int = 6, ids: list[int] | None = None, aux: tuple[int, ...] = ()) -> Head:
+    config = HeadConfig.like(model.config, window, kept=len(ids or []), target="it", aux_layers=aux)
+    head = untrained(config, ids or []).double()
     with torch.no_grad():
         for p in head.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).double())
     return head.requires_grad_(False)
 
 
-def test_a_head_begins_with_the_stream_standing_for_itself(models: Models) -> None:
+@pytest.mark.parametrize("aux", [(), (0, 1)])
+def test_a_head_begins_with_the_stream_standing_for_itself(aux: tuple[int, ...], models: Models) -> None:
     model = models("attention")
     with torch.no_grad():
         model.norm.weight.copy_(torch.linspace(-2, 3, 32).double())
     tokens_bt = torch.randint(V, (2, 7))
     stream_btd = model.hidden(tokens_bt)
-    first, second = (
-        untrained(HeadConfig.like(model.config, 4)).double().begin_(model).unroll(model, stream_btd, tokens_bt, 2)
-    )
+    head = untrained(HeadConfig.like(model.config, 4, aux_layers=aux)).double().begin_(model)
+    seen_btd = head.fused(model.hidden(tokens_bt, aux_layers=aux))
+    first, second = head.unroll(model, seen_btd, tokens_bt, 2)
     torch.testing.assert_close(first, stream_btd, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(second[:, 1:4], stream_btd[:, :3], rtol=1e-4, atol=1e-4)
 
@@ -161,12 +164,17 @@ def test_a_head_reads_prompts_in_pieces(models: Models) -> None:
     assert drafter.propose(3, 3, sampler, history).length_b.tolist() == [3, 0, 0]
 
 
-def test_a_head_is_trained_on_the_pairs_that_the_engine_gives(models: Models) -> None:
-    """A text's first token as prompt: what the drafter has read behind its last one is what is trained there."""
+@pytest.mark.parametrize("aux", [(), (0,), (0, 1)])
+@pytest.mark.parametrize("prompt", [[3], [3, 1, 4, 1, 5]])
+def test_a_head_is_trained_on_the_pairs_that_the_engine_gives(
+    aux: tuple[int, ...], prompt: list[int], models: Models
+) -> None:
+    """What the drafter has read of prompt and rounds, behind the last token, is what is trained there."""
     model = models("mamba2")
-    drafter = DraftHead(head_for(model, window=16))
-    (result,) = generate(model, [[3]], limits=Limits(9, end_tokens=[]), drafter=drafter, draft_tokens=2)
-    text_1t = torch.tensor([[3, *result.tokens]])
+    drafter = DraftHead(head_for(model, window=16, aux=aux))
+    limits = Limits(10 - len(prompt), end_tokens=[])
+    (result,) = generate(model, [prompt], limits=limits, drafter=drafter, draft_tokens=2)
+    text_1t = torch.tensor([[*prompt, *result.tokens]])
     guess_bnd, target_bnd, scored_bn = guess(model, drafter._head, text_1t, scored(text_1t, None, 16, 1))[0]
     torch.testing.assert_close(guess_bnd[:, 8], drafter._pool.stream_bd, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(target_bnd[:, 8], model.hidden(text_1t)[:, 9])
@@ -219,9 +227,10 @@ def test_a_head_stands_behind_copies(models: Models, prompts: list[list[int]]) -
         parse_drafter(["draft_head,window=4", "copyspec"], models)
 
 
-def test_a_head_comes_back_as_it_was_saved(models: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("aux", [(), (1,)])
+def test_a_head_comes_back_as_it_was_saved(aux: tuple[int, ...], models: Models, tmp_path: Path) -> None:
     model = models("attention")
-    head = head_for(model, ids=FEW)
+    head = head_for(model, ids=FEW, aux=aux)
     (tmp_path / "log.jsonl").write_text("kept")
     save_head(head, tmp_path / "head")
     again = load_head(tmp_path / "head")
@@ -234,6 +243,9 @@ def test_a_head_comes_back_as_it_was_saved(models: Models, tmp_path: Path) -> No
         drafter.open(Stack(ModelConfig(29, 32, 48, model.config.layers)), 1, 8)
     with pytest.raises(ConfigError, match="expected a model of d_model 32 as it has, got 64"):
         drafter.open(Stack(ModelConfig(V, 64, 48, model.config.layers)), 1, 8)
+    if aux:
+        with pytest.raises(ConfigError, match="expected aux_layers from 0 to 0, got 1"):
+            drafter.open(Stack(ModelConfig(V, 32, 48, model.config.layers[:1])), 1, 8)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +257,7 @@ def test_a_head_comes_back_as_it_was_saved(models: Models, tmp_path: Path) -> No
         ({"d_mlp": 7}, "could not be read"),
         ({"n_heads": 5}, "even parts"),
         ({"kept": 99}, "kept in 0..23"),
+        ({"aux_layers": [1, 0]}, "aux_layers that ascend"),
     ],
 )
 def test_a_folder_that_holds_no_head_is_refused(
@@ -313,7 +326,7 @@ def test_one_command_trains_a_head_that_guesses_better(
     assert head.config.target == loaded.name
     ids_n = torch.tensor(loaded.tokenizer.encode("97 bottles of water on the wall, 97 bottles of water. " * 3))
     before, after = (
-        measure(loaded.model, one, ids_n[None], 3) for one in (untrained(head.config).begin_(loaded.model), head)
+        measure(loaded.model, one, Batch(ids_n[None]), 3) for one in (untrained(head.config).begin_(loaded.model), head)
     )
     assert all(new > old + 0.02 for old, new in zip(before.acceptance, after.acceptance, strict=True))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -367,3 +380,50 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_head(
 def test_exactly_one_way_to_draft_must_be_given(way: list[str], got: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["draft", "x", "--out", "y", "--data", "pydoc", *way]) == 2
     assert f"expected --head or --layers N, got {got}" in capsys.readouterr().err
+
+
+def test_only_answers_are_guessed_and_compared(models: Models) -> None:
+    """A guess is scored where its label counts; those of other columns change no figure."""
+    model = models("attention")
+    head = head_for(model, ids=FEW)
+    tokens_bt = torch.randint(V, (3, 12))
+    wanted_bt = torch.rand(3, 12) < 0.5
+    whole, some = (measure(model, head, Batch(tokens_bt, wanted), 2) for wanted in (None, wanted_bt))
+    scored_sbt = scored(tokens_bt, wanted_bt, head.config.window, 2)
+    for s, (guess_btd, target_btd, scored_bt) in enumerate(guess(model, head, tokens_bt, scored_sbt)):
+        same_bt, stands_bt = compare(model, guessable(model, head), head.ids_m, guess_btd, target_btd)
+        assert some.agreement[s] == pytest.approx(float(same_bt[scored_bt].mean()), rel=1e-6)
+        assert some.acceptance[s] == pytest.approx(float(stands_bt[scored_bt].mean()), rel=1e-6)
+    assert some.tokens == int(scored_sbt[0].sum()) < whole.tokens == 3 * 11
+
+
+def test_a_head_that_sees_other_layers_is_trained_on_answers(
+    tmp_path: Path, byte_model: Callable[[Stack], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, out = taught(tmp_path, byte_model), tmp_path / "head"
+    lines = [json.dumps({"prompt": f"{i} more?", "response": f"{i} bottles of water. " * 6}) for i in range(60)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    arguments[arguments.index("--data") + 1] += ",completions"
+    assert cli.main([*arguments, "--out", str(out), "--aux-layers", "0+1"]) == 0, capsys.readouterr().err
+    head, loaded = load_head(out), load_model(arguments[1])
+    assert head.config.aux_layers == (0, 1)
+    assert json.loads((out / "results.json").read_text())["tokens"] < 600
+    prompt, limits = [loaded.tokenizer.encode("7 more?")], Limits(20)
+    drafter = parse_drafter([f"draft_head,path={out}"], lambda name: loaded.model)
+    expected = generate(loaded.model, prompt, limits=limits)
+    assert generate(loaded.model, prompt, limits=limits, drafter=drafter, draft_tokens=3) == expected
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [("0+x", "expected numbers such as 9"), ("1+0", "aux_layers that ascend"), ("0+3", "from 0 to 2, got 3")],
+)
+def test_layers_that_can_not_be_seen_are_refused_before_any_work(
+    layers: str, message: str, tmp_path: Path, byte_model: Callable[[Stack], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, out = taught(tmp_path, byte_model), tmp_path / "head"
+    assert cli.main([*arguments, "--out", str(out), "--aux-layers", layers]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists() or not any(out.glob("*.jsonl"))

@@ -12,6 +12,7 @@ import torch
 from subquad import cli
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
+from subquad.data import Batch
 from subquad.decode.draft_head import DraftHead
 from subquad.decode.gad import Gad
 from subquad.engine.draft import parse_drafter
@@ -189,7 +190,7 @@ def test_one_command_trains_a_block_head(
     head, loaded = load_head(out), load_model(folder)
     ids_n = torch.tensor(loaded.tokenizer.encode("97 bottles of water on the wall, 97 bottles of water. " * 3))
     before, after = (
-        measure(loaded.model, one, ids_n[None], 4) for one in (untrained(head.config).begin_(loaded.model), head)
+        measure(loaded.model, one, Batch(ids_n[None]), 4) for one in (untrained(head.config).begin_(loaded.model), head)
     )
     assert all(new > old + 0.02 for old, new in zip(before.acceptance, after.acceptance, strict=True))
     prompt, limits = [ids_n[:9].tolist()], Limits(20)

@@ -80,10 +80,11 @@ class Reads:
             state: StackState,
             lengths_b: Tensor | None = None,
             layout: Layout | None = None,
+            aux_layers: Sequence[int] = (),
         ) -> Any:
             lengths_b = lengths_b if layout is None else layout.lengths_b
             self.tokens += tokens_bt.numel() if lengths_b is None else int(lengths_b.sum())
-            return read(model, tokens_bt, state, None if layout is not None else lengths_b, layout)
+            return read(model, tokens_bt, state, None if layout is not None else lengths_b, layout, aux_layers)
 
         monkeypatch.setattr(Stack, "read", spy)
 

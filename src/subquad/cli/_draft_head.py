@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ class HeadRun:
         samples: how many documents of the model's own; None is as many as the budget asks for.
         eval_tokens: held-out tokens for the figures at the end.
         seed: of shuffles and samples.
+        aux_layers: of the model, whose streams the head sees too.
     """
 
     model: str
@@ -59,6 +60,7 @@ class HeadRun:
     samples: int | None
     eval_tokens: int
     seed: int
+    aux_layers: tuple[int, ...] = ()
 
     @property
     def drafter(self) -> str:
@@ -76,8 +78,7 @@ def train_head(settings: HeadRun, out: Path, *, resume: bool, device: torch.devi
     """
     import torch
 
-    from subquad.data import TokenStream, held_out_text
-    from subquad.evals.text import CHARS_A_TOKEN, tokenize_text
+    from subquad.data import TokenStream, held_out_batch
     from subquad.models.checkpoint import check_target
     from subquad.models.draft_head import MODEL_TYPE, HeadConfig, save_head, untrained
     from subquad.models.load import load_model
@@ -95,11 +96,16 @@ def train_head(settings: HeadRun, out: Path, *, resume: bool, device: torch.devi
         loaded = load_model(settings.model, dtype=torch.bfloat16 if gpu else torch.float32, device=device)
         if loaded.tokenizer is None:
             raise ConfigError(f"{settings.model}: expected a tokenizer beside the weights, got none; add its files")
+        shape = HeadConfig.like(
+            loaded.model.config,
+            settings.window,
+            target=loaded.name,
+            guesses=settings.guesses,
+            aux_layers=settings.aux_layers,
+        )
         sources = _sources(settings, loaded, out, line)
-        chars = settings.eval_tokens * CHARS_A_TOKEN
-        text = held_out_text(sources, loaded.tokenizer, fraction=settings.held_out, chars=chars)
-        ids_n = tokenize_text(loaded.tokenizer, text, settings.eval_tokens).ids_n
-        seq = min(settings.seq, len(ids_n))
+        cut: dict[str, Any] = {"time": settings.seq, "fraction": settings.held_out}
+        held_out = held_out_batch(sources, loaded.tokenizer, tokens=settings.eval_tokens, **cut)
         vocab = out / "vocab.json"
         if settings.vocab and not (resume and vocab.exists()):
             write_vocab(vocab, loaded, sources, settings.vocab)
@@ -107,18 +113,9 @@ def train_head(settings: HeadRun, out: Path, *, resume: bool, device: torch.devi
             folder.log.unlink(missing_ok=True)
             folder.note(settings=asdict(settings))
         ids: list[int] = json.loads(vocab.read_text(encoding="utf-8")) if settings.vocab else []
-        kept, guesses = len(ids), settings.guesses
-        shape = HeadConfig.like(loaded.model.config, settings.window, kept=kept, target=loaded.name, guesses=guesses)
-        lesson = Lesson(guesses) if guesses > 1 else Lesson()
-        head = untrained(shape, ids, seed=settings.seed).to(device).begin_(loaded.model)
-        stream = TokenStream(
-            sources,
-            loaded.tokenizer,
-            batch=settings.batch,
-            time=settings.seq,
-            seed=settings.seed,
-            fraction=settings.held_out,
-        )
+        lesson = Lesson(settings.guesses) if settings.guesses > 1 else Lesson()
+        head = untrained(replace(shape, kept=len(ids)), ids, seed=settings.seed).to(device).begin_(loaded.model)
+        stream = TokenStream(sources, loaded.tokenizer, batch=settings.batch, seed=settings.seed, **cut)
         try:
             fit_head(
                 loaded.model,
@@ -135,8 +132,8 @@ def train_head(settings: HeadRun, out: Path, *, resume: bool, device: torch.devi
             )
         finally:
             stream.close()
-        line.say(f"comparing guesses on {len(ids_n) // seq * seq:,} held-out tokens")
-        stood = measure(loaded.model, head, ids_n[: len(ids_n) // seq * seq].view(-1, seq), lesson.steps)
+        line.say(f"comparing guesses on {held_out.tokens_bt.numel():,} held-out tokens")
+        stood = measure(loaded.model, head, held_out, lesson.steps)
         save_head(head, out)
         write_results(out, stood, folder.lines())
         folder.note(finished=True)
@@ -151,7 +148,8 @@ def _opened(facts: dict[str, Any], settings: HeadRun, out: Path, *, resume: bool
         raise ConfigError(f"--out {out}: holds a run already; give --resume to go on, or another folder")
     if facts.get("finished"):
         raise ConfigError(f"--resume: the run in {out} is finished; use it with --draft {settings.drafter},path={out}")
-    now, was = asdict(settings) | {"data": list(settings.data)}, facts.get("settings")
+    # As JSON gives them back.
+    now, was = json.loads(json.dumps(asdict(settings))), facts.get("settings")
     changed = [f"{k} {was.get(k)} (now {v})" for k, v in now.items() if was.get(k) != v] if was else []
     if changed:
         raise ConfigError(
@@ -216,7 +214,7 @@ def write_results(out: Path, stood: Stood, log: Sequence[dict[str, Any]]) -> Non
         "loss": ("kl", "KL of the guesses to the model", "nats"),
         "guesses": ("agreement", "Guesses that are the model's likeliest token", "share"),
     }
-    lines = [f"Held-out text, {stood.tokens:,} tokens:", "", table(stood)]
+    lines = [f"Held-out text, {stood.tokens:,} tokens guessed:", "", table(stood)]
     for name, (key, title, unit) in pictures.items():
         chart = Chart(title, "tokens trained on", unit, curves(log, key), log_y=key == "kl")
         (out / f"{name}.svg").write_text(standalone(chart, name), encoding="utf-8")

@@ -39,8 +39,8 @@ def run(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="FILE.txt, FILE.jsonl[#FIELD] (also .xz, .gz), datasets:NAME, pydoc, or self for the teacher's own "
-            "samples; ,weight=2 and ,completions behind it; may be given again, mixed by size."
+            help="FILE.txt, FILE.jsonl[#FIELD] (also .xz, .gz), datasets:NAME, pydoc, pycode, or self for the "
+            "teacher's own samples; ,weight=2 and ,completions behind it; may be given again, mixed by size."
         ),
     ] = None,
     eval_text: Annotated[

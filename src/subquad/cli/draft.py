@@ -27,6 +27,9 @@ def run(
         int | None, typer.Option(min=1, help="Or: train a copy of so many layers, from the first.")
     ] = None,
     guesses: Annotated[int, typer.Option(min=1, help="Tokens that a head guesses in one read; 1: one by one.")] = 1,
+    aux_layers: Annotated[
+        str, typer.Option(help="Layers, from 0, whose streams a head sees too: 9+19; the last one's it sees anyway.")
+    ] = "",
     tokens: Annotated[str, typer.Option(help="Tokens to train on (30M).")] = "10M",
     window: Annotated[
         int | None,
@@ -69,6 +72,8 @@ def run(
         raise ConfigError(f"expected --head or --layers N, got {got}; give one: --head is the cheaper drafter")
     if layers is not None and guesses > 1:
         raise ConfigError(f"--guesses: expected --head with it, got --layers {layers}; leave it out")
+    if layers is not None and aux_layers:
+        raise ConfigError(f"--aux-layers: expected --head with it, got --layers {layers}; leave it out")
     if layers is None:
         from subquad.cli._draft_head import HeadRun, train_head
 
@@ -86,6 +91,7 @@ def run(
             samples=samples,
             eval_tokens=eval_tokens,
             seed=seed,
+            aux_layers=_layers(aux_layers),
         )
         train_head(settings, out, resume=resume, device=where)
         return
@@ -136,3 +142,10 @@ def run(
         resume=resume,
         device=str(where),
     )
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """Numbers joined by ``+``."""
+    if text and not all(map(str.isdecimal, text.split("+"))):
+        raise ConfigError(f"--aux-layers: expected numbers such as 9+19, got {text!r}; correct it")
+    return tuple(map(int, text.split("+"))) if text else ()

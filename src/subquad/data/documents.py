@@ -12,9 +12,15 @@ from subquad.data.completions import Span, completions
 from subquad.data.sources import Document, Source, Tokenizer, render
 
 
-def held_out(text: str, fraction: float) -> bool:
-    """Whether a document is kept from training: its content alone decides, so that no copy leaks from side to side."""
-    digest = hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def held_out(document: Document, fraction: float) -> bool:
+    """Whether a document is kept from training: its content alone decides, so that no copy leaks from side to side.
+
+    Of a conversation it is what stands before the last answer: all answers to a question lie on one side.
+    """
+    if not isinstance(document, str):
+        asked = document[:-1] if document[-1]["role"] == "assistant" and len(document) > 1 else document
+        document = "\n\n".join(turn["content"] for turn in asked)
+    digest = hashlib.blake2b(document.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest) < fraction * 2**64
 
 
@@ -55,12 +61,12 @@ class Documents:
         """The documents of source `i` on this side."""
         source = self.sources[i]
         for document in source.open():
+            if held_out(document, self.fraction) == self.train:
+                continue
             try:
-                rendered = self._render(document, source)
+                yield self._render(document, source)
             except DataError as error:
                 raise DataError(f"{source.name}: {error}") from error
-            if held_out(rendered.text, self.fraction) != self.train:
-                yield rendered
 
     def _render(self, document: Document, source: Source) -> Rendered:
         if source.completions:
@@ -132,8 +138,14 @@ def held_out_text(
         if chars is not None and size >= chars:
             break
     if not size:
-        raise DataError(
-            f"--data {', '.join(s.name for s in sources)}: expected held-out documents at --held-out {fraction}, "
-            "got none; give more documents or hold out more"
-        )
+        raise nothing_held_out(sources, fraction)
     return "\n\n".join(parts) + "\n"
+
+
+def nothing_held_out(sources: Sequence[Source], fraction: float) -> DataError:
+    """The error where no document is held out."""
+    names = ", ".join(source.name for source in sources)
+    return DataError(
+        f"--data {names}: expected held-out documents at --held-out {fraction}, got none; "
+        "give more documents or hold out more"
+    )

@@ -1,15 +1,18 @@
-"""Where documents come from: text files, JSONL, Hugging Face datasets, and the text every Python carries."""
+"""Where documents come from: text files, JSONL, Hugging Face datasets, and what every Python carries."""
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import lzma
 import math
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, Protocol, cast
 
 from subquad.core.errors import DataError, nearest
@@ -18,6 +21,9 @@ OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 DOCUMENT_CHARS = 8_192
 LONGEST_CHARS = 65_536
+# Of the folders beside Python's library those that are not part of it, or made to be odd.
+NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"})
+COMPLETE = "Complete this Python function."
 
 
 class Tokenizer(Protocol):
@@ -72,9 +78,10 @@ def parse_source(spec: str) -> Source:
 
     Args:
         spec: ``FILE.txt`` (also .md, .rst), ``FILE.jsonl[#FIELD]`` or ``FILE.jsonl#PROMPT+RESPONSE``, each also with
-            .gz or .xz behind it; ``datasets:NAME[:CONFIG][@SPLIT][#FIELD]``; or ``pydoc``. Without a field a record is
-            read by its ``text``, its ``messages``, or its ``prompt`` and ``response``. Behind it options as
-            `split_options` takes them.
+            .gz or .xz behind it; ``datasets:NAME[:CONFIG][@SPLIT][#FIELD]``; ``pydoc``, Python's own manual; or
+            ``pycode``, conversations that ask to complete a function of its library. Without a field a record is read
+            by its ``text``, its ``messages``, or its ``prompt`` and ``response``. Behind it options as `split_options`
+            takes them.
 
     Raises:
         DataError: no such file, a kind that is not known, or an option that can't be.
@@ -120,8 +127,8 @@ def _weight(spec: str, value: str) -> float:
 
 
 def _opener(place: str) -> Callable[[], Iterator[Document]]:
-    if place == "pydoc":
-        return _pydoc
+    if place in CARRIED:
+        return CARRIED[place]
     name, _, field = place.partition("#")
     if name.startswith("datasets:"):
         return lambda: _hub(name.removeprefix("datasets:"), field)
@@ -129,7 +136,7 @@ def _opener(place: str) -> Callable[[], Iterator[Document]]:
     if not path.is_file():
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = "; options are ,completions and ,weight=NUMBER" if "," in place else ""
-        known = nearest(path.name.partition(",")[0], [*there, "pydoc"])
+        known = nearest(path.name.partition(",")[0], [*there, *CARRIED])
         raise DataError(f"{name}: expected a file of text, got no such file{known}{hint}")
     suffixes = [s for s in path.suffixes if s not in OPENERS]
     kind = suffixes[-1] if suffixes else ""
@@ -218,6 +225,31 @@ def _pydoc() -> Iterator[Document]:
     from pydoc_data.topics import topics  # pyright: ignore[reportMissingModuleSource, reportUnknownVariableType]
 
     yield from topics.values()
+
+
+def _pycode() -> Iterator[Document]:
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if NOT_LIBRARY.isdisjoint(path.relative_to(library).parts):
+            yield from _functions(path)
+
+
+def _functions(path: Path) -> Iterator[Document]:
+    """What says how it is to be completed: functions that begin with a docstring and go on behind it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except (UnicodeDecodeError, SyntaxError, ValueError):
+        return  # A file that is meant to be broken.
+    lines = text.splitlines()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and ast.get_docstring(node):
+            head, whole = (dedent("\n".join(lines[node.lineno - 1 : last.end_lineno])) for last in (node.body[0], node))
+            yield _turns(f"{COMPLETE}\n\n```python\n{head}\n```", f"```python\n{whole}\n```")
+
+
+# What every Python carries.
+CARRIED: dict[str, Callable[[], Iterator[Document]]] = {"pydoc": _pydoc, "pycode": _pycode}
 
 
 def _hub(name: str, field: str) -> Iterator[Document]:

@@ -16,7 +16,7 @@ import torch
 from subquad.core.errors import ConfigError, DataError
 from subquad.data.batch import Batch
 from subquad.data.completions import encode
-from subquad.data.documents import Documents, Reader, Rendered
+from subquad.data.documents import Documents, Reader, Rendered, nothing_held_out
 from subquad.data.sources import Document, Source, Tokenizer, pieces
 
 Rows = np.ndarray[Any, np.dtype[np.int32]]
@@ -143,11 +143,7 @@ class TokenStream:
                 continue
             picked.append(self._rows[self._at])
             self._at += 1
-        rows_bt = torch.from_numpy(np.stack(picked).astype(np.int64))
-        if not any(source.completions for source in self.documents.sources):
-            return Batch(rows_bt)
-        # A token that is no label stands as its complement.
-        return Batch(torch.where(rows_bt < 0, ~rows_bt, rows_bt), rows_bt >= 0)
+        return _batch(np.stack(picked), self.documents.sources)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as plain numbers."""
@@ -209,6 +205,39 @@ class TokenStream:
         """`position` with every source at its beginning."""
         nothing = (0,) * len(self.documents.sources)
         return replace(position, taken=nothing, chars=nothing)
+
+
+def held_out_batch(
+    sources: Sequence[Source], tokenizer: Tokenizer, *, time: int, tokens: int, fraction: float = 0.05
+) -> Batch:
+    """The beginning of the held-out documents in rows: at least one, and no more than hold so many tokens.
+
+    Args:
+        sources, tokenizer, fraction: as of the stream.
+        time: tokens of a row, fewer where there are not so many in all.
+        tokens: of all rows.
+
+    Raises:
+        DataError: no document is held out.
+    """
+    reading = Documents(sources, tokenizer, fraction=fraction, train=False).read()
+    parts: list[Rows] = []
+    while sum(map(len, parts)) < tokens and (documents := _take(reading)):
+        parts.append(tokenise(documents, tokenizer))
+    if not parts:
+        raise nothing_held_out(sources, fraction)
+    row_n: Rows = np.concatenate(parts)[:tokens]
+    time = min(time, len(row_n))
+    return _batch(row_n[: len(row_n) // time * time].reshape(-1, time), sources)
+
+
+def _batch(rows_bt: Rows, sources: Sequence[Source]) -> Batch:
+    """Rows as `tokenise` gives them."""
+    tokens_bt = torch.from_numpy(rows_bt.astype(np.int64))
+    if not any(source.completions for source in sources):
+        return Batch(tokens_bt)
+    # A token that is no label stands as its complement.
+    return Batch(torch.where(tokens_bt < 0, ~tokens_bt, tokens_bt), tokens_bt >= 0)
 
 
 def _take(reading: Reader) -> list[Rendered]:

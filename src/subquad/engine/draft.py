@@ -96,11 +96,13 @@ class Drafter(ABC):
         always: whether it guesses for every row, so that none can stand behind it. What one guesses that does not is
             certain, with no q.
         hears: whether it reads the model's stream, which nobody keeps for it otherwise.
+        aux_layers: from `open` on, layers whose streams it reads too; see `Stack.read`.
         forks: whether it may guess several chains a row.
     """
 
     always: bool = False
     hears: bool = False
+    aux_layers: tuple[int, ...] = ()
     forks: bool = False
 
     @classmethod
@@ -137,7 +139,7 @@ class Drafter(ABC):
             rows: slots.
             tokens_bt: tokens of their prompts but the first.
             n_b: how many of them count.
-            hidden_btd: the model's stream at the token before each of them.
+            hidden_btd: the model's stream at the token before each of them, with those of `aux_layers`.
         """
 
     @abstractmethod
@@ -196,6 +198,8 @@ class InTurn(Drafter):
         self._vocab_size = target.config.vocab_size
         for drafter in self.drafters:
             drafter.open(target, rows, capacity)
+        # What hears always guesses, so that it is the last, and the only one.
+        self.aux_layers = self.drafters[-1].aux_layers
 
     def prepare(self, rows: int, k: int) -> None:
         """All of them; see `Drafter.prepare`."""

@@ -76,6 +76,7 @@ class HeadDrafter(Drafter):
             head = copy.deepcopy(self.head)
         else:
             head = untrained(HeadConfig.like(target.config, self.head, guesses=self.guesses))
+        self.aux_layers = head.config.aux_layers
         self._target, self._head = target, head.to(target.device, target.dtype).requires_grad_(False)
         self._guessable = Guessable(target, head.ids_m.tolist() or None)
         stream_bd = torch.zeros(rows, head.config.d_model, device=target.device, dtype=target.dtype)
@@ -98,7 +99,7 @@ class HeadDrafter(Drafter):
         at = torch.tensor(rows, device=self._target.device)
         block = self._pool.block.select(at).settled()
         layout = Layout.ragged(n_b, tokens_bt.shape[1], start_b=block.seen_b)
-        stream_btd, update = self._head.read(self._target, hidden_btd, tokens_bt, block, layout)
+        stream_btd, update = self._head.read(self._target, self._head.fused(hidden_btd), tokens_bt, block, layout)
         last_bd = self._pool.stream_bd[at]
         keep_last_(last_bd, stream_btd, n_b)
         self._pool.stream_bd[at] = last_bd
@@ -110,7 +111,7 @@ class HeadDrafter(Drafter):
         rows, t = tokens_bt.shape
         pool = self._pool.first(rows)
         layout = Layout.ragged(n_b, t, start_b=pool.block.seen_b)
-        stream_btd, update = self._head.read(self._target, hidden_btd, tokens_bt, pool.block, layout)
+        stream_btd, update = self._head.read(self._target, self._head.fused(hidden_btd), tokens_bt, pool.block, layout)
         keep_last_(pool.stream_bd, stream_btd, n_b)
         update.commit_(pool.block, None, n_b)
 

@@ -36,7 +36,7 @@ class Prompts:
         self._rounds, self._device = rounds, rounds.model.device
         hears = rounds.drafter is not None and rounds.drafter.hears
         self._drafter: Drafter | None = rounds.drafter if hears else None
-        self.reader = Reader(rounds.model, rounds.pool, rounds.capacity, streams=hears)
+        self.reader = Reader(rounds.model, rounds.pool, rounds.capacity, streams=hears, aux_layers=rounds.aux_layers)
         # Around a read of what was read before in that shape, on a GPU, until it is known how long it took.
         self._between: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 

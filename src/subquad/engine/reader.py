@@ -52,13 +52,17 @@ class Reader:
         pool: with the slots.
         capacity: most tokens of a slot.
         streams: whether somebody asks for the stream.
+        aux_layers: of which they ask for it too; see `Stack.read`.
 
     Attributes:
         steady: whether all of the last read had been done before, so that its time says what such a read takes.
     """
 
-    def __init__(self, model: Stack, pool: StackState, capacity: int, *, streams: bool) -> None:
-        self.model, self.pool, self.capacity, self.streams = model, pool, capacity, streams
+    def __init__(
+        self, model: Stack, pool: StackState, capacity: int, *, streams: bool, aux_layers: Sequence[int] = ()
+    ) -> None:
+        self.model, self.pool, self.capacity = model, pool, capacity
+        self.aux_layers, self._width = aux_layers, (1 + len(aux_layers)) * model.config.d_model if streams else 0
         self.graphs = Graphs(model.device.type == "cuda", "reads of prompts")
         self._given: dict[Shape, tuple[Tensor, Tensor]] = {}
         self._empty: dict[int, StackState] = {}
@@ -94,7 +98,7 @@ class Reader:
     def read(
         self, slots: Sequence[int], blocks: Sequence[Sequence[int]], kept: Sequence[int], *, before: Sequence[int]
     ) -> Tensor:
-        """Read `blocks` into `slots`; the stream ``[b, t, d]``, which is right until the next read.
+        """Read `blocks` into `slots`; the stream as `Stack.read` gives it, which is right until the next read.
 
         Args:
             slots: each once.
@@ -115,15 +119,14 @@ class Reader:
             self.steady = False
             return self._read(given_bt, key, ragged=any(len(b) < width for b in blocks))
         if key not in self._given:
-            size = self.model.config.d_model if self.streams else 0
-            hidden_btd = torch.zeros(rows, wide, size, device=self.model.device, dtype=self.model.dtype)
+            hidden_btd = torch.zeros(rows, wide, self._width, device=self.model.device, dtype=self.model.dtype)
             self._given[key] = given_bt, hidden_btd
         held_bt, hidden_btd = self._given[key]
         held_bt.copy_(given_bt)
 
         def work() -> None:
             read_btd = self._read(held_bt, key, ragged=True)
-            if self.streams:
+            if self._width:
                 hidden_btd.copy_(read_btd)
 
         self.steady = self.graphs.launch(key, work)
@@ -144,7 +147,8 @@ class Reader:
             if ragged
             else Layout.dense(b, t, start_b=start, device=given_bt.device)
         )
-        hidden_btd, update = self.model.read(tokens_bt, state, layout=replace(layout, fresh=key.fresh))
+        layout = replace(layout, fresh=key.fresh)
+        hidden_btd, update = self.model.read(tokens_bt, state, layout=layout, aux_layers=self.aux_layers)
         if key.room:
             self._kept[key] = self._commit_beside(update, None if key.fresh else state, kept_b, key.room)
         update.commit_(self.pool, at_b, lengths_b)

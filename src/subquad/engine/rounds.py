@@ -76,11 +76,6 @@ class Rounds:
         # Guesses that wait for their masks, by what was asked for.
         self._held: dict[Any, Draft] = {}
         self.scores = Scores(rows, width, model.config.vocab_size, device)
-        # The stream of a look's tokens, which plain rounds leave to a drafter that reads it.
-        self._hidden_bnd = None
-        if drafter is not None and drafter.hears:
-            shape = (rows, rounds, model.config.d_model)
-            self._hidden_bnd = torch.zeros(shape, device=device, dtype=model.dtype)
         self._looked = rounds
         # How many guesses there are that nobody reads, and they.
         self._foreseen_bk = torch.zeros(rows, block, dtype=torch.int64, device=device)
@@ -95,8 +90,14 @@ class Rounds:
         self._compiled = torch.compile(self._round, fullgraph=True, dynamic=False) if compile else None
         seldom = drafter is not None and not drafter.always and not drafter.forks
         self.most_asked = MOST_ASKED if seldom and not compile else 0
+        # The streams that a drafter reads, and those of a look's tokens, which plain rounds leave to it.
+        self.aux_layers, self._hidden_bnd = (), None
         if drafter is not None:
             drafter.open(model, rows, capacity)
+            self.aux_layers = drafter.aux_layers
+        if drafter is not None and drafter.hears:
+            shape = (rows, rounds, (1 + len(self.aux_layers)) * model.config.d_model)
+            self._hidden_bnd = torch.zeros(shape, device=device, dtype=model.dtype)
 
     @property
     def captured(self) -> bool:
@@ -311,8 +312,8 @@ class Rounds:
         if tokens_bt.shape[1] == 1 and draft.chains == 1:
             # Without a guess every row that is under way keeps its one token, whatever comes behind it.
             layout = Layout.dense(n, 1, start_b=pool.seen_b, kept_b=slots.alive_b)
-        hidden_btd, update = self.model.read(tokens_bt, state, lengths_b, layout)
-        logits_btv = self.model.head(hidden_btd)
+        hidden_btd, update = self.model.read(tokens_bt, state, lengths_b, layout, self.aux_layers)
+        logits_btv = self.model.head(hidden_btd[..., : self.model.config.d_model])
         allowed_btv = logits_btv if held is None else self.masks.apply(logits_btv, held, draft)
         allowed_btv = self._without_ends(allowed_btv, n, draft) if self._barring else allowed_btv
         rows, loose_bt = None, None

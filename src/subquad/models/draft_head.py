@@ -50,6 +50,7 @@ class HeadConfig:
         norm_eps: epsilon of its norms.
         target: name of the model that it was trained for.
         guesses: how many tokens one read guesses; with more than 1 it is a `BlockHead`.
+        aux_layers: of the model, ascending, from 0; the head sees the streams behind these too.
     """
 
     vocab_size: int
@@ -61,9 +62,11 @@ class HeadConfig:
     norm_eps: float = 1e-5
     target: str = ""
     guesses: int = 1
+    aux_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what is no head."""
+        object.__setattr__(self, "aux_layers", tuple(self.aux_layers))
         if min(self.window, self.guesses, self.d_mlp) < 1 or not 0 <= self.kept <= self.vocab_size:
             raise ConfigError(
                 f"draft head: expected window, guesses and d_mlp >= 1 and kept in 0..{self.vocab_size}, got "
@@ -74,20 +77,32 @@ class HeadConfig:
                 f"draft head: expected n_heads that cut d_model={self.d_model} into even parts, got {self.n_heads}; "
                 "change it"
             )
+        if self.aux_layers != tuple(sorted(set(self.aux_layers))) or min(self.aux_layers, default=0) < 0:
+            raise ConfigError(f"draft head: expected aux_layers that ascend from 0, got {self.aux_layers}; change them")
 
     @staticmethod
-    def like(model: ModelConfig, window: int, *, kept: int = 0, target: str = "", guesses: int = 1) -> HeadConfig:
+    def like(
+        model: ModelConfig,
+        window: int,
+        *,
+        kept: int = 0,
+        target: str = "",
+        guesses: int = 1,
+        aux_layers: Sequence[int] = (),
+    ) -> HeadConfig:
         """A head as wide as `model`, whatever its mixers are; where that has no MLPs, with one of 4 times the width."""
         most = max(1, model.d_model // HEAD_DIM)
         n_heads = next(n for n in range(most, 0, -1) if n == 1 or model.d_model % (2 * n) == 0)
         sizes = (model.vocab_size, model.d_model, model.d_mlp or 4 * model.d_model, n_heads, window)
-        return HeadConfig(*sizes, kept, model.norm_eps, target, guesses)
+        config = HeadConfig(*sizes, kept, model.norm_eps, target, guesses, tuple(aux_layers))
+        config.check(model)
+        return config
 
     def check(self, model: ModelConfig) -> None:
         """Refuse a model of other sizes.
 
         Raises:
-            ConfigError: another vocabulary or width.
+            ConfigError: another vocabulary or width, or too few layers.
         """
         for name in ("vocab_size", "d_model"):
             mine, theirs = getattr(self, name), getattr(model, name)
@@ -96,6 +111,11 @@ class HeadConfig:
                     f"draft head: expected a model of {name} {mine} as {self.target or 'the one it was made for'} has, "
                     f"got {theirs}; train a head for this model: subquad draft MODEL --head"
                 )
+        if (last := max(self.aux_layers, default=0)) >= len(model.layers):
+            raise ConfigError(
+                f"draft head: expected aux_layers from 0 to {len(model.layers) - 1}, got {last}; "
+                "name layers of this model"
+            )
 
 
 class Head(nn.Module):
@@ -105,6 +125,10 @@ class Head(nn.Module):
     final norm: what comes out stands for the model's stream at the pair's token. The model's own head makes it a
     distribution of the next token, and with the token that is drawn it is a pair again (arXiv 2401.15077, section 3.1,
     where the two are joined without norms). Embedding, final norm and head are the model's own, and not held here.
+
+    With `config.aux_layers` the model's stream is fused with those behind earlier layers, which know of tokens to come
+    what the last one has left to tell the next: ``fuse norm([stream, aux])`` stands for it (arXiv 2503.01840, section
+    3.1, where nothing is normed). What the head itself makes stands where such a vector would.
 
     The attention is a window without sinks, and positions are relative: wherever in a text the head begins, it is the
     same, and its state is constant.
@@ -131,6 +155,9 @@ class Head(nn.Module):
         self.norm_stream, self.norm_token = (nn.RMSNorm(d, eps=config.norm_eps) for _ in range(2))
         self.join = nn.Linear(2 * d, d, bias=False)
         self.block = Block(ModelConfig(config.vocab_size, d, config.d_mlp, (layer,), config.norm_eps), layer)
+        if config.aux_layers:
+            width = (1 + len(config.aux_layers)) * d
+            self.norm_fused, self.fuse = nn.RMSNorm(width, eps=config.norm_eps), nn.Linear(width, d, bias=False)
         self.register_buffer("ids_m", torch.tensor(list(ids) or [0] * config.kept, dtype=torch.int64))
 
     @torch.no_grad()
@@ -144,6 +171,9 @@ class Head(nn.Module):
         # The model's norm has multiplied the stream by its weights, and will again. What it drops is gone.
         self.norm_stream.weight.copy_(torch.where(scale_d.abs() > SMALLEST * scale_d.abs().amax(), 1 / scale_d, 0))
         self.join.weight.zero_().fill_diagonal_(1)
+        if self.config.aux_layers:
+            # Its norm's factor falls out in the next one.
+            self.fuse.weight.zero_().fill_diagonal_(1)
         self.mixer.o_proj.weight.zero_()
         assert self.block.mlp is not None
         self.block.mlp.down_proj.weight.zero_()
@@ -158,6 +188,16 @@ class Head(nn.Module):
         """Rows of no pairs that decode; see `Mixer.init_pool`."""
         return cast("WindowState | RingState", self.mixer.init_pool(rows, 0, block))
 
+    def fused(self, hidden_btd: Tensor) -> Tensor:
+        """What the head reads of the model's streams, ``[b, t, d]``.
+
+        Args:
+            hidden_btd: ``[b, t, d + aux d]``, of `Stack.read` with `config.aux_layers`.
+        """
+        if not self.config.aux_layers:
+            return hidden_btd
+        return skinny.project(hidden_btd.to(self.fuse.weight.dtype), self.fuse, norm=self.norm_fused)[0]
+
     def read(
         self, model: Stack, stream_btd: Tensor, tokens_bt: Tensor, state: State, layout: Layout
     ) -> tuple[Tensor, Update]:
@@ -165,7 +205,7 @@ class Head(nn.Module):
 
         Args:
             model: that it guesses for.
-            stream_btd: where each token was drawn from: the model's, or what stood for it.
+            stream_btd: where each token was drawn from: the model's, as `fused` has it, or what stood for it.
             tokens_bt: the tokens.
             state: rows aligned with the block's.
             layout: where the pairs stand.
@@ -202,7 +242,7 @@ class Head(nn.Module):
 
         Args:
             model: that it guesses for; nothing of it is trained.
-            stream_btd: of the model, at each column's token.
+            stream_btd: of the model, at each column's token, as `fused` has it.
             tokens_bt: that follow, each drawn from its column's stream.
             steps: how many guesses stand one on the other.
 

@@ -173,24 +173,34 @@ class Stack(nn.Module):
         """Type of the embedding, which is that of the stream."""
         return self.embed.weight.dtype
 
-    def hidden(self, tokens_bt: Tensor, layout: Layout | None = None, run: Runner = plainly) -> Tensor:
+    def hidden(
+        self,
+        tokens_bt: Tensor,
+        layout: Layout | None = None,
+        run: Runner = plainly,
+        aux_layers: Sequence[int] = (),
+    ) -> Tensor:
         """Stream after the final norm, ``[b, t, d]``, from empty states.
 
         Args:
             tokens_bt: token ids.
             layout: where they stand; None is dense from position 0.
             run: how each block is called.
+            aux_layers: as in `read`.
         """
         layout = Layout.dense(*tokens_bt.shape, device=tokens_bt.device) if layout is None else layout
         x_btd = self.embed(tokens_bt)
         offers = self.offers()
+        aux: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if offers.concern(i):
                 x_btd, offered = run(block, x_btd, layout, offers.to(i))
                 offers.keep(i, offered)
             else:
                 x_btd = run(block, x_btd, layout)
-        return self.norm(x_btd)
+            if i in aux_layers:
+                aux.append(x_btd)
+        return _beside(self.norm(x_btd), aux)
 
     def offers(self) -> Offers:
         """Of a pass that is to begin."""
@@ -217,7 +227,12 @@ class Stack(nn.Module):
         return StackState(layers, torch.zeros(rows, dtype=torch.int64, device=device))
 
     def read(
-        self, tokens_bt: Tensor, state: StackState, lengths_b: Tensor | None = None, layout: Layout | None = None
+        self,
+        tokens_bt: Tensor,
+        state: StackState,
+        lengths_b: Tensor | None = None,
+        layout: Layout | None = None,
+        aux_layers: Sequence[int] = (),
     ) -> tuple[Tensor, StackUpdate]:
         """Read a block of tokens against `state`: the stream after the final norm, and the update.
 
@@ -226,6 +241,8 @@ class Stack(nn.Module):
             state: rows aligned with the block's.
             lengths_b: tokens of each row; None is all columns.
             layout: instead of `lengths_b`, for packed documents or positions of one's own.
+            aux_layers: ascending; the streams behind these layers, without a norm, stand side by side behind it,
+                ``[b, t, d + aux d]``.
         """
         if layout is None:
             b, t = tokens_bt.shape
@@ -236,9 +253,19 @@ class Stack(nn.Module):
             )
         elif lengths_b is not None:
             raise ConfigError("read: expected lengths_b or layout, got both; the layout holds the lengths")
-        x_btd, offers, updates = self.embed(tokens_bt), self.offers(), []
+        x_btd, offers = self.embed(tokens_bt), self.offers()
+        updates: list[Update] = []
+        aux: list[Tensor] = []
         for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
             x_btd, update = block.read(x_btd, layer, layout, offers.to(i))
             offers.keep(i, update.offers())
             updates.append(update)
-        return norm.add_rms(x_btd, None, self.norm)[1], StackUpdate(state, tuple(updates), layout)
+            if i in aux_layers:
+                aux.append(x_btd)
+        hidden_btd = norm.add_rms(x_btd, None, self.norm)[1]
+        return _beside(hidden_btd, aux), StackUpdate(state, tuple(updates), layout)
+
+
+def _beside(hidden_btd: Tensor, aux: Sequence[Tensor]) -> Tensor:
+    """Streams of other layers beside the last."""
+    return torch.cat((hidden_btd, *aux), dim=-1) if aux else hidden_btd

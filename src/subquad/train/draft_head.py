@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from subquad.core.errors import ConfigError
 from subquad.core.state import precise
-from subquad.data import TokenStream
+from subquad.data import Batch, TokenStream
 from subquad.models.draft_head import Head
 from subquad.models.stack import Stack
 from subquad.ops import linear_loss
@@ -156,10 +156,11 @@ def guess(model: Stack, head: Head, tokens_bt: Tensor, scored_sbt: Tensor) -> li
         ``[b, n, d]``, ``[b, n, d]`` and ``[b, n]``, of the step's `Head.columns`.
     """
     with torch.no_grad():
-        stream_btd = model.hidden(tokens_bt)
+        hidden_btd = model.hidden(tokens_bt, aux_layers=head.config.aux_layers)
     # A pair's token is the one that was drawn from its stream, the next. The last column has none, and is not scored.
-    guesses = head.unroll(model, stream_btd, tokens_bt.roll(-1, 1), len(scored_sbt))
-    at, target_btd = [head.columns(s, tokens_bt.shape[1]) for s in range(len(guesses))], stream_btd.roll(-1, 1)
+    guesses = head.unroll(model, head.fused(hidden_btd), tokens_bt.roll(-1, 1), len(scored_sbt))
+    at = [head.columns(s, tokens_bt.shape[1]) for s in range(len(guesses))]
+    target_btd = hidden_btd[..., : head.config.d_model].roll(-1, 1)
     return [(x_bnd, target_btd[:, at[s]], scored_sbt[s][:, at[s]]) for s, x_bnd in enumerate(guesses)]
 
 
@@ -230,7 +231,7 @@ class Stood:
     Attributes:
         agreement: for each guess in a row, how often it is the model's likeliest token.
         acceptance: for each, the mean probability that it stands when both draw at temperature 1.
-        tokens: of the text.
+        tokens: that were guessed.
     """
 
     agreement: tuple[float, ...]
@@ -243,26 +244,27 @@ class Stood:
 
 
 @torch.no_grad()
-def measure(model: Stack, head: Head, tokens_bt: Tensor, steps: int) -> Stood:
+def measure(model: Stack, head: Head, batch: Batch, steps: int) -> Stood:
     """Compare guesses with the model on a text that is there: each stands on tokens of the text.
 
     Args:
         model: that the head guesses for.
         head: on the model's device.
-        tokens_bt: the text, in rows.
+        batch: the text, in rows; only guesses of its labels count.
         steps: guesses in a row.
     """
     few_md = guessable(model, head)
     sums_s3 = torch.zeros(steps, 3, device=model.device)
     with autocast(model.device):
-        for row_t in tokens_bt:
-            row_1t = row_t[None].to(model.device)
-            guesses = guess(model, head, row_1t, scored(row_1t, None, head.config.window, steps))
+        wanted = [None] * len(batch.tokens_bt) if batch.wanted_bt is None else batch.wanted_bt.split(1)
+        for pair in zip(batch.tokens_bt.split(1), wanted, strict=True):
+            row = Batch(*pair).to(model.device)
+            guesses = guess(model, head, row.tokens_bt, scored(row.tokens_bt, row.wanted_bt, head.config.window, steps))
             for sums_3, of_step in zip(sums_s3, guesses, strict=True):
                 for chunk in zip(*(x.split(COMPARED, dim=1) for x in of_step), strict=True):
                     sums_3 += stood(model, few_md, head.ids_m, *chunk)
     agreement, acceptance = (sums_s3[:, :2] / sums_s3[:, 2:].clamp(min=1)).mT.tolist()
-    return Stood(tuple(agreement), tuple(acceptance), tokens_bt.numel())
+    return Stood(tuple(agreement), tuple(acceptance), int(sums_s3[0, 2]))
 
 
 def fit_head(
