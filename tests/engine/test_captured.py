@@ -136,6 +136,27 @@ def test_rounds_read_guesses_where_there_are_some_and_end_with_their_rows() -> N
     assert all(look.steady for look in looks)
 
 
+def test_the_last_look_comes_when_the_last_token_is_likely_there() -> None:
+    """Two rows of 21 and 5 tokens: no round runs for nobody, but where guesses stood that were not counted on."""
+    model = build(MIXERS["attention"])
+    for drafter, most in ((None, 0), (DraftHead(4), 3)):
+        engine = Engine(model, rows=2, capacity=48, drafter=drafter, rounds=8)
+        if drafter is not None:
+            engine.warm(Request(PROMPTS[0], Limits(3, end_tokens=[])))
+        for prompt, n in zip(PROMPTS, (21, 5), strict=False):
+            engine.submit(Request(prompt, Limits(n, end_tokens=[])))
+        while engine.busy:
+            engine.step()
+        looks = list(engine.looks)
+        assert sum(look.tokens for look in looks) == 26
+        if not most:
+            assert [look.rounds for look in looks] == [8, 8, 5]
+        # Of a turn cut short the time says too little.
+        assert not any(look.steady for look in looks if look.rounds < 8)
+        assert all(look.rounds <= 8 for look in looks)
+        assert sum(look.rounds for look in looks) <= 21
+
+
 @pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("drafter", ["none", "copyspec", "draft_head", "draft_model"])
 def test_replayed_rounds_give_what_rounds_launched_anew_give(drafter: str) -> None:

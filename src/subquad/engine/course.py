@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +22,7 @@ class Turn(NamedTuple):
     Attributes:
         pace: chose their number of guesses.
         slots, k: read, and guesses of each asked for.
-        steady: whether none did anything for the first time.
+        steady: whether its time says what rounds take: none did anything for the first time.
         rounds, read: how many, and how many of them read guesses.
         began: second of the clock.
         given: to each slot.
@@ -42,7 +43,7 @@ class Course:
 
     Args:
         rounds: of an engine's slots.
-        count: rounds between two looks. While a row has a grammar it is 1.
+        count: most rounds between two looks. While a row has a grammar it is 1.
         most: guesses a row and round.
         fixed: always so many.
 
@@ -59,16 +60,24 @@ class Course:
 
     @property
     def _now(self) -> tuple[Pace, int]:
-        """What chooses the number of guesses, and how many rounds come before the next look: masks follow from it."""
+        """What chooses the number of guesses, and most rounds before the next look: masks follow from it."""
         return (self.ruled_pace, 1) if self._rounds.masks.on else (self.pace, self._count)
 
-    def run(self, n: int) -> Turn:
-        """The next rounds of the first `n` slots, and what they gave; `look` comes behind what is done with it."""
-        pace, _ = self._now
+    def run(self, n: int, left: int) -> Turn:
+        """The next rounds of the first `n` slots, and what they gave; `look` comes behind what is done with it.
+
+        Args:
+            n: slots.
+            left: tokens that some slot may still be given, and none more. There are no more rounds than are likely to
+                give them: those behind would run for nobody. (Rounds that ask for guesses end with their rows.)
+        """
+        pace, most = self._now
         k = pace.choose(n) if self._drafter is not None else 0
+        rounds = most if k and self._rounds.asks(n) else min(most, math.ceil(left / pace.tokens(k)))
         began = time.perf_counter()
-        ran = self._run(n, k)
-        return Turn(pace, n, k, *ran, began, self._rounds.take(n))
+        steady, done, read = self._run(n, k, rounds)
+        # In a turn cut short the look itself weighs too much for its time to say what a round takes.
+        return Turn(pace, n, k, steady and rounds == most, done, read, began, self._rounds.take(n))
 
     def look(self, turn: Turn) -> Look:
         """What a turn was, which the pace learns from; it ends now."""
@@ -89,7 +98,7 @@ class Course:
         )
         turn.pace.learn(look)
         if not turn.k and self._seldom:
-            self._compare(given, turn.pace, turn.rounds)
+            self._compare(given, turn.pace)
         return look
 
     def rehearse(self, n: int) -> None:
@@ -105,30 +114,35 @@ class Course:
         taken: list[float] = []
         for _ in range(2 * REHEARSALS):
             began = time.perf_counter()
-            self._run(n, k, found=found)
+            self._run(n, k, self._now[1], found=found)
             self._rounds.take(n)
             taken.append((time.perf_counter() - began) / self._now[1])
         return min(taken[REHEARSALS:])
 
-    def _run(self, n: int, k: int, *, found: bool | None = None) -> tuple[bool, int, int]:
+    def _run(self, n: int, k: int, rounds: int, *, found: bool | None = None) -> tuple[bool, int, int]:
         """Whether no round did anything for the first time, how many there were, and how many read guesses.
 
         Args:
-            n, k: slots and guesses.
+            n, k, rounds: slots, guesses, and at most so many rounds.
             found: what is held to be found where rounds ask for guesses; None asks.
         """
-        _, rounds = self._now
         if k and self._drafter is not None:
             self._drafter.prepare(n, k)
         elif self._seldom:
             # Such a guess costs next to nothing: so what is not worth a read now is seen as soon as it would be.
-            self._rounds.foresee(n, min(self.pace.most, rounds))
+            self._rounds.foresee(n, self._foreseen)
         if k and self._rounds.asks(n):
             return self._ask_and_run(n, k, rounds, found)
         steady = sum(self._rounds.run(n, k) for _ in range(rounds)) == rounds
         if not k and self._drafter is not None:
             self._rounds.catch_up(n)
         return steady, rounds, rounds if k else 0
+
+    @property
+    def _foreseen(self) -> int:
+        """Guesses that are made and not read: no more than plain rounds tell of."""
+        pace, rounds = self._now
+        return min(pace.most, rounds)
 
     def _ask_and_run(self, n: int, k: int, rounds: int, found: bool | None) -> tuple[bool, int, int]:
         """`_run` where every round first asks for guesses; once no row is under way there is nothing more to run."""
@@ -142,12 +156,12 @@ class Course:
             done, read = done + 1, read + reads
         return steady, done, read
 
-    def _compare(self, given: Sequence[Given], pace: Pace, rounds: int) -> None:
+    def _compare(self, given: Sequence[Given], pace: Pace) -> None:
         """Let the pace know what guesses that nobody read would have brought."""
         asked = guessed = judged = kept = 0
         for new in given:
             if new.tokens:
-                asked += min(pace.most, rounds)
+                asked += self._foreseen
                 guessed += len(new.foreseen)
                 most = min(len(new.foreseen), len(new.tokens))
                 stood = next((i for i in range(most) if new.foreseen[i] != new.tokens[i]), most)

@@ -302,7 +302,7 @@ class Engine:
         used = 1 + max(slot for slot, row in enumerate(self._slots) if row is not None)
         # A graph serves a number of rows; on a CPU every row costs.
         n = min(self.rows, 1 << (used - 1).bit_length()) if self._rounds.graphs.captures else used
-        turn = self._course.run(n)
+        turn = self._course.run(n, max(row.left for row in self._slots if row is not None and row.filled))
         if (seconds := self._prompts.seconds()) is not None:
             self._gathering.learn(seconds)
         pieces = self._take(turn.given)

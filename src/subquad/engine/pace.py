@@ -98,7 +98,7 @@ class Pace:
         """The number of guesses that promises most, and how many times the tokens a second of none."""
         vain = (1 - self.covered) ** costs.slots if costs.slots <= self.asks else 0.0
         seconds = {k: (1 - vain) * costs.of(k) + vain * costs.of(IN_VAIN if k else 0) for k in self.ladder}
-        rates = {k: self._tokens(k) / max(seconds[k], 1e-9) for k in self.ladder}
+        rates = {k: self.tokens(k) / max(seconds[k], 1e-9) for k in self.ladder}
         best = max(self.ladder[1:], key=rates.__getitem__)
         return best, rates[best] / rates[0]
 
@@ -161,8 +161,8 @@ class Pace:
         bits = (slots - 1).bit_length()
         return self._costs.setdefault(bits, _Costs(1 << bits))
 
-    def _tokens(self, k: int) -> float:
-        """Expected of a round."""
+    def tokens(self, k: int) -> float:
+        """Expected of a row's round with `k` guesses."""
         if not k:
             return 1.0
         apart, seen = self.covered * sum(self.accepted**i for i in range(1, k + 1)), self._brought[k]

@@ -45,9 +45,14 @@ class Row:
         """All but the last token are read: that one begins the next block."""
         return self.read == len(self.tokens) - 1
 
+    @property
+    def left(self) -> int:
+        """Tokens that may still come."""
+        return self.request.limits.max_new_tokens - self.drawn
+
     def take(self, new: Given) -> list[Piece]:
         """New tokens as pieces, up to the one that ends it."""
-        text, ends, left = self.text, self.ends, self.request.limits.max_new_tokens - self.drawn
+        text, ends, left = self.text, self.ends, self.left
         pieces: list[Piece] = []
         own, top = new.scored
         for i, token in enumerate(new.tokens):
