@@ -86,7 +86,21 @@ def _whole(ptr, i, n, K: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr, SLI
 
 
 @triton.jit
+def _loaded(x, SLICES: tl.constexpr, OVERLAP: tl.constexpr):
+    """The same, behind all loads so far.
+
+    A compiler else moves rows to their place for the matrix unit right behind their own load, and so waits for it
+    before it has begun the next, for a weight before the next launch may begin.
+    """
+    if SLICES and OVERLAP:
+        first = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x[0]], x[0].dtype, is_pure=False, pack=2)
+        x = first, tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x[1]], x[1].dtype, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
 def _squares(x, SLICES: tl.constexpr):
+    """Sums of squares of each token's numbers, by slice where there are slices."""
     wide = x.to(tl.float32)
     return tl.sum(wide * wide, 2 if SLICES else 1)
 
@@ -106,6 +120,7 @@ def _normed(x, scale, K: tl.constexpr, eps, TAIL: tl.constexpr, SLICES: tl.const
 
 @triton.jit
 def _slices(w, x, sums):
+    """``sums + w x^T``, slice by slice."""
     if INTERPRETED:
         w = w.to(tl.float32)
         x = x.to(tl.float32)
@@ -244,7 +259,8 @@ def project_few_kernel(
     x_ptr, norm_ptr, add_ptr, more_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
     rows, y_stride, eps,
     K: tl.constexpr, BM: tl.constexpr, COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr,
-    ADD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr, SLICES: tl.constexpr, OVERLAP: tl.constexpr,
+    ADD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr, SLICES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`project_kernel` of BM tokens at most: a program holds whole rows of a weight, and all tokens.
 
@@ -266,6 +282,10 @@ def project_few_kernel(
     add = tl.load(add_ptr + ptrs, mask=inside, other=0.0) if ADD else 0.0
     if ADD == 2:
         add = _sum(add, tl.load(more_ptr + ptrs, mask=inside, other=0.0))
+    w = _loaded(w, SLICES, OVERLAP)
+    if NORM:
+        scale = _loaded(scale, SLICES, OVERLAP)
+    x = _loaded(x, SLICES, OVERLAP)
     if NORM:
         x = _normed(x, scale, K, eps, TAIL, SLICES)
     sums = _product(w, x, TAIL, SLICES)
@@ -279,8 +299,8 @@ def project_few_kernel(
 @triton.jit
 def gate_few_kernel(
     x_ptr, y_ptr, norm_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, n, eps,
-    K: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr, SLICES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    K: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr,
+    SLICES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``silu(gate(z)) * up(z)`` with ``z = norm(x + y)``, of BM tokens at most. Grid: blocks of columns."""
     m = tl.arange(0, BM)
@@ -291,6 +311,8 @@ def gate_few_kernel(
     of_up = tl.load(up_bias + j, mask=j < n, other=0.0).to(tl.float32) if BIAS else 0.0
     begin(OVERLAP)
     x, y = _whole(x_ptr, m, rows, K, BK, TAIL, SLICES), _whole(y_ptr, m, rows, K, BK, TAIL, SLICES)
+    g, u, scale = _loaded(g, SLICES, OVERLAP), _loaded(u, SLICES, OVERLAP), _loaded(scale, SLICES, OVERLAP)
+    x, y = _loaded(x, SLICES, OVERLAP), _loaded(y, SLICES, OVERLAP)
     x = _sum(x[0], y[0]), _sum(x[1], y[1])
     z = _normed(x, scale, K, eps, TAIL, SLICES)
     gates, ups = _product(g, z, TAIL, SLICES), _product(u, z, TAIL, SLICES)

@@ -64,8 +64,8 @@ def few(rows: int, width: int, size: int) -> bool:
 
 
 def parts(width: int, least: int) -> tuple[int, int]:
-    """A row as a power of two and a smaller one behind it, or none where that would be as long; none under `least`."""
-    first = max(1 << width.bit_length() - 1, least)
+    """The least powers of two, from `least` on, that hold a row: one, or one and a smaller one behind it."""
+    first = max(1 << (width.bit_length() - 1), least)
     tail = max(triton.next_power_of_2(width - first), least) if width > first else 0
     return (first, tail) if tail < first else (2 * first, 0)
 
@@ -75,15 +75,16 @@ def whole(rows: int, width: int, weights: int = 1) -> dict[str, int]:
 
     One token or two are few columns each, so that all processors have some; more of them are a tile of the matrix unit.
     """
-    tokens, inputs = triton.next_power_of_2(rows), triton.next_power_of_2(width)
+    tokens = triton.next_power_of_2(rows)
     if rows <= VERY_FEW:
+        inputs = triton.next_power_of_2(width)
         return {"BM": tokens, "BN": 2 if rows == 1 else 4, "BK": inputs, "TAIL": 0, "SLICES": 0, "num_warps": 4}
     # Of more tokens a slice's products and the sums over slices take longer than to start programs.
     slices = 4 if width <= 1024 and tokens <= NARROW else 8
     first, tail = parts(width, slices * FEWEST)
     return {
         "BM": max(tokens, NARROW),
-        "BN": 2 * NARROW if tokens <= NARROW and weights * inputs <= WIDEST else NARROW,
+        "BN": 2 * NARROW if tokens <= NARROW and weights * (first + tail) <= WIDEST else NARROW,
         "BK": first,
         "TAIL": tail,
         "SLICES": slices,
