@@ -1,7 +1,8 @@
 """Few tokens times a weight in Triton: a program makes a few columns of the output, for all tokens.
 
 UNIT divides the length K of a row. A compiler that knows it loads as wide; by itself it looks for 16 alone, and where 8
-is the most it would load number by number, with none under way ahead of its use.
+is the most it would load number by number, with none under way ahead of its use. Kernels that hold whole rows take K as
+a constant.
 """
 
 import triton
