@@ -111,6 +111,49 @@ def test_the_fused_second_half_of_a_block_is_its_formula(
         assert apart(y, want) < 2 * ROUNDING[dtype]
 
 
+@pytest.mark.parametrize("tokens", [3, 5, 8, 16])
+@pytest.mark.parametrize("width", [40, 96, 576, 1024, 1536])
+def test_rows_cut_in_slices_and_a_tail_are_whole(width: int, tokens: int) -> None:
+    if not triton_runs:
+        pytest.skip("needs Triton")
+    dtype = torch.bfloat16
+    x_btd, y_btd = (3 * torch.randn(1, tokens, width, device=DEVICE, dtype=dtype) for _ in range(2))
+    norm, narrow = (nn.RMSNorm(d, eps=1e-5).to(DEVICE, dtype) for d in (width, 24))
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    layers = [linear(width, 20, True, dtype), linear(width, 33, False, dtype)]
+    wide_in = linear(width, 24, True, dtype), linear(width, 24, True, dtype), linear(24, width, True, dtype)
+    wide_inner = linear(24, width, False, dtype), linear(24, width, False, dtype), linear(width, 24, False, dtype)
+    with torch.no_grad():
+        with backends.use("triton"):
+            got = [
+                *skinny.project(x_btd, *layers, norm=norm),
+                *skinny.project(x_btd, *layers),
+                skinny.swiglu(x_btd, y_btd, norm, *wide_in),
+                skinny.swiglu(x_btd[..., :24], y_btd[..., :24], narrow, *wide_inner),
+            ]
+        x_btd, y_btd = x_btd.double(), y_btd.double()
+        for module in (norm, narrow, *layers, *wide_in, *wide_inner):
+            module.double()
+        want = [layer(norm(x_btd)) for layer in layers] + [layer(x_btd) for layer in layers]
+        for normed, (gate, up, down) in ((norm, wide_in), (narrow, wide_inner)):
+            h_btd = (x_btd + y_btd)[..., : normed.weight.numel()]
+            want.append(h_btd + down(F.silu(gate(normed(h_btd))) * up(normed(h_btd))))
+    for y, z in zip(got, want, strict=True):
+        assert y is not None
+        # The norm, the sum before it, the gate and the output are rounded each, the sums over a row in float32 are not.
+        assert apart(y, z) < 2 * ROUNDING[dtype]
+
+
+@pytest.mark.skipif(not triton_runs, reason="needs Triton")
+def test_a_row_is_held_by_the_least_powers_of_two() -> None:
+    from subquad.ops.skinny.on_triton import parts
+
+    assert [parts(width, 64) for width in (8, 64, 96, 576, 768, 896, 1024, 1536)] == [
+        (64, 0), (64, 0), (128, 0), (512, 64), (512, 256), (1024, 0), (1024, 0), (1024, 512),
+    ]  # fmt: skip
+    assert parts(576, 256) == (512, 256)
+
+
 def test_what_is_trained_hooked_adapted_or_long_is_called_as_it_is() -> None:
     if not triton_runs:
         pytest.skip("needs Triton")

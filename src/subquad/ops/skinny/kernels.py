@@ -1,7 +1,8 @@
 """Few tokens times a weight in Triton: a program makes a few columns of the output, for all tokens.
 
 UNIT divides the length K of a row. A compiler that knows it loads as wide; by itself it looks for 16 alone, and where 8
-is the most it would load number by number, with none under way ahead of its use.
+is the most it would load number by number, with none under way ahead of its use. Kernels that hold whole rows take K as
+a constant.
 """
 
 import triton
@@ -65,51 +66,82 @@ def _tokens(x_ptr, m, k, rows, K):
 
 
 @triton.jit
-def _places(BK: tl.constexpr, SLICES: tl.constexpr):
-    """Where a row's numbers stand: ``[BK]``, or ``[SLICES, BK / SLICES]`` for a warp each."""
+def _part(ptr, i, n, K: tl.constexpr, START: tl.constexpr, SIZE: tl.constexpr, SLICES: tl.constexpr):
+    """SIZE numbers of each of the rows `i` of the n of a matrix ``[n, K]``."""
     if SLICES:
-        k = tl.arange(0, SLICES)[:, None] * (BK // SLICES) + tl.arange(0, BK // SLICES)[None, :]
+        k = tl.arange(0, SLICES)[:, None] * (SIZE // SLICES) + tl.arange(0, SIZE // SLICES)[None, :]
+        i, k = i[None, :, None], START + k[:, None, :]
     else:
-        k = tl.arange(0, BK)
-    return k
-
-
-@triton.jit
-def _whole(ptr, i, k, n, K, SLICES: tl.constexpr):
-    """Rows `i` of the n of a matrix ``[n, K]``: ``[i, BK]``, or ``[SLICES, i, BK / SLICES]``."""
-    if SLICES:
-        i, k = i[None, :, None], k[:, None, :]
-    else:
-        i, k = i[:, None], k[None, :]
+        i, k = i[:, None], START + tl.arange(0, SIZE)[None, :]
     return tl.load(ptr + i.to(tl.int64) * K + k, mask=(i < n) & (k < K), other=0.0)
 
 
 @triton.jit
-def _normed(x, scale, K, eps, SLICES: tl.constexpr):
-    """The RMS norm of whole tokens, rounded as by a launch of its own."""
-    wide = x.to(tl.float32)
-    if SLICES:
-        factor = 1.0 / tl.sqrt(tl.sum(tl.sum(wide * wide, 2), 0) / K + eps)
-        normed = wide * factor[None, :, None] * scale[:, None, :]
-    else:
-        normed = wide * (1.0 / tl.sqrt(tl.sum(wide * wide, 1) / K + eps))[:, None] * scale[None, :]
-    return normed.to(x.dtype)
+def _whole(ptr, i, n, K: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr, SLICES: tl.constexpr):
+    """Rows `i` of the n of a matrix ``[n, K]``, the first BK numbers and the TAIL behind them.
+
+    Each is ``[i, numbers]``, or ``[SLICES, i, numbers / SLICES]`` for a warp each.
+    """
+    first = _part(ptr, i, n, K, 0, BK, SLICES)
+    return first, _part(ptr, i, n, K, BK, TAIL, SLICES) if TAIL else first
 
 
 @triton.jit
-def _product(w, x, SLICES: tl.constexpr):
+def _loaded(x, SLICES: tl.constexpr, OVERLAP: tl.constexpr):
+    """The same, behind all loads so far.
+
+    A compiler else moves rows to their place for the matrix unit right behind their own load, and so waits for it
+    before it has begun the next, for a weight before the next launch may begin.
+    """
+    if SLICES and OVERLAP:
+        first = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x[0]], x[0].dtype, is_pure=False, pack=2)
+        x = first, tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x[1]], x[1].dtype, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
+def _squares(x, SLICES: tl.constexpr):
+    """Sums of squares of each token's numbers, by slice where there are slices."""
+    wide = x.to(tl.float32)
+    return tl.sum(wide * wide, 2 if SLICES else 1)
+
+
+@triton.jit
+def _normed(x, scale, K: tl.constexpr, eps, TAIL: tl.constexpr, SLICES: tl.constexpr):
+    """The RMS norm of whole tokens, rounded as by a launch of its own."""
+    squares = _squares(x[0], SLICES)
+    if TAIL:
+        squares += _squares(x[1], SLICES)
+    squares = tl.sum(squares, 0) if SLICES else squares
+    factor = 1.0 / tl.sqrt(squares / K + eps)
+    factor = factor[None, :, None] if SLICES else factor[:, None]
+    first = (x[0].to(tl.float32) * factor * scale[0].to(tl.float32)).to(x[0].dtype)
+    return first, (x[1].to(tl.float32) * factor * scale[1].to(tl.float32)).to(x[1].dtype) if TAIL else first
+
+
+@triton.jit
+def _slices(w, x, sums):
+    """``sums + w x^T``, slice by slice."""
+    if INTERPRETED:
+        w = w.to(tl.float32)
+        x = x.to(tl.float32)
+    return tl.dot(w, tl.permute(x, (0, 2, 1)), sums)
+
+
+@triton.jit
+def _product(w, x, TAIL: tl.constexpr, SLICES: tl.constexpr):
     """``x w^T`` of whole rows, ``[m, n]`` in float32.
 
     Slices are multiplied by the matrix unit, each by a warp of its own: one warp alone would wait for its own last sum
     all along a row. The weight stands first, so that few tokens fill the unit's narrow side.
     """
-    if INTERPRETED or not SLICES:
-        w = w.to(tl.float32)
-        x = x.to(tl.float32)
     if SLICES:
-        sums = tl.trans(tl.sum(tl.dot(w, tl.permute(x, (0, 2, 1))), 0))
+        sums = _slices(w[0], x[0], None)
+        if TAIL:
+            sums = _slices(w[1], x[1], sums)
+        sums = tl.trans(tl.sum(sums, 0))
     else:
-        sums = tl.sum(w[None, :, :] * x[:, None, :], 2)
+        sums = tl.sum(w[0].to(tl.float32)[None, :, :] * x[0].to(tl.float32)[:, None, :], 2)
     return sums
 
 
@@ -226,9 +258,10 @@ def gate_kernel(
 @triton.jit
 def project_few_kernel(
     x_ptr, norm_ptr, add_ptr, more_ptr, y_ptr, w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5,
-    rows, K, y_stride, eps,
-    UNIT: tl.constexpr, BM: tl.constexpr, COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr,
-    ADD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, OVERLAP: tl.constexpr,
+    rows, y_stride, eps,
+    K: tl.constexpr, BM: tl.constexpr, COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr,
+    ADD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr, SLICES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`project_kernel` of BM tokens at most: a program holds whole rows of a weight, and all tokens.
 
@@ -236,24 +269,27 @@ def project_few_kernel(
     token before. ADD says how many of `add` and `more` there are, whose sum is rounded first. Grid: blocks of columns,
     layer after layer.
     """
-    K = K // UNIT * UNIT
     pid, weight_ptr, bias_ptr, n, column, biased = _layer(
         tl.program_id(0), w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5, COUNT, BIASES, BN
     )
-    j, k = pid * BN + tl.arange(0, BN), _places(BK, SLICES)
-    w = _whole(weight_ptr, j, k, n, K, SLICES)
-    scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32) if NORM else 0.0
+    j = pid * BN + tl.arange(0, BN)
+    w = _whole(weight_ptr, j, n, K, BK, TAIL, SLICES)
+    scale = _whole(norm_ptr, tl.arange(0, 1), 1, K, BK, TAIL, SLICES) if NORM else 0.0
     bias = tl.load(bias_ptr + j, mask=j < biased, other=0.0).to(tl.float32) if BIASES else 0.0
     begin(OVERLAP)
     m = tl.arange(0, BM)
-    x = _whole(x_ptr, m, k, rows, K, SLICES)
+    x = _whole(x_ptr, m, rows, K, BK, TAIL, SLICES)
     ptrs, inside = m[:, None] * y_stride + column + j[None, :], (m < rows)[:, None] & (j < n)[None, :]
     add = tl.load(add_ptr + ptrs, mask=inside, other=0.0) if ADD else 0.0
     if ADD == 2:
         add = _sum(add, tl.load(more_ptr + ptrs, mask=inside, other=0.0))
+    w = _loaded(w, SLICES, OVERLAP)
     if NORM:
-        x = _normed(x, scale, K, eps, SLICES)
-    sums = _product(w, x, SLICES)
+        scale = _loaded(scale, SLICES, OVERLAP)
+    x = _loaded(x, SLICES, OVERLAP)
+    if NORM:
+        x = _normed(x, scale, K, eps, TAIL, SLICES)
+    sums = _product(w, x, TAIL, SLICES)
     if BIASES:
         sums += bias[None, :]
     if ADD:
@@ -263,22 +299,24 @@ def project_few_kernel(
 
 @triton.jit
 def gate_few_kernel(
-    x_ptr, y_ptr, norm_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, K, n, eps,
-    UNIT: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    x_ptr, y_ptr, norm_ptr, gate_ptr, up_ptr, gate_bias, up_bias, out_ptr, rows, n, eps,
+    K: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr,
+    SLICES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``silu(gate(z)) * up(z)`` with ``z = norm(x + y)``, of BM tokens at most. Grid: blocks of columns."""
-    K = K // UNIT * UNIT
     m = tl.arange(0, BM)
-    j, k = tl.program_id(0) * BN + tl.arange(0, BN), _places(BK, SLICES)
-    g, u = _whole(gate_ptr, j, k, n, K, SLICES), _whole(up_ptr, j, k, n, K, SLICES)
-    scale = tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    j = tl.program_id(0) * BN + tl.arange(0, BN)
+    g, u = _whole(gate_ptr, j, n, K, BK, TAIL, SLICES), _whole(up_ptr, j, n, K, BK, TAIL, SLICES)
+    scale = _whole(norm_ptr, tl.arange(0, 1), 1, K, BK, TAIL, SLICES)
     of_gate = tl.load(gate_bias + j, mask=j < n, other=0.0).to(tl.float32) if BIAS else 0.0
     of_up = tl.load(up_bias + j, mask=j < n, other=0.0).to(tl.float32) if BIAS else 0.0
     begin(OVERLAP)
-    x = _sum(_whole(x_ptr, m, k, rows, K, SLICES), _whole(y_ptr, m, k, rows, K, SLICES))
-    z = _normed(x, scale, K, eps, SLICES)
-    gates, ups = _product(g, z, SLICES), _product(u, z, SLICES)
+    x, y = _whole(x_ptr, m, rows, K, BK, TAIL, SLICES), _whole(y_ptr, m, rows, K, BK, TAIL, SLICES)
+    g, u, scale = _loaded(g, SLICES, OVERLAP), _loaded(u, SLICES, OVERLAP), _loaded(scale, SLICES, OVERLAP)
+    x, y = _loaded(x, SLICES, OVERLAP), _loaded(y, SLICES, OVERLAP)
+    x = _sum(x[0], y[0]), _sum(x[1], y[1])
+    z = _normed(x, scale, K, eps, TAIL, SLICES)
+    gates, ups = _product(g, z, TAIL, SLICES), _product(u, z, TAIL, SLICES)
     if BIAS:
         gates, ups = gates + of_gate[None, :], ups + of_up[None, :]
     out = gates / (1.0 + tl.exp(-gates)) * ups

@@ -63,20 +63,30 @@ def few(rows: int, width: int, size: int) -> bool:
     return width * size <= ROW_BYTES and rows <= (FEWEST if size <= 2 else VERY_FEW)
 
 
+def parts(width: int, least: int) -> tuple[int, int]:
+    """The least powers of two, from `least` on, that hold a row: one, or one and a smaller one behind it."""
+    first = max(1 << (width.bit_length() - 1), least)
+    tail = max(triton.next_power_of_2(width - first), least) if width > first else 0
+    return (first, tail) if tail < first else (2 * first, 0)
+
+
 def whole(rows: int, width: int, weights: int = 1) -> dict[str, int]:
     """How programs that hold whole rows of one or two weights are cut and launched.
 
     One token or two are few columns each, so that all processors have some; more of them are a tile of the matrix unit.
     """
-    tokens, inputs = triton.next_power_of_2(rows), triton.next_power_of_2(width)
+    tokens = triton.next_power_of_2(rows)
     if rows <= VERY_FEW:
-        return {"BM": tokens, "BN": 2 if rows == 1 else 4, "BK": inputs, "SLICES": 0, "num_warps": 4}
+        inputs = triton.next_power_of_2(width)
+        return {"BM": tokens, "BN": 2 if rows == 1 else 4, "BK": inputs, "TAIL": 0, "SLICES": 0, "num_warps": 4}
     # Of more tokens a slice's products and the sums over slices take longer than to start programs.
     slices = 4 if width <= 1024 and tokens <= NARROW else 8
+    first, tail = parts(width, slices * FEWEST)
     return {
         "BM": max(tokens, NARROW),
-        "BN": 2 * NARROW if tokens <= NARROW and weights * inputs <= WIDEST else NARROW,
-        "BK": max(inputs, slices * FEWEST),
+        "BN": 2 * NARROW if tokens <= NARROW and weights * (first + tail) <= WIDEST else NARROW,
+        "BK": first,
+        "TAIL": tail,
         "SLICES": slices,
         "num_warps": slices,
     }
@@ -139,8 +149,8 @@ def _project(
         cut = whole(rows, k)
         kernel: Any = project_few_kernel[(sum(triton.cdiv(n, cut["BN"]) for n in sizes),)]
         kernel(
-            x, x if scale is None else scale, *[*add, x, x][:2], y, *layers, rows, k, sum(sizes), eps,
-            UNIT=unit(k), COUNT=len(weights), BIASES=biased, NORM=scale is not None, ADD=len(add), **cut,
+            x, x if scale is None else scale, *[*add, x, x][:2], y, *layers, rows, sum(sizes), eps,
+            K=k, COUNT=len(weights), BIASES=biased, NORM=scale is not None, ADD=len(add), **cut,
             **overlap.options(x.device),
         )  # fmt: skip
         return y
@@ -178,7 +188,7 @@ def _gate(
         cut = whole(rows, k, weights=2)
         kernel: Any = gate_few_kernel[(triton.cdiv(n, cut["BN"]),)]
         kernel(
-            x, y, x if scale is None else scale, gate, up, *biases, out, rows, k, n, eps, UNIT=unit(k),
+            x, y, x if scale is None else scale, gate, up, *biases, out, rows, n, eps, K=k,
             BIAS=gate_bias is not None, **cut, **overlap.options(x.device),
         )  # fmt: skip
         return out
