@@ -21,7 +21,7 @@ from subquad.engine.generate import Limits, generate
 from subquad.engine.history import History
 from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.models.config import ModelConfig
-from subquad.models.draft_head import Head, HeadConfig, load_head, save_head, untrained
+from subquad.models.draft_head import Head, HeadConfig, load_head, save_head, untrained, usual_aux_layers
 from subquad.models.load import load_model
 from subquad.models.stack import Stack
 from subquad.ops import backends, linear_loss
@@ -323,7 +323,7 @@ def test_one_command_trains_a_head_that_guesses_better(
     assert {p.name for p in out.iterdir()} >= {"results.md", "loss.svg", "guesses.svg", "log.jsonl"}
     assert not (out / "checkpoint.pt").exists()
     head, loaded = load_head(out), load_model(arguments[1])
-    assert head.config.target == loaded.name
+    assert (head.config.target, head.config.aux_layers) == (loaded.name, (0, 1))
     ids_n = torch.tensor(loaded.tokenizer.encode("97 bottles of water on the wall, 97 bottles of water. " * 3))
     before, after = (
         measure(loaded.model, one, Batch(ids_n[None]), 3) for one in (untrained(head.config).begin_(loaded.model), head)
@@ -404,9 +404,9 @@ def test_a_head_that_sees_other_layers_is_trained_on_answers(
     lines = [json.dumps({"prompt": f"{i} more?", "response": f"{i} bottles of water. " * 6}) for i in range(60)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     arguments[arguments.index("--data") + 1] += ",completions"
-    assert cli.main([*arguments, "--out", str(out), "--aux-layers", "0+1"]) == 0, capsys.readouterr().err
+    assert cli.main([*arguments, "--out", str(out), "--aux-layers", "1"]) == 0, capsys.readouterr().err
     head, loaded = load_head(out), load_model(arguments[1])
-    assert head.config.aux_layers == (0, 1)
+    assert head.config.aux_layers == (1,)
     assert json.loads((out / "results.json").read_text())["tokens"] < 600
     prompt, limits = [loaded.tokenizer.encode("7 more?")], Limits(20)
     drafter = parse_drafter([f"draft_head,path={out}"], lambda name: loaded.model)
@@ -427,3 +427,16 @@ def test_layers_that_can_not_be_seen_are_refused_before_any_work(
     assert cli.main([*arguments, "--out", str(out), "--aux-layers", layers]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists() or not any(out.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize(("layers", "aux"), [(1, ()), (2, ()), (3, (0, 1)), (16, (4, 9)), (30, (9, 19))])
+def test_a_head_sees_a_third_and_two_thirds_of_a_model(layers: int, aux: tuple[int, ...], models: Models) -> None:
+    layer = models("attention").config.layers[0]
+    assert usual_aux_layers(ModelConfig(V, 32, 48, (layer,) * layers)) == aux
+
+
+def test_a_head_may_see_the_last_layer_alone(tmp_path: Path, byte_model: Callable[[Stack], str]) -> None:
+    arguments, out = taught(tmp_path, byte_model), tmp_path / "head"
+    arguments[arguments.index("30k")] = "2k"
+    assert cli.main([*arguments, "--out", str(out), "--aux-layers", "none"]) == 0
+    assert load_head(out).config.aux_layers == ()

@@ -44,7 +44,7 @@ class HeadRun:
         samples: how many documents of the model's own; None is as many as the budget asks for.
         eval_tokens: held-out tokens for the figures at the end.
         seed: of shuffles and samples.
-        aux_layers: of the model, whose streams the head sees too.
+        aux_layers: of the model, whose streams the head sees too; None is `usual_aux_layers`.
     """
 
     model: str
@@ -60,7 +60,7 @@ class HeadRun:
     samples: int | None
     eval_tokens: int
     seed: int
-    aux_layers: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] | None
 
     @property
     def drafter(self) -> str:
@@ -80,7 +80,7 @@ def train_head(settings: HeadRun, out: Path, *, resume: bool, device: torch.devi
 
     from subquad.data import TokenStream, held_out_batch
     from subquad.models.checkpoint import check_target
-    from subquad.models.draft_head import MODEL_TYPE, HeadConfig, save_head, untrained
+    from subquad.models.draft_head import MODEL_TYPE, HeadConfig, save_head, untrained, usual_aux_layers
     from subquad.models.load import load_model
     from subquad.train.checkpoint import RunFolder
     from subquad.train.display import Line
@@ -96,12 +96,13 @@ def train_head(settings: HeadRun, out: Path, *, resume: bool, device: torch.devi
         loaded = load_model(settings.model, dtype=torch.bfloat16 if gpu else torch.float32, device=device)
         if loaded.tokenizer is None:
             raise ConfigError(f"{settings.model}: expected a tokenizer beside the weights, got none; add its files")
+        config, aux_layers = loaded.model.config, settings.aux_layers
         shape = HeadConfig.like(
-            loaded.model.config,
+            config,
             settings.window,
             target=loaded.name,
             guesses=settings.guesses,
-            aux_layers=settings.aux_layers,
+            aux_layers=usual_aux_layers(config) if aux_layers is None else aux_layers,
         )
         sources = _sources(settings, loaded, out, line)
         cut: dict[str, Any] = {"time": settings.seq, "fraction": settings.held_out}

@@ -28,7 +28,11 @@ def run(
     ] = None,
     guesses: Annotated[int, typer.Option(min=1, help="Tokens that a head guesses in one read; 1: one by one.")] = 1,
     aux_layers: Annotated[
-        str, typer.Option(help="Layers, from 0, whose streams a head sees too: 9+19; the last one's it sees anyway.")
+        str,
+        typer.Option(
+            help="Layers, from 0, whose streams a head sees beside the last one's, such as 9+19, or none; by default "
+            "those behind a third and two thirds of the model."
+        ),
     ] = "",
     tokens: Annotated[str, typer.Option(help="Tokens to train on (30M).")] = "10M",
     window: Annotated[
@@ -144,8 +148,10 @@ def run(
     )
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    """Numbers joined by ``+``."""
-    if text and not all(map(str.isdecimal, text.split("+"))):
-        raise ConfigError(f"--aux-layers: expected numbers such as 9+19, got {text!r}; correct it")
-    return tuple(map(int, text.split("+"))) if text else ()
+def _layers(text: str) -> tuple[int, ...] | None:
+    """Numbers joined by ``+``, or none; None is the usual ones."""
+    if text in ("", "none"):
+        return () if text else None
+    if not all(map(str.isdecimal, text.split("+"))):
+        raise ConfigError(f"--aux-layers: expected numbers such as 9+19, or none, got {text!r}; correct it")
+    return tuple(map(int, text.split("+")))

@@ -118,6 +118,12 @@ class HeadConfig:
             )
 
 
+def usual_aux_layers(model: ModelConfig) -> tuple[int, ...]:
+    """The layers that end the first and the second third of a model; none where it has fewer than three."""
+    count = len(model.layers)
+    return (count // 3 - 1, 2 * count // 3 - 1) if count >= 3 else ()
+
+
 class Head(nn.Module):
     """Guesses from pairs: the model's stream at a token, after its final norm, and the token that was drawn from it.
 
