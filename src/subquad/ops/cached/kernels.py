@@ -16,21 +16,23 @@ def attend_kernel(
     cache_k_stride_b, cache_k_stride_g, cache_k_stride_n, cache_v_stride_b, cache_v_stride_g, cache_v_stride_n,
     T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    STAGES: tl.constexpr, TURN: tl.constexpr, HALF: tl.constexpr, WRITE: tl.constexpr, OVERLAP: tl.constexpr,
+    TILES: tl.constexpr, STAGES: tl.constexpr, TURN: tl.constexpr, HALF: tl.constexpr, WRITE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """See `subquad.ops.cached.attend`, and with WRITE `attend_`.
 
-    Grid: shares of a row's tokens, fastest, then key heads, then rows.
+    Grid: shares of a row's tokens, fastest, then TILES of queries, key heads and rows.
 
-    All queries of a group and block are one tile, queries of one head side by side. `factor` is the scale times the
+    Of the queries of a group and block those of one head stand side by side; a program has BM of them. `factor` is the scale times the
     logarithm of e to base 2. With one share the output is written, else each share's own and its logarithm of the sum.
     With TURN, queries and the block's keys come without position: both are turned here by tables ``[b or 1, t, HALF]``,
     and the keys written out, ``[b, g, t, K]``, unless they go into the cache.
     """
     pid = tl.program_id(0)
-    split, head, b = pid % SPLITS, (pid // SPLITS) % G, (pid // (SPLITS * G)).to(tl.int64)
+    split, tile = pid % SPLITS, (pid // SPLITS) % TILES
+    head, b = (pid // (SPLITS * TILES)) % G, (pid // (SPLITS * TILES * G)).to(tl.int64)
     GROUP: tl.constexpr = H // G
-    m, j, kc, vc = tl.arange(0, BM), tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
+    m, j, kc, vc = tile * BM + tl.arange(0, BM), tl.arange(0, BT), tl.arange(0, BK), tl.arange(0, BV)
     t, h, real = m % T, head * GROUP + m // T, m < GROUP * T
     cache_k_ptr += b * cache_k_stride_b + head * cache_k_stride_g
     cache_v_ptr += b * cache_v_stride_b + head * cache_v_stride_g
@@ -57,7 +59,8 @@ def attend_kernel(
         v = tl.load(cache_v_ptr + at * cache_v_stride_n + vc[None, :], mask=known & (vc < V)[None, :], other=0.0)
         best, total, sums = fold(q, k, v, (n < last)[None, :], factor, best, total, sums, PRECISION)
     if split == SPLITS - 1:
-        mine = (j < T)[:, None]
+        # Every tile of queries reads the block's keys; one writes them.
+        mine, once = (j < T)[:, None], (j < tl.where(tile == 0, T, 0))[:, None]
         k_ptrs = k_ptr + b * k_stride_b + head * k_stride_g + j * k_stride_t
         v_ptrs = v_ptr + b * v_stride_b + head * v_stride_g + j[:, None] * v_stride_t + vc[None, :]
         inside = mine & (kc < K)[None, :]
@@ -65,14 +68,15 @@ def attend_kernel(
             k_table = b * table_stride_b + j * HALF
             k = turned(k_ptrs, kc, inside, cos_ptr + k_table, sin_ptr + k_table, HALF)
             if not WRITE:
-                tl.store(turned_ptr + ((b * G + head) * T + j)[:, None] * K + kc[None, :], k, mask=inside)
+                turned_ptrs = turned_ptr + ((b * G + head) * T + j)[:, None] * K + kc[None, :]
+                tl.store(turned_ptrs, k, mask=once & (kc < K)[None, :])
         else:
             k = tl.load(k_ptrs[:, None] + kc[None, :], mask=inside, other=0.0)
         v = tl.load(v_ptrs, mask=mine & (vc < V)[None, :], other=0.0)
         if WRITE:
             # No program reads behind the tokens seen.
             slot = (seen + j)[:, None].to(tl.int64)
-            room = mine & (slot < capacity)
+            room = once & (slot < capacity)
             tl.store(cache_k_ptr + slot * cache_k_stride_n + kc[None, :], k, mask=room & (kc < K)[None, :])
             tl.store(cache_v_ptr + slot * cache_v_stride_n + vc[None, :], v, mask=room & (vc < V)[None, :])
         allowed = (j[None, :] <= t[:, None]) & (j < T)[None, :]

@@ -17,6 +17,8 @@ WAVES, LEAST = 2, 512
 # Of a cache of at most so many tokens one reads less: what it waits for is not the memory's width but its answer.
 SHORT, LEAST_OF_SHORT = 1024, 64
 MULTIPROCESSORS = 132
+# The matrix unit's smallest tile.
+SMALLEST = 16
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -41,6 +43,15 @@ def tiling(width: int, share: int, size: int) -> tuple[int, int]:
         return LEAST_OF_SHORT, 2
     # A short row in few large tiles: what it waits for is the first.
     return (256, 1) if width <= 64 and share <= SHORT else (64, 3)
+
+
+def queries(group: int, capacity: int) -> int:
+    """Queries of a program, of so many that a key head has.
+
+    Beside a short row several tiles take no longer than one, and a large one does: its keys are read again, from the L2
+    cache. Of a long row each program reads much, so that there one has them all.
+    """
+    return SMALLEST if capacity <= SHORT else max(SMALLEST, triton.next_power_of_2(group))
 
 
 def attend(
@@ -118,15 +129,16 @@ def _launch(
     part = launch.scratch(b, t, h, splits, v_dim, like=q, dtype=torch.float32) if splits > 1 else q
     log = launch.scratch(b, t, h, splits, like=q, dtype=torch.float32) if splits > 1 else q
     tokens, stages = tiling(k_dim, triton.cdiv(capacity, splits), q.element_size())
-    kernel: Any = attend_kernel[(b * g * splits,)]
+    group, rows = h // g * t, queries(h // g * t, capacity)
+    tiles = triton.cdiv(group, rows)
+    kernel: Any = attend_kernel[(b * g * tiles * splits,)]
     kernel(
         q, k, v, q if cos is None else cos, q if sin is None else sin, cache_k, cache_v, seen, y,
         q if turned is None else turned, part, log, scale * math.log2(math.e),
         0 if cos is None or len(cos) == 1 else t * cos.shape[-1], capacity,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_k.stride()[:3], *cache_v.stride()[:3],
         T=t, H=h, G=g, K=k_dim, V=v_dim, SPLITS=splits, PRECISION=launch.precision(q.dtype),
-        BM=max(16, triton.next_power_of_2(h // g * t)), BN=tokens, BT=max(16, triton.next_power_of_2(t)),
-        BK=_tile(k_dim), BV=_tile(v_dim), STAGES=stages, TURN=cos is not None,
+        BM=rows, BN=tokens, BT=_tile(t), BK=_tile(k_dim), BV=_tile(v_dim), TILES=tiles, STAGES=stages, TURN=cos is not None,
         HALF=1 if cos is None else cos.shape[-1], WRITE=turned is None,
         num_warps=4, **overlap.options(q.device),
     )  # fmt: skip
@@ -170,4 +182,4 @@ def _append(
 
 
 def _tile(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(SMALLEST, triton.next_power_of_2(width))

@@ -87,19 +87,6 @@ def _whole(ptr, i, n, K: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr, SLI
 
 
 @triton.jit
-def _loaded(x, SLICES: tl.constexpr, OVERLAP: tl.constexpr):
-    """The same, behind all loads so far.
-
-    A compiler else moves rows to their place for the matrix unit right behind their own load, and so waits for it
-    before it has begun the next, for a weight before the next launch may begin.
-    """
-    if SLICES and OVERLAP:
-        first = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x[0]], x[0].dtype, is_pure=False, pack=2)
-        x = first, tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x[1]], x[1].dtype, is_pure=False, pack=2)
-    return x
-
-
-@triton.jit
 def _squares(x, SLICES: tl.constexpr):
     """Sums of squares of each token's numbers, by slice where there are slices."""
     wide = x.to(tl.float32)
@@ -263,11 +250,11 @@ def project_few_kernel(
     ADD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr, SLICES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """`project_kernel` of BM tokens at most: a program holds whole rows of a weight, and all tokens.
+    """`project_kernel` of few tokens: a program holds whole rows of a weight and of BM tokens.
 
-    SLICES is 0 for so few tokens that the matrix unit is not worth its way. With NORM it takes the RMS norm of each
-    token before. ADD says how many of `add` and `more` there are, whose sum is rounded first. Grid: blocks of columns,
-    layer after layer.
+    SLICES is 0 where the matrix unit is not worth its way. With NORM it takes the RMS norm of each token before. ADD
+    says how many of `add` and `more` there are, whose sum is rounded first. Grid: blocks of columns, layer after layer,
+    and of tokens.
     """
     pid, weight_ptr, bias_ptr, n, column, biased = _layer(
         tl.program_id(0), w0, w1, w2, w3, w4, w5, b0, b1, b2, b3, b4, b5, n0, n1, n2, n3, n4, n5, COUNT, BIASES, BN
@@ -277,16 +264,12 @@ def project_few_kernel(
     scale = _whole(norm_ptr, tl.arange(0, 1), 1, K, BK, TAIL, SLICES) if NORM else 0.0
     bias = tl.load(bias_ptr + j, mask=j < biased, other=0.0).to(tl.float32) if BIASES else 0.0
     begin(OVERLAP)
-    m = tl.arange(0, BM)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
     x = _whole(x_ptr, m, rows, K, BK, TAIL, SLICES)
     ptrs, inside = m[:, None] * y_stride + column + j[None, :], (m < rows)[:, None] & (j < n)[None, :]
     add = tl.load(add_ptr + ptrs, mask=inside, other=0.0) if ADD else 0.0
     if ADD == 2:
         add = _sum(add, tl.load(more_ptr + ptrs, mask=inside, other=0.0))
-    w = _loaded(w, SLICES, OVERLAP)
-    if NORM:
-        scale = _loaded(scale, SLICES, OVERLAP)
-    x = _loaded(x, SLICES, OVERLAP)
     if NORM:
         x = _normed(x, scale, K, eps, TAIL, SLICES)
     sums = _product(w, x, TAIL, SLICES)
@@ -303,8 +286,8 @@ def gate_few_kernel(
     K: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAIL: tl.constexpr,
     SLICES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``silu(gate(z)) * up(z)`` with ``z = norm(x + y)``, of BM tokens at most. Grid: blocks of columns."""
-    m = tl.arange(0, BM)
+    """``silu(gate(z)) * up(z)`` with ``z = norm(x + y)``, of few tokens. Grid: blocks of columns, and of tokens."""
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
     j = tl.program_id(0) * BN + tl.arange(0, BN)
     g, u = _whole(gate_ptr, j, n, K, BK, TAIL, SLICES), _whole(up_ptr, j, n, K, BK, TAIL, SLICES)
     scale = _whole(norm_ptr, tl.arange(0, 1), 1, K, BK, TAIL, SLICES)
@@ -312,8 +295,6 @@ def gate_few_kernel(
     of_up = tl.load(up_bias + j, mask=j < n, other=0.0).to(tl.float32) if BIAS else 0.0
     begin(OVERLAP)
     x, y = _whole(x_ptr, m, rows, K, BK, TAIL, SLICES), _whole(y_ptr, m, rows, K, BK, TAIL, SLICES)
-    g, u, scale = _loaded(g, SLICES, OVERLAP), _loaded(u, SLICES, OVERLAP), _loaded(scale, SLICES, OVERLAP)
-    x, y = _loaded(x, SLICES, OVERLAP), _loaded(y, SLICES, OVERLAP)
     x = _sum(x[0], y[0]), _sum(x[1], y[1])
     z = _normed(x, scale, K, eps, TAIL, SLICES)
     gates, ups = _product(g, z, TAIL, SLICES), _product(u, z, TAIL, SLICES)

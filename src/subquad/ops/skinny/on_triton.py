@@ -27,12 +27,14 @@ class Tiling(NamedTuple):
 
 # The matrix unit's smallest tile, and its narrow side.
 FEWEST, NARROW = 16, 8
-# So few are multiplied without it.
+# So few of float32 are multiplied without it in programs that hold whole rows.
 VERY_FEW = 2
 # A program holds whole rows of a weight of at most so many bytes.
 ROW_BYTES = 4096
 # It makes sixteen columns at once where it holds at most so many numbers for each: more take the place of a program.
 WIDEST = 2048
+# Numbers for a column that two warps hold.
+SHORT = 1152
 # One token before a long row of a weight: no matrix unit reads as fast.
 LONG, SINGLE = 2048, Tiling(4, 1024, 3, 4)
 
@@ -59,7 +61,7 @@ def unit(width: int) -> int:
 
 
 def few(rows: int, width: int, size: int) -> bool:
-    """Whether programs hold whole rows of the weight and all tokens: one wait for a weight, and a norm on the way."""
+    """Whether programs hold whole rows of the weight and of tokens: one wait for a weight, and a norm on the way."""
     return width * size <= ROW_BYTES and rows <= (FEWEST if size <= 2 else VERY_FEW)
 
 
@@ -70,21 +72,21 @@ def parts(width: int, least: int) -> tuple[int, int]:
     return (first, tail) if tail < first else (2 * first, 0)
 
 
-def whole(rows: int, width: int, weights: int = 1) -> dict[str, int]:
-    """How programs that hold whole rows of one or two weights are cut and launched.
+def whole(rows: int, width: int, size: int, weights: int = 1) -> dict[str, int]:
+    """How programs that hold whole rows of one or two weights are cut and launched, for bytes of a number.
 
-    One token or two are few columns each, so that all processors have some; more of them are a tile of the matrix unit.
+    One token is few columns a program, so that all processors have some; more are tiles of the matrix unit.
     """
-    tokens = triton.next_power_of_2(rows)
-    if rows <= VERY_FEW:
-        inputs = triton.next_power_of_2(width)
-        return {"BM": tokens, "BN": 2 if rows == 1 else 4, "BK": inputs, "TAIL": 0, "SLICES": 0, "num_warps": 4}
-    # Of more tokens a slice's products and the sums over slices take longer than to start programs.
-    slices = 4 if width <= 1024 and tokens <= NARROW else 8
+    if rows == 1 or size > 2:
+        columns, inputs = 2 if rows == 1 else 4, triton.next_power_of_2(width)
+        tokens = triton.next_power_of_2(rows)
+        return {"BM": tokens, "BN": columns, "BK": inputs, "TAIL": 0, "SLICES": 0, "num_warps": 4}
+    # The sums over slices take longer the more tokens there are; two are as few as a thread has registers for.
+    slices = 2 if rows > 4 and weights * width <= SHORT else 4
     first, tail = parts(width, slices * FEWEST)
     return {
-        "BM": max(tokens, NARROW),
-        "BN": 2 * NARROW if tokens <= NARROW and weights * (first + tail) <= WIDEST else NARROW,
+        "BM": NARROW,
+        "BN": 2 * NARROW if weights * (first + tail) <= WIDEST else NARROW,
         "BK": first,
         "TAIL": tail,
         "SLICES": slices,
@@ -146,8 +148,9 @@ def _project(
     layers = *weights, *more, *absent, *more, *sizes, *[0] * len(more)
     biased = sum(1 << i for i, bias in enumerate(biases) if bias is not None)
     if few(rows, k, x.element_size()):
-        cut = whole(rows, k)
-        kernel: Any = project_few_kernel[(sum(triton.cdiv(n, cut["BN"]) for n in sizes),)]
+        cut = whole(rows, k, x.element_size())
+        grid = sum(triton.cdiv(n, cut["BN"]) for n in sizes), triton.cdiv(rows, cut["BM"])
+        kernel: Any = project_few_kernel[grid]
         kernel(
             x, x if scale is None else scale, *[*add, x, x][:2], y, *layers, rows, sum(sizes), eps,
             K=k, COUNT=len(weights), BIASES=biased, NORM=scale is not None, ADD=len(add), **cut,
@@ -185,8 +188,8 @@ def _gate(
     out = launch.scratch(b, t, n, like=x, dtype=x.dtype)
     biases = gate if gate_bias is None else gate_bias, up if up_bias is None else up_bias
     if y is not None:
-        cut = whole(rows, k, weights=2)
-        kernel: Any = gate_few_kernel[(triton.cdiv(n, cut["BN"]),)]
+        cut = whole(rows, k, x.element_size(), weights=2)
+        kernel: Any = gate_few_kernel[(triton.cdiv(n, cut["BN"]), triton.cdiv(rows, cut["BM"]))]
         kernel(
             x, y, x if scale is None else scale, gate, up, *biases, out, rows, n, eps, K=k,
             BIAS=gate_bias is not None, **cut, **overlap.options(x.device),
