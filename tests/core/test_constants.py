@@ -5,8 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from subquad.core import constants as module
-from subquad.core.constants import constant
-from subquad.core.layout import FEW, Layout
+from subquad.core.constants import FEW, constant
+from subquad.core.layout import Layout
 
 CPU = torch.device("cpu")
 

@@ -11,6 +11,15 @@ from subquad.core.layout import Layout
 DOCUMENTS = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3)
 
 
+def test_positions_behind_a_counter_are_made_when_asked_for_and_once() -> None:
+    seen_b = torch.tensor([4, 7])
+    layout = Layout.ragged(torch.tensor([3, 1]), 3, start_b=seen_b)
+    assert layout.starts_bn.data_ptr() == seen_b.data_ptr() and layout.shape == (2, 3)
+    for _ in range(2):
+        assert layout.positions_bt.tolist() == [[4, 5, 6], [7, 8, 9]]
+        seen_b.add_(1)
+
+
 def test_dense_starts_where_told():
     layout = Layout.dense(2, 3, start_b=torch.tensor([5, 0]))
     assert layout.shape == (2, 3)

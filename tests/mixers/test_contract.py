@@ -138,9 +138,7 @@ def test_commit_inside_packed_documents(mixer: Mixer) -> None:
     x_btd = block(mixer, 1, 14)
     prompt = block(mixer, 1, 9, seed=4)
     state = mixer.read(prompt, mixer.init_state(1, CAPACITY))[1].commit()
-    shifted = dataclasses.replace(
-        layout, positions_bt=layout.positions_bt + torch.where(layout.documents_bt == 0, 9, 0)
-    )
+    shifted = dataclasses.replace(layout, starts_bn=layout.positions_bt + torch.where(layout.documents_bt == 0, 9, 0))
     _, update = mixer.read(x_btd, state, shifted)
     follow = block(mixer, 1, 2, seed=6)
     for n in range(15):

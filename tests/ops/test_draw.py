@@ -8,7 +8,7 @@ from torch import Tensor
 
 from subquad.core.errors import ConfigError
 from subquad.ops import backends
-from subquad.ops.draw import draw, guess_, gumbel, probabilities, uniform
+from subquad.ops.draw import agree, draw, guess_, gumbel, probabilities, uniform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
@@ -126,6 +126,42 @@ def test_guesses_of_broken_rows_are_tokens_without_odds(backend: str) -> None:
     assert tokens_b1[3, 0] == 0 and q_b1v[3, 0, 0] == 1 and (q_b1v[3, 0, 1:] == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_guesses_stand_up_to_the_first_that_is_another(backend: str) -> None:
+    tokens_bt = torch.tensor([[1, 2, 3, 9], [1, 5, 3, 9], [0, 2, 3, 9], [1, 2, 3, 9], [1, 2, 3, 9]], device=DEVICE)
+    logits_btv = torch.nn.functional.one_hot(tokens_bt, V).float()
+    logits_btv[3, 0, 7] = torch.nan
+    tokens_bt[3, 0] = -1
+    noise = torch.ones(5, dtype=torch.bool, device=DEVICE), *torch.zeros(2, 5, dtype=torch.int64, device=DEVICE)
+    guesses_bk = torch.tensor([1, 2, 3, 9], device=DEVICE).expand(5, 4)
+    wanted = {
+        (4, 4): ([4, 4, 4, 4, 2], [5, 2, 1, 1, 3]),
+        (4, 3): ([3, 3, 3, 2, 0], [4, 2, 1, 1, 1]),
+        (1, 1): ([1, 1, 1, 1, 0], [2, 2, 1, 1, 1]),
+        (3, 0): ([0] * 5, [1] * 5),
+    }
+    for (t, k), (lengths, n) in wanted.items():
+        length_b = torch.tensor(lengths, device=DEVICE)
+        with backends.use(backend):
+            got_bt, n_b = agree(logits_btv[:, :t], guesses_bk[:, :k], length_b, *noise, draws=False)
+        assert torch.equal(got_bt, tokens_bt[:, :t]) and n_b.tolist() == n
+
+
+@needs_triton
+def test_many_columns_agree_as_in_pytorch() -> None:
+    """More scores than one warp compares, with noise and a temperature of each row's own; guesses that often stand."""
+    logits_btv, *noise = rows(4, 17, torch.float32)
+    temperature_b = torch.tensor([1.0, 0.3, 1.7, 2.0], device=DEVICE)
+    guesses_bk = draw(logits_btv, *noise, temperature_b=temperature_b)
+    for b, wrong in enumerate((3, 11, 16)):
+        guesses_bk[b, wrong] += 1
+    length_b = torch.tensor([17, 17, 17, 9], device=DEVICE)
+    with backends.use("triton"):
+        got_bt, n_b = agree(logits_btv, guesses_bk, length_b, *noise, temperature_b=temperature_b)
+    assert torch.equal(got_bt, draw(logits_btv, *noise, temperature_b=temperature_b))
+    assert n_b.tolist() == [4, 12, 17, 10]
+
+
 @needs_triton
 def test_what_is_strided_is_read_as_it_lies() -> None:
     logits_btv, *noise = rows(4, 1, torch.float32)
@@ -156,6 +192,7 @@ def test_operators_keep_their_contract() -> None:
 
     logits_btv, *noise = rows(2, 1, torch.float32)
     tokens_bk, q_bkm = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE), torch.zeros(2, 1, V, device=DEVICE)
-    torch.library.opcheck(on_triton._draw, (logits_btv, *noise, None, True, 0))
+    torch.library.opcheck(on_triton._draw, (logits_btv, None, None, *noise, None, True, 0))
+    torch.library.opcheck(on_triton._draw, (logits_btv, tokens_bk, noise[1], *noise, None, True, 0))
     torch.library.opcheck(on_triton._guess, (tokens_bk, q_bkm, 0, logits_btv[:, 0], *noise, None, None, True, 1))
     torch.library.opcheck(on_triton._guess, (tokens_bk, None, 0, logits_btv[:, 0], *noise, None, None, False, 1))

@@ -164,12 +164,16 @@ def test_queries_and_keys_in_one_launch_are_each_turned(dim: int, k: int, dtype:
 @pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
 def test_the_kernels_tables_are_pytorchs() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layout = Layout.ragged(torch.tensor([3, 1], device=device), 3, start_b=torch.tensor([7, 30_000], device=device))
-    with torch.no_grad():
-        made: list[tuple[torch.Tensor, ...]] = []
-        for backend in ("torch", "triton"):
-            with backends.use(backend):
-                made.append(rope.tables(RotarySpec(500000.0, 24), dataclasses.replace(layout), torch.bfloat16))
-    assert made[0][0].shape == made[1][0].shape == (2, 3, 1, 12)
-    # The last bits of an angle of 30,000 radians are worth 2e-3.
-    torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-5)
+    start_b = torch.tensor([7, 30_000], device=device)
+    for layout in (
+        Layout.ragged(torch.tensor([3, 1], device=device), 3, start_b=start_b),
+        Layout(start_b.clamp(max=3), start_b[:, None] + torch.tensor([0, 5, 2], device=device)),
+    ):
+        with torch.no_grad():
+            made: list[tuple[torch.Tensor, ...]] = []
+            for backend in ("torch", "triton"):
+                with backends.use(backend):
+                    made.append(rope.tables(RotarySpec(500000.0, 24), dataclasses.replace(layout), torch.bfloat16))
+        assert made[0][0].shape == made[1][0].shape == (2, 3, 1, 12)
+        # The last bits of an angle of 30,000 radians are worth 2e-3.
+        torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 
 from subquad.core.errors import ConfigError
 from subquad.ops import backends
-from subquad.ops.slots import Slots, agree, emit_, keep_last_, lead
+from subquad.ops.slots import Slots, emit_, keep_last_, lead
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
@@ -37,24 +37,17 @@ def test_a_block_is_the_last_token_and_what_may_be_guessed(backend: str) -> None
 
 
 @both
-def test_guesses_stand_up_to_the_first_that_is_another(backend: str) -> None:
-    tokens_bt = torch.tensor([[1, 2, 3, 9], [1, 5, 3, 9], [0, 2, 3, 9], [1, 2, 3, 9], [1, 2, 3, 9]], device=DEVICE)
-    guesses_bk = ints(1, 2, 3).expand(5, 3)
-    with backends.use(backend):
-        n_b = agree(tokens_bt, guesses_bk, ints(3, 3, 3, 2, 0))
-        assert agree(tokens_bt[:, :1], guesses_bk[:, :1], ints(1, 1, 1, 0, 1)).tolist() == [2, 2, 1, 1, 2]
-    assert n_b.tolist() == [4, 2, 1, 3, 1]
-
-
-@both
 def test_a_row_ends_with_its_token_its_room_or_a_broken_one(backend: str) -> None:
     some = slots(6)
     some.left_b[2], some.alive_b[3] = 2, 0
     some.fill_b[1] = 4
     tokens_bt = torch.tensor([[1, 2, 4], [1, 7, 4], [1, 2, 4], [1, 2, 4], [-1, 2, 4], [1, 2, 7]], device=DEVICE)
+    step_b = ints(0, 1, 2, 3, 4, 5)
     with backends.use(backend):
-        given_b = emit_(some, tokens_bt, ints(3, 3, 3, 3, 3, 2), ints(2, 2, 2, 0, 2, 2))
+        given_b, told_bt = emit_(some, step_b, tokens_bt, ints(3, 3, 3, 3, 3, 2), ints(2, 2, 2, 0, 2, 2))
     assert given_b.tolist() == [3, 2, 2, 0, 1, 2]
+    assert step_b.tolist() == [3, 3, 4, 3, 5, 7]
+    assert torch.equal(told_bt, tokens_bt.clamp(min=0)) and some.out_bn[4, 0] == -1
     assert some.alive_b.tolist() == [1, 0, 0, 0, 0, 1]
     assert some.left_b.tolist() == [2, 3, 0, 5, 4, 3]
     assert some.last_b.tolist() == [4, 7, 2, 3, 0, 2]
@@ -68,6 +61,7 @@ def test_a_row_ends_with_its_token_its_room_or_a_broken_one(backend: str) -> Non
 def test_kernels_keep_the_books_as_pytorch_does() -> None:
     generator = torch.Generator().manual_seed(0)
     books: list[Slots] = [slots(9, 30), slots(9, 30)]
+    steps = {name: torch.arange(9, device=DEVICE) for name in ("torch", "triton")}
     for some in books:
         some.left_b.copy_(torch.arange(9, device=DEVICE) * 3)
     for _ in range(6):
@@ -76,7 +70,8 @@ def test_kernels_keep_the_books_as_pytorch_does() -> None:
         for name, some in zip(("torch", "triton"), books, strict=True):
             with backends.use(name):
                 block_bt, _, length_b = lead(some, tokens_bt[:, 1:], n_b)
-                emit_(some, block_bt, n_b, length_b)
+                emit_(some, steps[name], block_bt, n_b, length_b)
+    assert torch.equal(steps["torch"], steps["triton"])
     for mine, theirs in zip(*books, strict=True):
         # What is not kept goes to the last column, or nowhere.
         assert torch.equal(mine[..., :30], theirs[..., :30])

@@ -10,6 +10,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# So many numbers are made once: in a round of decoding each would be a launch. Longer blocks have better to do.
+FEW = 64
+
 _made: dict[Hashable, Any] = {}
 
 
@@ -35,3 +38,17 @@ def constant(key: Hashable, device: torch.device, make: Callable[[], T]) -> T:
     if not captured and all(type(x) is Tensor for x in tensors):
         _made[key] = made
     return made
+
+
+def counted(n: int, device: torch.device) -> Tensor:
+    """``0, 1, ..., n - 1``, int64."""
+    if n > FEW:
+        return torch.arange(n, device=device)
+    return constant(("counted", device), device, lambda: torch.arange(FEW, device=device))[:n]
+
+
+def ones(n: int, device: torch.device) -> Tensor:
+    """As many ones, int64."""
+    if n > FEW:
+        return torch.ones(n, dtype=torch.int64, device=device)
+    return constant(("ones", device), device, lambda: torch.ones(FEW, dtype=torch.int64, device=device))[:n]

@@ -9,12 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from subquad.core.constants import constant
+from subquad.core.constants import counted, ones
 from subquad.core.errors import ConfigError
 
 T = TypeVar("T")
-# So many numbers are made once: in a round of decoding each would be a launch. Longer blocks have better to do.
-FEW = 64
 
 
 @dataclass(frozen=True)
@@ -27,24 +25,26 @@ class Layout:
 
     Attributes:
         lengths_b: int64 ``[b]``, number of tokens of each row.
-        positions_bt: int64 ``[b, t]``, position of each token in its document, as the model's rotary embedding
-            counts them.
+        starts_bn: int64 ``[b, t / run]``, the position of the first of each `run` tokens that stand in succession. It
+            may be a counter itself: what depends on it is made before that counts on.
         documents_bt: int64 ``[b, t]``, or None when a row is one document. Document 0 continues the incoming
             state; every later one starts from an empty state. Never decreases along a row.
         padded: False promises that every column is a token, without asking the device.
         fresh: True promises that the state before the block has seen nothing, likewise.
         kept_b: int64 ``[b]``, promises that exactly so many tokens of each row will be committed into the state that is
             read, and before it is read again: a mixer may then do so on the way. None promises nothing.
+        run: 1 where `starts_bn` holds every position.
         part: a layout that this one is some rows of, and which, where `steps` made it: what is made of its positions
             is made for all at once.
     """
 
     lengths_b: Tensor
-    positions_bt: Tensor
+    starts_bn: Tensor
     documents_bt: Tensor | None = None
     padded: bool = True
     fresh: bool = False
     kept_b: Tensor | None = None
+    run: int = 1
     # Of no value that is made of this one, as `dataclasses.replace` makes them.
     part: tuple[Layout, slice] | None = field(default=None, init=False, repr=False, compare=False)
     _made: dict[Hashable, Any] = field(default_factory=lambda: {}, init=False, repr=False, compare=False)
@@ -68,13 +68,21 @@ class Layout:
     @property
     def shape(self) -> tuple[int, int]:
         """``(b, t)``."""
-        b, t = self.positions_bt.shape
-        return b, t
+        b, n = self.starts_bn.shape
+        return b, n * self.run
+
+    @property
+    def positions_bt(self) -> Tensor:
+        """int64 ``[b, t]``: position of each token in its document, as the model's rotary embedding counts them."""
+        if self.run == 1:
+            return self.starts_bn
+        steps_r = counted(self.run, self.starts_bn.device)
+        return self.once("positions", lambda: (self.starts_bn[..., None] + steps_r).flatten(1))
 
     @property
     def valid_bt(self) -> Tensor:
         """bool ``[b, t]``: True where a token stands."""
-        t, lengths_b = self.positions_bt.shape[1], self.lengths_b
+        t, lengths_b = self.shape[1], self.lengths_b
         return self.once("valid", lambda: torch.arange(t, device=lengths_b.device) < lengths_b[:, None])
 
     @staticmethod
@@ -88,17 +96,18 @@ class Layout:
     ) -> Layout:
         """Every column a token; row ``i`` starts at position ``start_b[i]``."""
         if isinstance(start_b, Tensor) and time == 1:
-            lengths_b = _ones(batch, start_b.device)
+            lengths_b = ones(batch, start_b.device)
         else:
             lengths_b = torch.full((batch,), time, device=start_b.device if isinstance(start_b, Tensor) else device)
-        return Layout(lengths_b, Layout._positions(batch, time, start_b, device), padded=False, kept_b=kept_b)
+        starts_bn, run = Layout._starts(batch, time, start_b, device)
+        return Layout(lengths_b, starts_bn, padded=False, kept_b=kept_b, run=run)
 
     @staticmethod
     def steps(start_b: Tensor, count: int) -> list[Layout]:
         """`count` blocks of one token a row, one behind the other, from `start_b` on."""
         b, device = len(start_b), start_b.device
-        positions_nb = start_b + _arange(count, device)[:, None]
-        lengths_n = _ones(count * b, device)
+        positions_nb = start_b + counted(count, device)[:, None]
+        lengths_n = ones(count * b, device)
         whole = Layout(lengths_n, positions_nb.view(-1, 1), padded=False)
         steps: list[Layout] = []
         for own in (slice(i * b, (i + 1) * b) for i in range(count)):
@@ -107,19 +116,18 @@ class Layout:
         return steps
 
     @staticmethod
-    def _positions(batch: int, time: int, start_b: Tensor | int, device: torch.device | str | None) -> Tensor:
-        if not isinstance(start_b, Tensor):
-            # Rows alike are one row in memory, and what is computed from them is computed once.
-            return (torch.arange(time, device=device) + start_b).expand(batch, time)
-        # A copy in any case, since the counter that it is of goes on.
-        start_b1 = start_b[:, None]
-        return (start_b1.clone() if time == 1 else start_b1 + _arange(time, start_b.device)).expand(batch, time)
+    def _starts(batch: int, time: int, start_b: Tensor | int, device: torch.device | str | None) -> tuple[Tensor, int]:
+        """`starts_bn` and `run`."""
+        if isinstance(start_b, Tensor):
+            return start_b[:, None].expand(batch, 1), time
+        # Rows alike are one row in memory, and what is computed from them is computed once.
+        return (torch.arange(time, device=device) + start_b).expand(batch, time), 1
 
     @staticmethod
     def ragged(lengths_b: Tensor, time: int, *, start_b: Tensor | int = 0) -> Layout:
         """Right-padded rows of `lengths_b` tokens in `time` columns, starting at `start_b`."""
-        positions_bt = Layout._positions(len(lengths_b), time, start_b, lengths_b.device)
-        return Layout(lengths_b.to(torch.int64), positions_bt)
+        starts_bn, run = Layout._starts(len(lengths_b), time, start_b, lengths_b.device)
+        return Layout(lengths_b.to(torch.int64), starts_bn, run=run)
 
     @staticmethod
     def packed(document_lengths: Sequence[Sequence[int]], *, device: torch.device | str | None = None) -> Layout:
@@ -208,17 +216,3 @@ class Layout:
             documents_bt = self.documents_bt[:, start:stop] - before_b1
         lengths_b = (self.lengths_b - start).clamp(0, stop - start)
         return Layout(lengths_b, self.positions_bt[:, start:stop], documents_bt, self.padded)
-
-
-def _arange(n: int, device: torch.device) -> Tensor:
-    """``0, 1, ..., n - 1``."""
-    if n > FEW:
-        return torch.arange(n, device=device)
-    return constant(("counted", device), device, lambda: torch.arange(FEW, device=device))[:n]
-
-
-def _ones(n: int, device: torch.device) -> Tensor:
-    """As many ones, int64."""
-    if n > FEW:
-        return torch.ones(n, dtype=torch.int64, device=device)
-    return constant(("ones", device), device, lambda: torch.ones(FEW, dtype=torch.int64, device=device))[:n]

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from subquad.core.constants import ones
 from subquad.core.errors import ConfigError
 from subquad.core.layout import Layout
 from subquad.core.state import State, axes
@@ -117,7 +118,8 @@ class HeadDrafter(Drafter):
 
     def _asked(self, pool: HeadState, k: int) -> Tensor:
         """How many guesses of `k` count: none for rows that nothing was drawn for yet."""
-        return pool.block.seen_b.clamp(max=1) * k
+        # In one launch: as many of k ones as are no more than the pairs seen.
+        return torch.bucketize(pool.block.seen_b, ones(k, pool.block.seen_b.device), right=True)
 
     @torch.no_grad()
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:

@@ -68,6 +68,9 @@ class History(State):
     def observe_(self, tokens_b: Tensor, n_b: Tensor) -> None:
         """Count `tokens_b` in place where `n_b` is 1, and not where it is 0."""
         self.step_b.add_(n_b)
+        self._note_(tokens_b, n_b)
+
+    def _note_(self, tokens_b: Tensor, n_b: Tensor) -> None:
         if self.count_bv.shape[1]:
             self.count_bv.scatter_add_(1, tokens_b[:, None], n_b[:, None].to(self.count_bv.dtype))
         if self.text_bn.shape[1]:
@@ -75,12 +78,9 @@ class History(State):
             self.length_b.add_(n_b)
 
     def observe_block_(self, tokens_bt: Tensor, n_b: Tensor) -> None:
-        """Count the first `n_b` of each row's tokens in place; one below 0 is of a row that has ended."""
-        if self.room == (0, 0):
-            self.step_b.add_(n_b)
-            return
-        for i in range(tokens_bt.shape[1]):
-            self.observe_(tokens_bt[:, i].clamp(min=0), (n_b > i).to(torch.int64))
+        """Note the first `n_b` of each row's tokens in place; how many, `step_b`, is counted by who gives them."""
+        for i in range(tokens_bt.shape[1] if self.room != (0, 0) else 0):
+            self._note_(tokens_bt[:, i], (n_b > i).to(torch.int64))
 
     def after(self, tokens_b: Tensor) -> History:
         """The history if every row went on with `tokens_b`; this one stays as it is."""

@@ -330,22 +330,21 @@ class Rounds:
             finite_bt = logits_btv.amax(-1).isfinite()
             tokens_bt = torch.where((tokens_bt < 0) & finite_bt, EXHAUSTED, tokens_bt)
         told = self.drafter if k or asked else None
-        before = self.scores.level is not None or (self._hidden_bnd is not None and told is None)
-        fill_b = slots.fill_b.clone() if before else slots.fill_b
+        if told is None and self._hidden_bnd is not None:
+            # A row that has ended writes where nothing will be read.
+            at_b11 = slots.fill_b.clamp(max=self._hidden_bnd.shape[1] - 1)[:, None, None]
+            self._hidden_bnd[:n].scatter_(1, at_b11.expand_as(hidden_btd), hidden_btd)
+        fill_b = slots.fill_b if self.scores.level is None else slots.fill_b.clone()
         # Guesses of several chains at one position count as one.
-        kept_b = emit_(slots, tokens_bt, n_b, draft.length_b)
-        history.observe_block_(tokens_bt, kept_b)
+        kept_b, told_bt = emit_(slots, history.step_b, tokens_bt, n_b, draft.length_b)
+        history.observe_block_(told_bt, kept_b)
         if loose_bt is not None:
             columns_t = torch.arange(loose_bt.shape[1], device=loose_bt.device)
             self._loose_b[:n] += (loose_bt & (columns_t < kept_b[:, None])).sum(1)
         self.scores.note(tokens_bt, kept_b, logits_btv, fill_b)
         update.commit_(pool, rows, kept_b)
         if told is not None:
-            told.observe(tokens_bt.clamp(min=0), kept_b, hidden_btd)
-        elif self._hidden_bnd is not None:
-            # A row that has ended writes where nothing will be read.
-            at_b11 = fill_b.clamp(max=self._hidden_bnd.shape[1] - 1)[:, None, None]
-            self._hidden_bnd[:n].scatter_(1, at_b11.expand_as(hidden_btd), hidden_btd)
+            told.observe(told_bt, kept_b, hidden_btd)
 
     def _guess(self, n: int, k: int) -> Draft:
         if not k or self.drafter is None:

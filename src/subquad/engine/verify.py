@@ -10,8 +10,8 @@ from torch import Tensor
 from subquad.engine.draft import Draft
 from subquad.engine.history import History
 from subquad.engine.sampler import Sampler
+from subquad.ops.draw import agree
 from subquad.ops.rejection import rejection_sample
-from subquad.ops.slots import agree
 
 # The rows' independent noises beside that of the model's own tokens: what drafters draw with, and an accept's coin.
 DRAFT_STREAM, COIN_STREAM = 1, 2
@@ -54,13 +54,9 @@ def verify(sampler: Sampler, history: History, logits_btv: Tensor, draft: Draft)
 
 def _judge(sampler: Sampler, history: History, logits_btv: Tensor, draft: Draft) -> tuple[Tensor, Tensor]:
     """All columns at once; there need not be one behind the last guess."""
-    if draft.q_bkm is not None and draft.tokens_bk.shape[1]:
-        logits_btv, temperature_b = sampler.shaped(logits_btv, history)
-        guesses = draft.tokens_bk, draft.length_b, draft.q_bkm, draft.place_v
-        return rejection_sample(
-            logits_btv, *guesses, *sampler.noise(history), coin=COIN_STREAM, temperature_b=temperature_b
-        )
-    tokens_bt = sampler.sample_block(logits_btv, history)
-    if not draft.tokens_bk.shape[1]:
-        return tokens_bt, torch.ones_like(draft.length_b)
-    return tokens_bt, agree(tokens_bt, draft.tokens_bk, draft.length_b)
+    logits_btv, temperature_b = sampler.shaped(logits_btv, history)
+    guesses, noise = (draft.tokens_bk, draft.length_b), sampler.noise(history)
+    if draft.q_bkm is None or not draft.tokens_bk.shape[1]:
+        return agree(logits_btv, *guesses, *noise, temperature_b=temperature_b, draws=sampler.draws)
+    drawn = *guesses, draft.q_bkm, draft.place_v
+    return rejection_sample(logits_btv, *drawn, *noise, coin=COIN_STREAM, temperature_b=temperature_b)

@@ -160,7 +160,7 @@ def leaving(state: WindowState, window_f_bgnf: Tensor, v_bgtv: Tensor, f_bgtf: T
     seen_b = state.seen_b
     past_bw = seen_b[:, None] - w + torch.arange(w, device=seen_b.device)
     index_bt = torch.cat((past_bw, layout.index_bt(seen_b)), dim=1)[:, :t]
-    documents_bt = layout.positions_bt.new_zeros(layout.shape) if layout.documents_bt is None else layout.documents_bt
+    documents_bt = layout.lengths_b.new_zeros(layout.shape) if layout.documents_bt is None else layout.documents_bt
     documents_bt = torch.cat((documents_bt.new_zeros(len(seen_b), w), documents_bt), dim=1)[:, :t]
     return Leaving(f_btgf * (index_bt >= s)[..., None, None], v_btgv, documents_bt)
 

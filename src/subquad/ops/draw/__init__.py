@@ -9,7 +9,7 @@ from subquad.ops.backends import Backends
 from subquad.ops.draw.noise import gumbel
 from subquad.ops.draw.probabilities import among_all, probabilities
 
-__all__ = ["among_all", "draw", "draw_residual", "guess_", "gumbel", "probabilities", "uniform"]
+__all__ = ["agree", "among_all", "draw", "draw_residual", "guess_", "gumbel", "probabilities", "uniform"]
 
 _backends = Backends(__name__)
 
@@ -40,6 +40,32 @@ def draw(
     """
     chosen = _backends.choose(logits_btv)
     return chosen.draw(logits_btv, greedy_b, seed_b, step_b, temperature_b, draws=draws, stream=stream)
+
+
+def agree(
+    logits_btv: Tensor,
+    guesses_bk: Tensor,
+    length_b: Tensor,
+    greedy_b: Tensor,
+    seed_b: Tensor,
+    step_b: Tensor,
+    *,
+    temperature_b: Tensor | None = None,
+    draws: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """What `draw` gives, and how many tokens of a row count where guesses stand that equal them.
+
+    One more than those before the first that does not: int64 ``[b]``, from 1 to ``1 + length``.
+
+    Args:
+        logits_btv: as in `draw`; column i is what guess i is held against.
+        guesses_bk: int64, k from 0 to t.
+        length_b: int64, how many of them there are.
+        greedy_b, seed_b, step_b, temperature_b, draws: as in `draw`.
+    """
+    chosen = _backends.choose(logits_btv)
+    noise = greedy_b, seed_b, step_b
+    return chosen.agree(logits_btv, guesses_bk, length_b, *noise, temperature_b, draws=draws)
 
 
 def guess_(

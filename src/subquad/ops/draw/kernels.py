@@ -109,13 +109,25 @@ def best_kernel(
 
 @triton.jit
 def token_kernel(
-    score_ptr, at_ptr, out_ptr, SHARES: tl.constexpr, BS: tl.constexpr, OVERLAP: tl.constexpr
+    score_ptr, at_ptr, guesses_ptr, length_ptr, stride_guesses, out_ptr, n_ptr,
+    T: tl.constexpr, K: tl.constexpr, SHARES: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The best of all shares. Grid: rows."""
-    row = tl.program_id(0)
+    """The best of all shares of each column, and how many count; see `subquad.ops.draw.agree`. Grid: rows of b."""
+    b, t, s = tl.program_id(0).to(tl.int64), tl.arange(0, BT), tl.arange(0, BS)
     begin(OVERLAP)
-    best, token = best_of(score_ptr, at_ptr, row * SHARES, SHARES, BS)
-    tl.store(out_ptr + row, tl.where((best < float("inf")) & (best > -float("inf")), token.to(tl.int64), -1))
+    base = (b * T + t) * SHARES
+    there = (t < T)[:, None] & (s < SHARES)[None, :]
+    score = tl.load(score_ptr + base[:, None] + s[None, :], mask=there, other=-float("inf"))
+    best, share = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
+    token = tl.load(at_ptr + base + share, mask=t < T, other=0).to(tl.int64)
+    token = tl.where((best < float("inf")) & (best > -float("inf")), token, -1)
+    tl.store(out_ptr + b * T + t, token, mask=t < T)
+    n = tl.full((), 1, tl.int64)
+    if K > 0:
+        guess = tl.load(guesses_ptr + b * stride_guesses + t, mask=t < K, other=0)
+        stands = (token == guess) & (t < tl.load(length_ptr + b)) & (t < K)
+        n += tl.min(tl.where(stands, K, t), 0)
+    tl.store(n_ptr + b, n)
 
 
 @triton.jit(do_not_specialize=["column"])

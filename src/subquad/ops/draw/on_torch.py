@@ -8,7 +8,7 @@ from torch import Tensor
 from subquad.ops.draw.noise import gumbel, gumbel_of, uniform
 from subquad.ops.draw.probabilities import divided, probabilities
 
-__all__ = ["draw", "guess_", "refusal", "uniform"]
+__all__ = ["agree", "draw", "guess_", "refusal", "uniform"]
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -30,6 +30,16 @@ def draw(
         noise_btv = gumbel(seed_b.repeat_interleave(t), step_bt.flatten(), v, stream).view(b, t, v)
         score_btv = score_btv + noise_btv.masked_fill(greedy_b[:, None, None], 0)
     return torch.where(sound_bt, score_btv.argmax(-1), -1)
+
+
+def agree(
+    logits_btv: Tensor, guesses_bk: Tensor, length_b: Tensor, greedy_b: Tensor, seed_b: Tensor, step_b: Tensor,
+    temperature_b: Tensor | None, *, draws: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`subquad.ops.draw.agree`."""
+    tokens_bt, k = draw(logits_btv, greedy_b, seed_b, step_b, temperature_b, draws=draws, stream=0), guesses_bk.shape[1]
+    there_bk = torch.arange(k, device=tokens_bt.device) < length_b[:, None]
+    return tokens_bt, 1 + ((tokens_bt[:, :k] == guesses_bk) & there_bk).to(torch.int64).cumprod(1).sum(1)
 
 
 def guess_(

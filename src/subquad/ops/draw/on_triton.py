@@ -14,6 +14,8 @@ from subquad.ops.draw.kernels import best_kernel, guess_kernel, token_kernel, un
 # Tokens of a program, and how many programs a GPU has processors for.
 FEWEST, MOST = 512, 2048
 PROCESSORS = 128
+# Scores of a row's shares that one warp compares.
+ONE_WARP = 1024
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -35,32 +37,50 @@ def draw(
     """`subquad.ops.draw.draw`."""
     logits_btv = logits_btv if logits_btv.stride(-1) == 1 else logits_btv.contiguous()
     of_rows = launch.contiguous(greedy_b, seed_b, step_b, temperature_b)
-    return _draw(logits_btv, *of_rows, draws, stream)
+    return _draw(logits_btv, None, None, *of_rows, draws, stream)[0]
+
+
+def agree(
+    logits_btv: Tensor, guesses_bk: Tensor, length_b: Tensor, greedy_b: Tensor, seed_b: Tensor, step_b: Tensor,
+    temperature_b: Tensor | None, *, draws: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`subquad.ops.draw.agree`."""
+    logits_btv, guesses_bk = (x if x.stride(-1) == 1 else x.contiguous() for x in (logits_btv, guesses_bk))
+    of_rows = launch.contiguous(length_b, greedy_b, seed_b, step_b, temperature_b)
+    return _draw(logits_btv, guesses_bk, *of_rows, draws, 0)
 
 
 @torch.library.custom_op("subquad::draw", mutates_args=())
 @launch.guarded
 def _draw(
-    logits: Tensor, greedy: Tensor, seed: Tensor, step: Tensor, temperature: Tensor | None, draws: bool, stream: int
-) -> Tensor:
+    logits: Tensor, guesses: Tensor | None, length: Tensor | None, greedy: Tensor, seed: Tensor, step: Tensor,
+    temperature: Tensor | None, draws: bool, stream: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Tokens, and how many of them count."""
     b, t = logits.shape[:2]
-    token = torch.empty(b, t, dtype=torch.int64, device=logits.device)
+    token, n = (torch.empty(*shape, dtype=torch.int64, device=logits.device) for shape in ((b, t), (b,)))
     if b * t == 0:
-        return token
+        return token, n
     score, at, shares = _best(logits, greedy, seed, step, None, temperature, 0, draws, stream, None)
-    kernel: Any = token_kernel[(b * t,)]
+    k, bt, bs = 0 if guesses is None else guesses.shape[1], triton.next_power_of_2(t), triton.next_power_of_2(shares)
+    # What is absent has its place taken by something that no branch reads.
+    judged = (at, at, 0) if guesses is None or not k else (guesses, length, guesses.stride(0))
+    kernel: Any = token_kernel[(b,)]
     kernel(
-        score, at, token, SHARES=shares, BS=triton.next_power_of_2(shares), num_warps=1,
+        score, at, *judged, token, n,
+        T=t, K=k, SHARES=shares, BT=bt, BS=bs, num_warps=1 if bt * bs <= ONE_WARP else 4,
         **overlap.options(logits.device),
     )  # fmt: skip
-    return token
+    return token, n
 
 
 @_draw.register_fake
 def _(
-    logits: Tensor, greedy: Tensor, seed: Tensor, step: Tensor, temperature: Tensor | None, draws: bool, stream: int
-) -> Tensor:
-    return logits.new_empty(logits.shape[:2], dtype=torch.int64)
+    logits: Tensor, guesses: Tensor | None, length: Tensor | None, greedy: Tensor, seed: Tensor, step: Tensor,
+    temperature: Tensor | None, draws: bool, stream: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    token = logits.new_empty(logits.shape[:2], dtype=torch.int64)
+    return token, token.new_empty(len(token))
 
 
 def guess_(

@@ -111,7 +111,7 @@ def tables(spec: RotarySpec, layout: Layout, dtype: torch.dtype) -> tuple[Tensor
         return cos[rows], sin[rows]
 
     def make() -> tuple[Tensor, Tensor]:
-        cos, sin, factor = _turns(spec, _rows(layout), wide)
+        cos, sin, factor = _turns(spec, _rows(layout), layout.run, wide)
         return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
 
     return layout.once((*_name(spec), wide), make)
@@ -130,16 +130,15 @@ def tables_back(spec: RotarySpec, layout: Layout, window: int, count: int, dtype
     wide = precise(dtype)
 
     def make() -> tuple[Tensor, Tensor]:
-        first_b1 = _rows(layout)[:, :1] - window
-        cos, sin, factor = _turns(spec, first_b1 + torch.arange(count, device=first_b1.device), wide)
+        cos, sin, factor = _turns(spec, _rows(layout)[:, :1] - window, count, wide)
         return cos / factor, -sin / factor
 
     return layout.once((*_name(spec), wide, window, count), make)
 
 
 def _rows(layout: Layout) -> Tensor:
-    """Positions, of rows that are one in memory only the first."""
-    return layout.positions_bt if layout.positions_bt.stride(0) else layout.positions_bt[:1]
+    """Where runs start, of rows that are one in memory only the first."""
+    return layout.starts_bn if layout.starts_bn.stride(0) else layout.starts_bn[:1]
 
 
 def _name(spec: RotarySpec) -> tuple[Hashable, ...]:
@@ -152,11 +151,11 @@ def _frequencies(spec: RotarySpec, dtype: torch.dtype, device: torch.device) -> 
     return constant(key, device, lambda: frequencies(spec, dtype=dtype, device=device))
 
 
-def _turns(spec: RotarySpec, positions_bt: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """Cosine and sine ``[b, t, 1, dim / 2]`` of the angles, and the factor on both."""
-    freq_f, factor = _frequencies(spec, dtype, positions_bt.device)
+def _turns(spec: RotarySpec, starts_bn: Tensor, run: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Cosine and sine ``[b, n * run, 1, dim / 2]`` of the angles, and the factor on both."""
+    freq_f, factor = _frequencies(spec, dtype, starts_bn.device)
     plain = torch.is_grad_enabled() or dtype != torch.float32
-    cos, sin = (on_torch if plain else _backends.choose(freq_f, positions_bt)).turns(positions_bt, freq_f)
+    cos, sin = (on_torch if plain else _backends.choose(freq_f, starts_bn)).turns(starts_bn, run, freq_f)
     return cos, sin, factor
 
 

@@ -6,13 +6,14 @@ import triton.language as tl
 from subquad.ops.overlap.kernels import begin
 
 
-@triton.jit
-def turns_kernel(position_ptr, freq_ptr, cos_ptr, sin_ptr, F, BF: tl.constexpr, OVERLAP: tl.constexpr):
+@triton.jit(do_not_specialize=["run"])
+def turns_kernel(start_ptr, freq_ptr, cos_ptr, sin_ptr, run, F, BF: tl.constexpr, OVERLAP: tl.constexpr):
     """See `subquad.ops.rope.on_torch.turns`. Grid: tokens."""
-    token, f = tl.program_id(0).to(tl.int64), tl.arange(0, BF)
+    pid, f = tl.program_id(0), tl.arange(0, BF)
+    token, start, step = pid.to(tl.int64), pid // run, pid % run
     freq = tl.load(freq_ptr + f, mask=f < F, other=0.0)
     begin(OVERLAP)
-    angle = tl.load(position_ptr + token).to(tl.float32) * freq
+    angle = (tl.load(start_ptr + start) + step).to(tl.float32) * freq
     tl.store(cos_ptr + token * F + f, tl.cos(angle), mask=f < F)
     tl.store(sin_ptr + token * F + f, tl.sin(angle), mask=f < F)
 

@@ -11,8 +11,9 @@ def refusal(*tensors: Tensor) -> str | None:
     return None
 
 
-def turns(positions_bt: Tensor, freq_f: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[b, t, 1, f]`` of positions times frequencies."""
+def turns(starts_bn: Tensor, run: int, freq_f: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[b, n * run, 1, f]`` of positions times frequencies, `run` positions from each start on."""
+    positions_bt = (starts_bn[..., None] + torch.arange(run, device=starts_bn.device)).flatten(1)
     angle_bt1f = (positions_bt[..., None].to(freq_f.dtype) * freq_f)[:, :, None]
     return angle_bt1f.cos(), angle_bt1f.sin()
 

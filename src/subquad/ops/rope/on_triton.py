@@ -17,28 +17,28 @@ def refusal(*tensors: Tensor) -> str | None:
     return launch.refusal(*(x for x in tensors if x.is_floating_point()), widths=())
 
 
-def turns(positions_bt: Tensor, freq_f: Tensor) -> tuple[Tensor, Tensor]:
+def turns(starts_bn: Tensor, run: int, freq_f: Tensor) -> tuple[Tensor, Tensor]:
     """`subquad.ops.rope.on_torch.turns`."""
-    return _turns(positions_bt.contiguous(), freq_f.contiguous())
+    return _turns(starts_bn.contiguous(), run, freq_f.contiguous())
 
 
 @torch.library.custom_op("subquad::rope_turns", mutates_args=())
 @launch.guarded
-def _turns(positions: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (*positions.shape, 1, len(freq))
+def _turns(starts: Tensor, run: int, freq: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (len(starts), starts.shape[1] * run, 1, len(freq))
     cos, sin = (launch.scratch(*shape, like=freq, dtype=freq.dtype) for _ in range(2))
     if cos.numel():
-        kernel: Any = turns_kernel[(positions.numel(),)]
+        kernel: Any = turns_kernel[(starts.numel() * run,)]
         kernel(
-            positions, freq, cos, sin, len(freq), BF=triton.next_power_of_2(len(freq)), num_warps=1,
+            starts, freq, cos, sin, run, len(freq), BF=triton.next_power_of_2(len(freq)), num_warps=1,
             **overlap.options(freq.device),
         )  # fmt: skip
     return cos, sin
 
 
 @_turns.register_fake
-def _(positions: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (*positions.shape, 1, len(freq))
+def _(starts: Tensor, run: int, freq: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (len(starts), starts.shape[1] * run, 1, len(freq))
     return freq.new_empty(shape), freq.new_empty(shape)
 
 

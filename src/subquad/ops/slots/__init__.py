@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.ops.backends import Backends
 
-__all__ = ["Slots", "agree", "emit_", "keep_last_", "lead"]
+__all__ = ["Slots", "emit_", "keep_last_", "lead"]
 
 _backends = Backends(__name__)
 
@@ -67,32 +67,23 @@ def lead(slots: Slots, tokens_bk: Tensor, length_b: Tensor) -> tuple[Tensor, Ten
     return _backends.choose(tokens_bk, *slots).lead(slots, tokens_bk, length_b)
 
 
-def agree(tokens_bt: Tensor, guesses_bk: Tensor, length_b: Tensor) -> Tensor:
-    """How many tokens count where guesses stand that equal them: one more than those before the first that does not.
-
-    Args:
-        tokens_bt: int64, of the model, t at least k.
-        guesses_bk: int64 guesses, at least one column.
-        length_b: int64, how many of them there are.
-
-    Returns:
-        int64 ``[b]``, from 1 to ``1 + length``.
-    """
-    return _backends.choose(tokens_bt, guesses_bk).agree(tokens_bt, guesses_bk, length_b)
-
-
-def emit_(slots: Slots, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> Tensor:
-    """Give each row its tokens up to its end, in place, and return how many those are, 0 where none is under way.
+def emit_(slots: Slots, step_b: Tensor, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each row its tokens up to its end, in place.
 
     A row ends with a token of `Slots.ends_be`, with one below 0, and where nothing is left.
 
     Args:
         slots: the rows.
+        step_b: int64, tokens that each row has drawn; what it is given is added in place.
         tokens_bt: int64 ``[b, t]``, new tokens.
         n_b: int64, how many of them count.
         length_b: int64, guesses that were read.
+
+    Returns:
+        int64 ``[b]``, how many each row was given, 0 where it is not under way, and ``[b, t]``, the tokens with 0 in
+        place of what is none.
     """
-    return _backends.choose(tokens_bt, *slots).emit_(slots, tokens_bt, n_b, length_b)
+    return _backends.choose(tokens_bt, *slots).emit_(slots, step_b, tokens_bt, n_b, length_b)
 
 
 def keep_last_(last_bd: Tensor, x_btd: Tensor, n_b: Tensor) -> None:

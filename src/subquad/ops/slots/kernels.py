@@ -22,23 +22,9 @@ def lead_kernel(
 
 
 @triton.jit
-def agree_kernel(
-    tokens_ptr, guesses_ptr, length_ptr, n_ptr, stride_tokens, stride_guesses,
-    K: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """See `subquad.ops.slots.agree`. Grid: rows."""
-    b, c = tl.program_id(0), tl.arange(0, BK)
-    begin(OVERLAP)
-    tokens = tl.load(tokens_ptr + b * stride_tokens + c, mask=c < K, other=0)
-    guesses = tl.load(guesses_ptr + b * stride_guesses + c, mask=c < K, other=0)
-    stands = (tokens == guesses) & (c < tl.load(length_ptr + b)) & (c < K)
-    tl.store(n_ptr + b, 1 + tl.min(tl.where(stands, K, c), 0).to(tl.int64))
-
-
-@triton.jit
 def emit_kernel(
     last_ptr, alive_ptr, left_ptr, ends_ptr, out_ptr, fill_ptr, kept_ptr, judged_ptr, guessed_ptr,
-    tokens_ptr, n_ptr, length_ptr, given_ptr, E, stride_ends, stride_out, stride_tokens,
+    step_ptr, tokens_ptr, n_ptr, length_ptr, given_ptr, told_ptr, E, stride_ends, stride_out, stride_tokens,
     T: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """See `subquad.ops.slots.emit_`. Grid: rows."""
@@ -53,10 +39,13 @@ def emit_kernel(
     first = tl.min(tl.where(ended, c + 1, T), 0)
     given = tl.minimum(tl.minimum(n, first), left) * alive
     tl.store(out_ptr + b * stride_out + fill + c, tokens, mask=c < given)
-    last = tl.maximum(tl.sum(tl.where(c == given - 1, tokens, 0), 0), 0)
+    tokens = tl.maximum(tokens, 0)
+    tl.store(told_ptr + b * T + c, tokens, mask=c < T)
+    last = tl.sum(tl.where(c == given - 1, tokens, 0), 0)
     tl.store(last_ptr + b, last, mask=given > 0)
     stops = (tl.max((ended & (c < given)).to(tl.int32), 0) > 0) | (left == given)
     tl.store(fill_ptr + b, fill + given)
+    tl.store(step_ptr + b, tl.load(step_ptr + b) + given)
     tl.store(left_ptr + b, left - given)
     tl.store(alive_ptr + b, tl.where(stops, 0, alive))
     tl.store(kept_ptr + b, tl.load(kept_ptr + b) + tl.minimum(n - 1, given))

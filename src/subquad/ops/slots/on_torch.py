@@ -22,14 +22,7 @@ def lead(slots: Slots, tokens_bk: Tensor, length_b: Tensor) -> tuple[Tensor, Ten
     return torch.cat((slots.last_b[:, None], tokens_bk), dim=1), 1 + length_b, length_b
 
 
-def agree(tokens_bt: Tensor, guesses_bk: Tensor, length_b: Tensor) -> Tensor:
-    """`subquad.ops.slots.agree`."""
-    k = guesses_bk.shape[1]
-    there_bk = torch.arange(k, device=tokens_bt.device) < length_b[:, None]
-    return 1 + ((tokens_bt[:, :k] == guesses_bk) & there_bk).to(torch.int64).cumprod(1).sum(1)
-
-
-def emit_(slots: Slots, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> Tensor:
+def emit_(slots: Slots, step_b: Tensor, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> tuple[Tensor, Tensor]:
     """`subquad.ops.slots.emit_`."""
     t = tokens_bt.shape[1]
     columns_t = torch.arange(t, device=tokens_bt.device)
@@ -40,15 +33,17 @@ def emit_(slots: Slots, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> Ten
     given_bt = columns_t < given_b[:, None]
     at_bt = torch.where(given_bt, slots.fill_b[:, None] + columns_t, slots.out_bn.shape[1] - 1)
     slots.out_bn.scatter_(1, at_bt, tokens_bt)
-    last_b = tokens_bt.gather(1, (given_b - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
+    tokens_bt = tokens_bt.clamp(min=0)
+    last_b = tokens_bt.gather(1, (given_b - 1).clamp(min=0)[:, None])[:, 0]
     slots.last_b.copy_(torch.where(given_b > 0, last_b, slots.last_b))
     slots.fill_b.add_(given_b)
+    step_b.add_(given_b)
     slots.left_b.sub_(given_b)
     slots.alive_b.mul_(~((ends_bt & given_bt).any(1) | (slots.left_b == 0)))
     slots.kept_b.add_(torch.minimum(n_b - 1, given_b))
     slots.judged_b.add_(torch.minimum(torch.minimum(length_b, n_b), given_b))
     slots.guessed_b.add_(length_b)
-    return given_b
+    return given_b, tokens_bt
 
 
 def keep_last_(last_bd: Tensor, x_btd: Tensor, n_b: Tensor) -> None:

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from subquad.ops import launch, overlap
-from subquad.ops.slots.kernels import agree_kernel, emit_kernel, keep_last_kernel, lead_kernel
+from subquad.ops.slots.kernels import emit_kernel, keep_last_kernel, lead_kernel
 
 if TYPE_CHECKING:
     from subquad.ops.slots import Slots
@@ -48,60 +48,38 @@ def _(last: Tensor, alive: Tensor, left: Tensor, tokens: Tensor, length: Tensor)
     return block, torch.empty_like(length), torch.empty_like(length)
 
 
-def agree(tokens_bt: Tensor, guesses_bk: Tensor, length_b: Tensor) -> Tensor:
-    """`subquad.ops.slots.agree`."""
-    tokens_bt, guesses_bk = (x if x.stride(-1) == 1 else x.contiguous() for x in (tokens_bt, guesses_bk))
-    return _agree(tokens_bt, guesses_bk, length_b.contiguous())
-
-
-@torch.library.custom_op("subquad::slots_agree", mutates_args=())
-@launch.guarded
-def _agree(tokens: Tensor, guesses: Tensor, length: Tensor) -> Tensor:
-    (b, k), n = guesses.shape, torch.empty_like(length)
-    kernel: Any = agree_kernel[(b,)]
-    kernel(
-        tokens, guesses, length, n, tokens.stride(0), guesses.stride(0), K=k, BK=triton.next_power_of_2(k),
-        num_warps=1, **overlap.options(tokens.device),
-    )  # fmt: skip
-    return n
-
-
-@_agree.register_fake
-def _(tokens: Tensor, guesses: Tensor, length: Tensor) -> Tensor:
-    return torch.empty_like(length)
-
-
-def emit_(slots: Slots, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> Tensor:
+def emit_(slots: Slots, step_b: Tensor, tokens_bt: Tensor, n_b: Tensor, length_b: Tensor) -> tuple[Tensor, Tensor]:
     """`subquad.ops.slots.emit_`."""
     tokens_bt = tokens_bt if tokens_bt.stride(-1) == 1 else tokens_bt.contiguous()
-    return _emit(*slots, tokens_bt, n_b.contiguous(), length_b.contiguous())
+    return _emit(*slots, step_b, tokens_bt, n_b.contiguous(), length_b.contiguous())
 
 
 @torch.library.custom_op(
-    "subquad::slots_emit", mutates_args=("last", "alive", "left", "out", "fill", "kept", "judged", "guessed")
+    "subquad::slots_emit", mutates_args=("last", "alive", "left", "out", "fill", "kept", "judged", "guessed", "step")
 )
 @launch.guarded
 def _emit(
     last: Tensor, alive: Tensor, left: Tensor, ends: Tensor, out: Tensor, fill: Tensor, kept: Tensor, judged: Tensor,
-    guessed: Tensor, tokens: Tensor, n: Tensor, length: Tensor,
-) -> Tensor:  # fmt: skip
+    guessed: Tensor, step: Tensor, tokens: Tensor, n: Tensor, length: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     (b, t), given = tokens.shape, torch.empty_like(n)
+    told = tokens.new_empty(b, t)
     kernel: Any = emit_kernel[(b,)]
     kernel(
-        last, alive, left, ends, out, fill, kept, judged, guessed, tokens, n, length, given, ends.shape[1],
+        last, alive, left, ends, out, fill, kept, judged, guessed, step, tokens, n, length, given, told, ends.shape[1],
         ends.stride(0), out.stride(0), tokens.stride(0),
         T=t, BT=triton.next_power_of_2(t), BE=triton.next_power_of_2(ends.shape[1]), num_warps=1,
         **overlap.options(tokens.device),
     )  # fmt: skip
-    return given
+    return given, told
 
 
 @_emit.register_fake
 def _(
     last: Tensor, alive: Tensor, left: Tensor, ends: Tensor, out: Tensor, fill: Tensor, kept: Tensor, judged: Tensor,
-    guessed: Tensor, tokens: Tensor, n: Tensor, length: Tensor,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(n)
+    guessed: Tensor, step: Tensor, tokens: Tensor, n: Tensor, length: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(n), tokens.new_empty(tokens.shape)
 
 
 def keep_last_(last_bd: Tensor, x_btd: Tensor, n_b: Tensor) -> None:
