@@ -23,10 +23,10 @@ def attend_kernel(
 
     Grid: shares of a row's tokens, fastest, then TILES of queries, key heads and rows.
 
-    Of the queries of a group and block those of one head stand side by side; a program has BM of them. `factor` is the scale times the
-    logarithm of e to base 2. With one share the output is written, else each share's own and its logarithm of the sum.
-    With TURN, queries and the block's keys come without position: both are turned here by tables ``[b or 1, t, HALF]``,
-    and the keys written out, ``[b, g, t, K]``, unless they go into the cache.
+    Of the queries of a group and block those of one head stand side by side; a program has BM of them. `factor` is the
+    scale times the logarithm of e to base 2. With one share the output is written, else each share's own and its
+    logarithm of the sum. With TURN, queries and the block's keys come without position: both are turned here by tables
+    ``[b or 1, t, HALF]``, and the keys written out, ``[b, g, t, K]``, unless they go into the cache.
     """
     pid = tl.program_id(0)
     split, tile = pid % SPLITS, (pid // SPLITS) % TILES

@@ -138,8 +138,8 @@ def _launch(
         0 if cos is None or len(cos) == 1 else t * cos.shape[-1], capacity,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_k.stride()[:3], *cache_v.stride()[:3],
         T=t, H=h, G=g, K=k_dim, V=v_dim, SPLITS=splits, PRECISION=launch.precision(q.dtype),
-        BM=rows, BN=tokens, BT=_tile(t), BK=_tile(k_dim), BV=_tile(v_dim), TILES=tiles, STAGES=stages, TURN=cos is not None,
-        HALF=1 if cos is None else cos.shape[-1], WRITE=turned is None,
+        BM=rows, BN=tokens, BT=_tile(t), BK=_tile(k_dim), BV=_tile(v_dim), TILES=tiles, STAGES=stages,
+        TURN=cos is not None, HALF=1 if cos is None else cos.shape[-1], WRITE=turned is None,
         num_warps=4, **overlap.options(q.device),
     )  # fmt: skip
     if splits > 1:
