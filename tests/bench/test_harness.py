@@ -1,12 +1,15 @@
 """The harness: a red gate stops everything, and the figures are what was measured."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from subquad import cli
 from subquad.bench import harness
 from subquad.bench.harness import Bench, GateError
 from subquad.bench.results import Result, environment, load_result, ratio
@@ -141,6 +144,27 @@ def test_a_room_is_told_what_to_measure_and_the_command_says_so(tmp_path, monkey
     settings = "--smoke --hybrid small --hybrid-rows 8 --drafter head --data texts --minutes 2.5"
     assert made.command.endswith(f"{settings} --threads {threads}")
     assert made.bench == "spec.some" and made.rows[0].id == "spec.some.speed" and made.rows[0].reps == [[3, 2]]
+
+
+def test_a_room_that_is_broken_off_gives_the_figures_so_far(tmp_path, monkeypatch, capsys):
+    class Ended:
+        @staticmethod
+        def run(bench):
+            bench.name = "spec.some"
+            bench.value("speed", 3, "tokens/s", "higher", baseline="plain", baseline_value=2, reps=[[3, 2]])
+            os.kill(os.getpid(), signal.SIGTERM)
+            bench.value("more", 3, "tokens/s", "higher")
+
+    monkeypatch.setattr("subquad.bench.rooms.importlib.import_module", lambda name: Ended)
+    monkeypatch.setattr("subquad.bench.rooms.find_rooms", lambda names: ["decode/some"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["bench", "decode/some", "--device", "cpu", "--out", str(tmp_path)]) != 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.endswith(".json.unfinished") and str(kept) in capsys.readouterr().err
+    assert [row.id for row in load_result(kept).rows] == ["spec.some.speed"]
 
 
 def result(**changes):

@@ -67,6 +67,7 @@ def run_room(
     minutes: float = 0.0,
     work: Path | None = None,
     threads: int = 0,
+    unfinished: Callable[[Result], None] = lambda result: None,
 ) -> Result:
     """Run one bench room and return its result.
 
@@ -78,6 +79,7 @@ def run_room(
         say: told one line about each step, where the room has something to say.
         hybrid, hybrid_rows, drafter, data, minutes, work: see `Bench`.
         threads: of PyTorch on the CPU; 0 leaves them.
+        unfinished: given the figures so far where the room is broken off, if there are any.
 
     Raises:
         GateError: what was to be timed computes something else than it should.
@@ -103,7 +105,6 @@ def run_room(
     if (needed := missing(room)) is not None:
         raise ConfigError(f"bench {room}: expected the package {needed[0]}, got none; pip install {needed[1]}")
     torch.manual_seed(0)
-    module.run(bench)
     command = f"subquad bench {room} --device {device.type} --dtype {dtype_name(dtype)}" + (" --smoke" if smoke else "")
     # Where they lie is this machine's own affair.
     command += f" --hybrid {Path(hybrid).name}" if hybrid else ""
@@ -112,5 +113,15 @@ def run_room(
     command += f" --data {data.name}" if data is not None else ""
     command += f" --minutes {minutes:g}" if minutes else ""
     command += f" --threads {threads}" if threads else ""
-    env = environment(device, dtype) | ({"limits": bench.limits} if bench.limits else {})
-    return Result(bench.name, command, env, bench.rows, bench.gates)
+
+    def result() -> Result:
+        env = environment(device, dtype) | ({"limits": bench.limits} if bench.limits else {})
+        return Result(bench.name, command, env, bench.rows, bench.gates)
+
+    try:
+        module.run(bench)
+    except BaseException:
+        if bench.rows:
+            unfinished(result())
+        raise
+    return result()

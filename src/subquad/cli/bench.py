@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -73,11 +74,20 @@ def run(
     import torch
 
     from subquad.bench.plots import refresh_plots
-    from subquad.bench.results import result_path
+    from subquad.bench.results import Result, result_path
     from subquad.bench.rooms import find_rooms, run_room
     from subquad.bench.tables import terminal_table
 
     where, kind = placement(device, dtype)
+    # What ends a command that takes too long: as Ctrl-C does, so that the figures so far are kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def keep(result: Result) -> None:
+        path = result_path(out, result.bench, where).with_suffix(".json.unfinished")
+        if not smoke:
+            result.save(path)
+            typer.echo(f"broken off; the figures so far are in {path}", err=True)
+
     for room in find_rooms(names or []):
         result = run_room(
             room,
@@ -92,6 +102,7 @@ def run(
             minutes=minutes,
             work=work,
             threads=threads,
+            unfinished=keep,
         )
         typer.echo(terminal_table(result))
         if not smoke:
