@@ -31,6 +31,9 @@ CARD = Card(
 
 # Where two runs share a bucket the later one is found, so few should.
 BUCKETS_A_TOKEN, FEWEST_BUCKETS = 2, 1 << 12
+# Guesses that there is a ground for, by each token that stands alike before both places: the longer a copy has been
+# one, the longer it goes on. In proportion to the match is SuffixDecoding's rule (arXiv 2411.04975), whose alpha it is.
+STRETCH = 3
 
 
 class CopySpec(Drafter):
@@ -39,12 +42,15 @@ class CopySpec(Drafter):
     A table of hashes, one a row, gives for every run of gamma tokens the position behind its last occurrence; each new
     token costs one entry, whatever the context, and lookup and entry run on the device. The run itself is compared, so
     that a collision costs a guess and no more. Where the copy reaches the end of the context it goes on in itself, as
-    text that repeats does.
+    text that repeats does. Where fewer guesses cost less, more are read the longer
+    the match is that they go on with.
 
     Args:
         gammas: lengths of runs, tried in this order; the paper's is 3 alone. ``(3, 2, 1)`` is prompt lookup, as it is
             known from other libraries.
     """
+
+    weighs = True
 
     def __init__(self, gammas: Sequence[int] = (3, 2)) -> None:
         if not gammas or min(gammas) < 1:
@@ -88,7 +94,8 @@ class CopySpec(Drafter):
     @torch.no_grad()
     def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
         """What stood behind the last occurrence of the last tokens; see `Drafter.propose`."""
-        return Draft(*copies.find(*self._first(rows), self.gammas, k))
+        tokens_bk, length_b, grounded_b = copies.find(*self._first(rows), self.gammas, k, STRETCH)
+        return Draft(tokens_bk, length_b, grounded_b=grounded_b)
 
     @torch.no_grad()
     def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:

@@ -22,7 +22,7 @@ class Turn(NamedTuple):
         pace: chose their number of guesses.
         slots, k: read, and guesses of each asked for.
         steady: whether none did anything for the first time.
-        rounds, read: how many, and how many of them read guesses.
+        rounds, read, room: how many, how many of them read guesses, and how many of a row those could read.
         began: second of the clock.
         given: to each slot.
     """
@@ -33,6 +33,7 @@ class Turn(NamedTuple):
     steady: bool
     rounds: int
     read: int
+    room: int
     began: float
     given: list[Given]
 
@@ -54,7 +55,8 @@ class Course:
     def __init__(self, rounds: Rounds, count: int, *, most: int, fixed: bool) -> None:
         self._rounds, self._count, self._drafter = rounds, count, rounds.drafter
         self._seldom = self._drafter is not None and not self._drafter.always
-        self.pace = Pace(most, fixed=fixed, watched=self._seldom, asks=rounds.most_asked)
+        weighed = self._drafter is not None and self._drafter.weighs
+        self.pace = Pace(most, fixed=fixed, watched=self._seldom, asks=rounds.most_asked, weighed=weighed)
         self.ruled_pace = Pace(most, fixed=fixed, watched=self._seldom)
 
     @property
@@ -86,6 +88,7 @@ class Course:
             steady=turn.steady,
             loose=sum(new.loose for new in given),
             read=turn.read,
+            room=turn.room,
         )
         turn.pace.learn(look)
         if not turn.k and self._seldom:
@@ -110,8 +113,8 @@ class Course:
             taken.append((time.perf_counter() - began) / self._now[1])
         return min(taken[REHEARSALS:])
 
-    def _run(self, n: int, k: int, *, found: bool | None = None) -> tuple[bool, int, int]:
-        """Whether no round did anything for the first time, how many there were, and how many read guesses.
+    def _run(self, n: int, k: int, *, found: bool | None = None) -> tuple[bool, int, int, int]:
+        """`Turn.steady`, `rounds`, `read` and `room`.
 
         Args:
             n, k: slots and guesses.
@@ -128,26 +131,26 @@ class Course:
         steady = sum(self._rounds.run(n, k) for _ in range(rounds)) == rounds
         if not k and self._drafter is not None:
             self._rounds.catch_up(n)
-        return steady, rounds, rounds if k else 0
+        return steady, rounds, rounds if k else 0, rounds * k
 
-    def _ask_and_run(self, n: int, k: int, rounds: int, found: bool | None) -> tuple[bool, int, int]:
+    def _ask_and_run(self, n: int, k: int, rounds: int, found: bool | None) -> tuple[bool, int, int, int]:
         """`_run` where every round first asks for guesses; once no row is under way there is nothing more to run."""
-        steady, done, read = True, 0, 0
+        steady, done, read, room = True, 0, 0, 0
         for _ in range(rounds):
-            guessed, alive, known = self._rounds.ask(n, k)
+            worth, alive, known = self._rounds.ask(n, k)
             if found is None and not alive:
                 break
-            reads = guessed if found is None else found
-            steady = self._rounds.run(n, k if reads else 0, asked=True) and known and steady
-            done, read = done + 1, read + reads
-        return steady, done, read
+            reads = self.pace.holding(worth, k) if found is None else k * found
+            steady = self._rounds.run(n, reads, asked=True) and known and steady
+            done, read, room = done + 1, read + (reads > 0), room + reads
+        return steady, done, read, room
 
     def _compare(self, given: Sequence[Given], pace: Pace, rounds: int) -> None:
         """Let the pace know what guesses that nobody read would have brought."""
         asked = guessed = judged = kept = 0
         for new in given:
             if new.tokens:
-                asked += min(pace.most, rounds)
+                asked += len(new.foreseen) or min(pace.most, rounds)
                 guessed += len(new.foreseen)
                 most = min(len(new.foreseen), len(new.tokens))
                 stood = next((i for i in range(most) if new.foreseen[i] != new.tokens[i]), most)
