@@ -42,8 +42,7 @@ class CopySpec(Drafter):
     A table of hashes, one a row, gives for every run of gamma tokens the position behind its last occurrence; each new
     token costs one entry, whatever the context, and lookup and entry run on the device. The run itself is compared, so
     that a collision costs a guess and no more. Where the copy reaches the end of the context it goes on in itself, as
-    text that repeats does. Where fewer guesses cost less, more are read the longer
-    the match is that they go on with.
+    text that repeats does. Where fewer guesses cost less, more are read the longer the match is that they go on with.
 
     Args:
         gammas: lengths of runs, tried in this order; the paper's is 3 alone. ``(3, 2, 1)`` is prompt lookup, as it is
