@@ -123,8 +123,12 @@ def test_rounds_read_what_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = cycle()
     looks: list[Look] = []
     engine = Engine(model, rows=1, capacity=100, drafter=CopySpec((3, 2, 1)), on_look=looks.append)
+
+    def choose(slots: int) -> int:
+        return 15
+
     # What a round takes on a shared machine decides nothing here.
-    monkeypatch.setattr(engine.pace, "choose", lambda _: 15)
+    monkeypatch.setattr(engine.pace, "choose", choose)
     engine.submit(Request([0, 1], Limits(90, end_tokens=[])))
     got = [piece.token for piece in drained(engine)]
     assert got == [(2 + i) % 10 for i in range(90)]
