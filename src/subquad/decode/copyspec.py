@@ -26,7 +26,7 @@ CARD = Card(
     claim="2.35 times faster on CNN/DM, 3.08 on selected second turns of MT-Redundant",
     measured="3.55 times plain greedy decoding of a hybrid of SmolLM2-135M where it edits texts, one row, one H100",
     result="spec.copyspec.h100.json",
-    examples={"paper": {"gammas": "3"}, "prompt_lookup": {"gammas": "3+2+1"}},
+    examples={"paper": {"gammas": "3"}, "few_guesses": {"gammas": "3+2"}},
 )
 
 # Where two runs share a bucket the later one is found, so few should.
@@ -45,13 +45,13 @@ class CopySpec(Drafter):
     text that repeats does. Where fewer guesses cost less, more are read the longer the match is that they go on with.
 
     Args:
-        gammas: lengths of runs, tried in this order; the paper's is 3 alone. ``(3, 2, 1)`` is prompt lookup, as it is
-            known from other libraries.
+        gammas: lengths of runs, tried in this order; the paper's is 3 alone. These three are those of prompt lookup,
+            as it is known from other libraries; what one token finds is doubtful, and read for little.
     """
 
     weighs = True
 
-    def __init__(self, gammas: Sequence[int] = (3, 2)) -> None:
+    def __init__(self, gammas: Sequence[int] = (3, 2, 1)) -> None:
         if not gammas or min(gammas) < 1:
             raise ConfigError(f"copyspec: expected gammas of at least 1, got {list(gammas)}; the paper takes 3")
         self.gammas = tuple(gammas)
@@ -60,7 +60,7 @@ class CopySpec(Drafter):
     def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:
         """Options: ``gammas``, joined by ``+``; see `Drafter.build`."""
         take_options("copyspec", options, ("gammas",))
-        return cls(take_lengths("copyspec", options, "gammas", "3+2"))
+        return cls(take_lengths("copyspec", options, "gammas", "3+2+1"))
 
     def open(self, target: Stack, rows: int, capacity: int) -> None:
         """Allocate tokens and tables; see `Drafter.open`."""
