@@ -10,8 +10,10 @@ import torch
 from subquad.core.errors import ConfigError
 from subquad.decode.copyspec import CopySpec
 from subquad.engine.draft import Draft, InTurn, parse_drafter
+from subquad.engine.engine import Engine
 from subquad.engine.generate import Limits, generate
 from subquad.engine.history import History
+from subquad.engine.request import Piece, Request
 from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.engine.trace import Look
 from subquad.models.config import ModelConfig
@@ -27,6 +29,13 @@ def opened(rows: int, capacity: int, gammas: tuple[int, ...] = (3,)) -> CopySpec
     copy = CopySpec(gammas)
     copy.open(tiny(), rows, capacity)
     return copy
+
+
+def drained(engine: Engine) -> list[Piece]:
+    pieces: list[Piece] = []
+    while engine.busy:
+        pieces += engine.step()
+    return pieces
 
 
 def guesses(copy: CopySpec, rows: int, k: int) -> list[list[int]]:
@@ -70,8 +79,8 @@ def test_a_row_begins_anew_without_what_stood_there() -> None:
     assert guesses(copy, 1, 3) == [[5, 5, 5]]
 
 
-def test_text_that_repeats_is_given_in_few_rounds() -> None:
-    """A model of one token after another, 0 1 2 ... 9 0 1 ...: after a period all guesses stand."""
+def cycle() -> Stack:
+    """A model of one token after another, 0 1 2 ... 9 0 1 ..."""
     model = tiny().double().requires_grad_(False)
     model.embed.weight.zero_()
     model.lm_head.weight.zero_()
@@ -81,12 +90,53 @@ def test_text_that_repeats_is_given_in_few_rounds() -> None:
     for token in range(10):
         model.embed.weight[token, token] = 1.0
         model.lm_head.weight[(token + 1) % 10, token] = 1.0
+    return model
+
+
+def test_text_that_repeats_is_given_in_few_rounds() -> None:
+    """After a period all guesses stand."""
+    model = cycle()
     looks: list[Look] = []
     (got,) = generate(model, [[0, 1]], limits=Limits(60), drafter=CopySpec(), draft_tokens=6, on_look=looks.append)
     assert got.tokens == [(2 + i) % 10 for i in range(60)]
     # Ten single tokens and two more until a run of three has come again, then seven a round.
     assert len(looks) <= 12 + -(-48 // 7)
     assert sum(look.kept for look in looks) == sum(look.guessed for look in looks) == 60 - len(looks)
+
+
+def test_a_copy_is_read_in_steps_as_long_as_it_has_been_one() -> None:
+    """Three guesses for each token that stands alike, rounded up to the ladder; all of them where they stand anyway."""
+    copy = opened(3, 40, (3, 2, 1))
+    copy.put([0, 1, 2], [[1, 9, 2, 9], [1, 2, 3, 4, 5, 6, 0, 2, 3, 4, 5, 6], [1, 2, 3]])
+    draft = copy.propose(3, 15, Sampler([SamplingConfig()] * 3), History.start([[0]] * 3, 0))
+    assert draft.length_b.tolist() == [15, 15, 0]
+    assert draft.worth_b.tolist() == [3, 15, 0]
+    assert draft.cut(7).worth_b.tolist() == [3, 7, 0]
+    # What stands behind and does not weigh its guesses is worth all of them.
+    behind = Draft(torch.zeros(3, 15, dtype=torch.int64), torch.tensor([15, 15, 9]))
+    assert draft.over(behind, 50).worth_b.tolist() == [3, 15, 9]
+    assert behind.over(draft, 50).worth_b.tolist() == [15, 15, 9]
+
+
+def test_rounds_read_what_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that repeats one period: a round reads few guesses where the copy is young, and soon the most."""
+    model = cycle()
+    looks: list[Look] = []
+    engine = Engine(model, rows=1, capacity=100, drafter=CopySpec((3, 2, 1)), on_look=looks.append)
+
+    def choose(slots: int) -> int:
+        return 15
+
+    # What a round takes on a shared machine decides nothing here.
+    monkeypatch.setattr(engine.pace, "choose", choose)
+    engine.submit(Request([0, 1], Limits(90, end_tokens=[])))
+    got = [piece.token for piece in drained(engine)]
+    assert got == [(2 + i) % 10 for i in range(90)]
+    reads = [look.room for look in looks]
+    # Ten tokens that stand for the first time; then one that has come back, four more with what it brings, and so on.
+    assert reads[:11] == [0] * 9 + [3, 15]
+    assert set(reads[11:]) == {15}
+    assert sum(look.kept for look in looks) == 90 - len(looks)
 
 
 def test_what_stands_behind_guesses_where_no_run_is_found(models: Callable[[str], Stack]) -> None:

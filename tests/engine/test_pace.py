@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from subquad.engine.pace import IN_VAIN, LONGEST, Pace
+from subquad.engine.pace import IN_VAIN, LONGEST, WEIGHED, Pace
 from subquad.engine.trace import Look
 
 Cost = Callable[[int], float]
@@ -312,3 +312,53 @@ def test_a_round_that_asked_in_vain_has_a_cost_of_its_own() -> None:
     assert pace.costs(1) == pytest.approx({0: 1.0, 1: 1.3, 3: 1.5, IN_VAIN: 1.1})
     pace.learn(Look(1, 3, 8, 8, 0, 0, 0, seconds=8 * 1.1, read=0))
     assert pace.costs(1) == pytest.approx({0: 1.0, 1: 1.3, 3: 1.5, IN_VAIN: 1.1})
+
+
+@pytest.mark.parametrize(
+    ("worth", "k", "read"), [(0, 15, 0), (1, 15, 1), (2, 15, 3), (9, 15, 15), (15, 3, 3), (9, 7, 7)]
+)
+def test_a_round_reads_the_fewest_of_the_ladder_that_hold_what_is_worth_it(worth: int, k: int, read: int) -> None:
+    assert Pace(15).holding(worth, k) == read
+    assert Pace(15, fixed=True).holding(worth, 15) == (15 if worth else 0)
+
+
+def test_what_is_weighed_is_asked_for_in_full_or_not_at_all() -> None:
+    """Guesses stand now and then: any one k would do worse than none, so many as are worth it do better, and back."""
+    pace, chosen = Pace(15, watched=True, asks=4, weighed=True), list[int]()
+    for k in pace.ladder:
+        pace.note(1, k, COSTS["middling"](k))
+    pace.note(1, IN_VAIN, 1.08)
+    for stands in (True, False):
+        for _ in range(60):
+            chosen.append(pace.choose())
+            if chosen[-1]:
+                # Of eight rounds two read 15 guesses, which stand or fall, and six read one, which falls.
+                room, kept = 2 * 15 + 6, 30 * stands
+                judged = kept + 6 + 2 * (not stands)
+                seconds = 2 * COSTS["middling"](15) + 6 * COSTS["middling"](1)
+                pace.learn(Look(1, 15, 8, 8 + kept, room, judged, kept, seconds, read=8, room=room))
+            else:
+                pace.learn(Look(1, 0, 8, 8, 0, 0, 0, 8.0))
+                pace.see(1, 1, 1, int(stands))
+    assert set(chosen) == {0, 15}
+    assert sum(k > 0 for k in chosen[10:60]) >= 45
+    # What was read fades while nothing is, and after some looks it may be asked once more.
+    assert sum(k > 0 for k in chosen[90:]) <= 4
+    # What those rounds cost stands by itself: a round that reads 15 costs what it did.
+    costs = pace.costs(1)
+    assert costs[WEIGHED] == pytest.approx((2 * COSTS["middling"](15) + 6 * COSTS["middling"](1)) / 8)
+    assert costs[15] == pytest.approx(COSTS["middling"](15))
+    # Among more slots nobody asks, and the ladder is what there is.
+    for k in pace.ladder:
+        pace.note(8, k, COSTS["dear"](k))
+    for _ in range(40):
+        pace.see(8, 8, 8, 4)
+    assert pace.choose(8) < 15
+
+
+def test_the_share_of_rounds_with_guesses_is_not_that_of_the_guesses_that_were_not_worth_it() -> None:
+    pace = Pace(15, watched=True, asks=4, weighed=True)
+    pace.note(1, 0, 1.0)
+    for _ in range(40):
+        pace.learn(Look(1, 15, 8, 12, 6, 6, 2, 8.0, read=6, room=6))
+    assert pace.covered == pytest.approx(0.75, abs=0.01)

@@ -10,16 +10,17 @@ from subquad.ops import backends, copies
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(not (torch.cuda.is_available() or backends.interpreted()), reason="needs Triton")
-GAMMAS, K, CAPACITY, BUCKETS = (3, 1), 5, 70, 1 << 12
+GAMMAS, K, CAPACITY, BUCKETS, STRETCH = (3, 1), 7, 70, 1 << 12, 2
 
 
-def search(text: list[int]) -> list[int]:
-    """The K tokens behind the last run like the text's last tokens, found by looking at all of it."""
+def search(text: list[int]) -> tuple[list[int], int]:
+    """The K tokens behind the last run like the text's last, by looking at all of it, and how many have a ground."""
     for gamma in GAMMAS:
         ends = (end for end in range(len(text) - 1, gamma - 1, -1) if text[end - gamma : end] == text[-gamma:])
         if len(text) >= gamma and (end := next(ends, None)) is not None:
-            return [text[end + i % (len(text) - end)] for i in range(K)]
-    return []
+            alike = next((i for i in range(end) if text[end - 1 - i] != text[-1 - i]), end)
+            return [text[end + i % (len(text) - end)] for i in range(K)], min(STRETCH * alike, K)
+    return [], 0
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
@@ -29,19 +30,22 @@ def test_finds_what_a_search_of_the_text_finds(backend: str) -> None:
     table_gbm = torch.full((len(GAMMAS), rows, BUCKETS + 1), -1, dtype=torch.int64)
     state: tuple[Tensor, ...] = tuple(x.to(DEVICE) for x in (tokens_bn, length_b, table_gbm))
     texts: list[list[int]] = [[] for _ in range(rows)]
-    found = 0
+    found, grounds = 0, set[int]()
     for _ in range(11):
         # Few tokens, some of them large, so that much repeats.
         new_bt = torch.randint(0, 4, (rows, 6), generator=generator) * 16_411
         n_b = torch.randint(0, 7, (rows,), generator=generator)
         with backends.use(backend):
             copies.enter_(state[0], state[1], state[2], GAMMAS, new_bt.to(DEVICE), n_b.to(DEVICE))
-            tokens_bk, count_b = copies.find(state[0], state[1], state[2], GAMMAS, K)
+            tokens_bk, count_b, grounded_b = copies.find(state[0], state[1], state[2], GAMMAS, K, STRETCH)
         for row, text in enumerate(texts):
             text += new_bt[row, : n_b[row]].tolist()
-            want = search(text)
+            want, grounded = search(text)
             assert count_b[row] == len(want)
             assert tokens_bk[row, : len(want)].tolist() == want
+            assert grounded_b[row] == grounded
             found += bool(want)
+            grounds.add(grounded)
     assert found > 20
+    assert grounds == {0, *range(STRETCH, K, STRETCH), K}
     assert state[1].tolist() == [len(text) for text in texts]

@@ -27,7 +27,7 @@ from subquad.bench.prompts import KINDS, prompt_tokens, spread
 from subquad.core.errors import ConfigError
 from subquad.engine.draft import Drafter, read_vocab
 from subquad.engine.engine import Engine
-from subquad.engine.pace import IN_VAIN, Pace
+from subquad.engine.pace import IN_VAIN, WEIGHED, Pace
 from subquad.engine.relax import Relaxed
 from subquad.engine.request import Limits, Request, diverged
 from subquad.engine.sampler import SamplingConfig
@@ -304,9 +304,9 @@ def _record(bench: Bench, id: str, pairs: Sequence[_Pair]) -> None:
 def _record_costs(bench: Bench, id: str, pace: Pace, rows: int) -> None:
     """What a round of so many rows takes by the guesses that it reads, in milliseconds, with all that belongs to it.
 
-    ``in_vain`` is one that asked for guesses and found none.
+    ``in_vain`` is one that asked for guesses and found none, ``weighed`` one that read as many as were worth it.
     """
-    names = {k: "in_vain" if k == IN_VAIN else f"k{k}" for k in pace.costs(rows)}
+    names = {k: {IN_VAIN: "in_vain", WEIGHED: "weighed"}.get(k, f"k{k}") for k in pace.costs(rows)}
     costs = {names[k]: 1e3 * seconds for k, seconds in sorted(pace.costs(rows).items())}
     for name, cost in costs.items():
         bench.value(f"{id}.round.{name}", cost, "ms", "lower")

@@ -26,11 +26,14 @@ CARD = Card(
     claim="2.35 times faster on CNN/DM, 3.08 on selected second turns of MT-Redundant",
     measured="3.55 times plain greedy decoding of a hybrid of SmolLM2-135M where it edits texts, one row, one H100",
     result="spec.copyspec.h100.json",
-    examples={"paper": {"gammas": "3"}, "prompt_lookup": {"gammas": "3+2+1"}},
+    examples={"paper": {"gammas": "3"}, "few_guesses": {"gammas": "3+2"}},
 )
 
 # Where two runs share a bucket the later one is found, so few should.
 BUCKETS_A_TOKEN, FEWEST_BUCKETS = 2, 1 << 12
+# Guesses that there is a ground for, by each token that stands alike before both places: the longer a copy has been
+# one, the longer it goes on. In proportion to the match is SuffixDecoding's rule (arXiv 2411.04975), whose alpha it is.
+STRETCH = 3
 
 
 class CopySpec(Drafter):
@@ -39,14 +42,16 @@ class CopySpec(Drafter):
     A table of hashes, one a row, gives for every run of gamma tokens the position behind its last occurrence; each new
     token costs one entry, whatever the context, and lookup and entry run on the device. The run itself is compared, so
     that a collision costs a guess and no more. Where the copy reaches the end of the context it goes on in itself, as
-    text that repeats does.
+    text that repeats does. Where fewer guesses cost less, more are read the longer the match is that they go on with.
 
     Args:
-        gammas: lengths of runs, tried in this order; the paper's is 3 alone. ``(3, 2, 1)`` is prompt lookup, as it is
-            known from other libraries.
+        gammas: lengths of runs, tried in this order; the paper's is 3 alone. These three are those of prompt lookup,
+            as it is known from other libraries; what one token finds is doubtful, and read for little.
     """
 
-    def __init__(self, gammas: Sequence[int] = (3, 2)) -> None:
+    weighs = True
+
+    def __init__(self, gammas: Sequence[int] = (3, 2, 1)) -> None:
         if not gammas or min(gammas) < 1:
             raise ConfigError(f"copyspec: expected gammas of at least 1, got {list(gammas)}; the paper takes 3")
         self.gammas = tuple(gammas)
@@ -55,7 +60,7 @@ class CopySpec(Drafter):
     def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:
         """Options: ``gammas``, joined by ``+``; see `Drafter.build`."""
         take_options("copyspec", options, ("gammas",))
-        return cls(take_lengths("copyspec", options, "gammas", "3+2"))
+        return cls(take_lengths("copyspec", options, "gammas", "3+2+1"))
 
     def open(self, target: Stack, rows: int, capacity: int) -> None:
         """Allocate tokens and tables; see `Drafter.open`."""
@@ -88,7 +93,8 @@ class CopySpec(Drafter):
     @torch.no_grad()
     def propose(self, rows: int, k: int, sampler: Sampler, history: History) -> Draft:
         """What stood behind the last occurrence of the last tokens; see `Drafter.propose`."""
-        return Draft(*copies.find(*self._first(rows), self.gammas, k))
+        tokens_bk, length_b, grounded_b = copies.find(*self._first(rows), self.gammas, k, STRETCH)
+        return Draft(tokens_bk, length_b, grounded_b=grounded_b)
 
     @torch.no_grad()
     def observe(self, tokens_bt: Tensor, n_b: Tensor, hidden_btd: Tensor) -> None:

@@ -23,7 +23,7 @@ class Turn(NamedTuple):
         pace: chose their number of guesses.
         slots, k: read, and guesses of each asked for.
         steady: whether its time says what rounds take: none did anything for the first time.
-        rounds, read: how many, and how many of them read guesses.
+        rounds, read, room: how many, how many of them read guesses, and how many of a row those could read.
         began: second of the clock.
         given: to each slot.
     """
@@ -34,6 +34,7 @@ class Turn(NamedTuple):
     steady: bool
     rounds: int
     read: int
+    room: int
     began: float
     given: list[Given]
 
@@ -55,7 +56,8 @@ class Course:
     def __init__(self, rounds: Rounds, count: int, *, most: int, fixed: bool) -> None:
         self._rounds, self._count, self._drafter = rounds, count, rounds.drafter
         self._seldom = self._drafter is not None and not self._drafter.always
-        self.pace = Pace(most, fixed=fixed, watched=self._seldom, asks=rounds.most_asked)
+        weighed = self._drafter is not None and self._drafter.weighs
+        self.pace = Pace(most, fixed=fixed, watched=self._seldom, asks=rounds.most_asked, weighed=weighed)
         self.ruled_pace = Pace(most, fixed=fixed, watched=self._seldom)
 
     @property
@@ -75,9 +77,9 @@ class Course:
         k = pace.choose(n) if self._drafter is not None else 0
         rounds = most if k and self._rounds.asks(n) else min(most, math.ceil(left / pace.tokens(k)))
         began = time.perf_counter()
-        steady, done, read = self._run(n, k, rounds)
+        steady, done, read, room = self._run(n, k, rounds)
         # In a turn cut short the look itself weighs too much for its time to say what a round takes.
-        return Turn(pace, n, k, steady and rounds == most, done, read, began, self._rounds.take(n))
+        return Turn(pace, n, k, steady and rounds == most, done, read, room, began, self._rounds.take(n))
 
     def look(self, turn: Turn) -> Look:
         """What a turn was, which the pace learns from; it ends now."""
@@ -95,6 +97,7 @@ class Course:
             steady=turn.steady,
             loose=sum(new.loose for new in given),
             read=turn.read,
+            room=turn.room,
         )
         turn.pace.learn(look)
         if not turn.k and self._seldom:
@@ -119,8 +122,8 @@ class Course:
             taken.append((time.perf_counter() - began) / self._now[1])
         return min(taken[REHEARSALS:])
 
-    def _run(self, n: int, k: int, rounds: int, *, found: bool | None = None) -> tuple[bool, int, int]:
-        """Whether no round did anything for the first time, how many there were, and how many read guesses.
+    def _run(self, n: int, k: int, rounds: int, *, found: bool | None = None) -> tuple[bool, int, int, int]:
+        """`Turn.steady`, `rounds`, `read` and `room`.
 
         Args:
             n, k, rounds: slots, guesses, and at most so many rounds.
@@ -136,7 +139,7 @@ class Course:
         steady = sum(self._rounds.run(n, k) for _ in range(rounds)) == rounds
         if not k and self._drafter is not None:
             self._rounds.catch_up(n)
-        return steady, rounds, rounds if k else 0
+        return steady, rounds, rounds if k else 0, rounds * k
 
     @property
     def _foreseen(self) -> int:
@@ -144,24 +147,24 @@ class Course:
         pace, rounds = self._now
         return min(pace.most, rounds)
 
-    def _ask_and_run(self, n: int, k: int, rounds: int, found: bool | None) -> tuple[bool, int, int]:
+    def _ask_and_run(self, n: int, k: int, rounds: int, found: bool | None) -> tuple[bool, int, int, int]:
         """`_run` where every round first asks for guesses; once no row is under way there is nothing more to run."""
-        steady, done, read = True, 0, 0
+        steady, done, read, room = True, 0, 0, 0
         for _ in range(rounds):
-            guessed, alive, known = self._rounds.ask(n, k)
+            worth, alive, known = self._rounds.ask(n, k)
             if found is None and not alive:
                 break
-            reads = guessed if found is None else found
-            steady = self._rounds.run(n, k if reads else 0, asked=True) and known and steady
-            done, read = done + 1, read + reads
-        return steady, done, read
+            reads = self.pace.holding(worth, k) if found is None else k * found
+            steady = self._rounds.run(n, reads, asked=True) and known and steady
+            done, read, room = done + 1, read + (reads > 0), room + reads
+        return steady, done, read, room
 
     def _compare(self, given: Sequence[Given], pace: Pace) -> None:
         """Let the pace know what guesses that nobody read would have brought."""
         asked = guessed = judged = kept = 0
         for new in given:
             if new.tokens:
-                asked += self._foreseen
+                asked += len(new.foreseen) or self._foreseen
                 guessed += len(new.foreseen)
                 most = min(len(new.foreseen), len(new.tokens))
                 stood = next((i for i in range(most) if new.foreseen[i] != new.tokens[i]), most)

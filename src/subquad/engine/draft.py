@@ -39,6 +39,8 @@ class Draft:
         branches: how many first guesses there are, how many second ones behind each of them, and so on; 1 from where
             it ends.
         place_v: int64, the place of each token in q, m where it has none; None where q is of all tokens.
+        grounded_b: int64 ``[b]``, how many of those that count are likely enough to be read for their own sake; None
+            where there is nothing to tell them apart by.
     """
 
     tokens_bk: Tensor
@@ -46,6 +48,12 @@ class Draft:
     q_bkm: Tensor | None = None
     branches: tuple[int, ...] = ()
     place_v: Tensor | None = None
+    grounded_b: Tensor | None = None
+
+    @property
+    def worth_b(self) -> Tensor:
+        """How many guesses of each row are to be read where fewer cost less ``[b]``."""
+        return self.length_b if self.grounded_b is None else torch.minimum(self.grounded_b, self.length_b)
 
     @property
     def q_bkv(self) -> Tensor | None:
@@ -66,7 +74,8 @@ class Draft:
         branches = self.branches[:k]
         every = self.chains // math.prod(branches)
         q_bkm = None if self.q_bkm is None else self.q_bkm[::every, :k]
-        return Draft(self.tokens_bk[::every, :k], self.length_b.clamp(max=k), q_bkm, branches, self.place_v)
+        length_b = self.length_b.clamp(max=k)
+        return Draft(self.tokens_bk[::every, :k], length_b, q_bkm, branches, self.place_v, self.grounded_b)
 
     def over(self, other: Draft, vocab_size: int) -> Draft:
         """These guesses, one certain chain, in rows that have any, and `other`'s, of as many columns, in the rest."""
@@ -77,7 +86,11 @@ class Draft:
             certain_bkv = F.one_hot(tokens_bk, vocab_size).to(q_bkv.dtype)
             q_bkv = torch.where(there_b1[..., None], certain_bkv, q_bkv)
         tokens_bk = torch.where(there_b1, tokens_bk, other.tokens_bk)
-        return Draft(tokens_bk, torch.where(there_b, self.length_b, other.length_b), q_bkv, other.branches)
+        length_b = torch.where(there_b, self.length_b, other.length_b)
+        grounded_b = None
+        if self.grounded_b is not None or other.grounded_b is not None:
+            grounded_b = torch.where(there_b, self.worth_b, other.worth_b)
+        return Draft(tokens_bk, length_b, q_bkv, other.branches, grounded_b=grounded_b)
 
     @staticmethod
     def none(rows: int, device: torch.device) -> Draft:
@@ -98,12 +111,14 @@ class Drafter(ABC):
         hears: whether it reads the model's stream, which nobody keeps for it otherwise.
         aux_layers: from `open` on, layers whose streams it reads too; see `Stack.read`.
         forks: whether it may guess several chains a row.
+        weighs: whether it tells how many of its guesses are `Draft.grounded_b`, for every row that has any.
     """
 
     always: bool = False
     hears: bool = False
     aux_layers: tuple[int, ...] = ()
     forks: bool = False
+    weighs: bool = False
 
     @classmethod
     @abstractmethod
@@ -187,6 +202,7 @@ class InTurn(Drafter):
             raise ConfigError("draft: expected no drafter behind one that always guesses, got one; name it last")
         self.drafters, self.always = list(drafters), drafters[-1].always
         self.hears, self.forks = any(d.hears for d in drafters), any(d.forks for d in drafters)
+        self.weighs = all(d.weighs for d in drafters)
 
     @classmethod
     def build(cls, options: Mapping[str, str], models: Callable[[str], Stack]) -> Self:

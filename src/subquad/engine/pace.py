@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from subquad.engine.trace import Look
 
 # What is thought before anything is seen, and as how many guesses it counts.
@@ -19,8 +21,8 @@ CHEAPER, DEARER = 0.5, 0.1
 GUESS_COST = 0.05
 # Guessing must promise this much to begin; where only a try tells, it goes on while it promises anything.
 MARGIN = 1.05
-# Stands for the k of a round that asked for guesses and found none, among costs.
-IN_VAIN = -1
+# Stand among costs for the k of a round that asked for guesses and found none, and of those that read what is worth it.
+IN_VAIN, WEIGHED = -1, -2
 # Looks between two that try what is not the best, while guesses pay; and while they do not, at first and at most,
 # with no more guesses than keep such a round within so many plain ones.
 TOUR = 24
@@ -38,16 +40,23 @@ class Pace:
     of slots apart: what one row checks for nothing, many may pay for. The k of most tokens a second is taken, none
     unless it is ahead; now and then another is tried, so that what has changed is found out.
 
+    Where rounds ask, and the drafter tells how many guesses are worth a read, each round reads the fewest of the ladder
+    that hold those: a long copy is read in long steps at once, and a doubtful guess costs little. It is left to choose
+    whether to ask at all.
+
     Args:
         most: largest k; 0 never guesses.
         fixed: always take `most`.
         watched: `see` tells what guesses would have brought while none are read: where they don't pay, nothing is tried
             but what has no cost yet.
         asks: rounds of up to so many slots ask whether there are guesses, and read none if not.
+        weighed: the drafter `weighs` its guesses.
     """
 
-    def __init__(self, most: int, *, fixed: bool = False, watched: bool = False, asks: int = 0) -> None:
-        self.most, self.fixed, self.watched, self.asks = most, fixed, watched, asks
+    def __init__(
+        self, most: int, *, fixed: bool = False, watched: bool = False, asks: int = 0, weighed: bool = False
+    ) -> None:
+        self.most, self.fixed, self.watched, self.asks, self.weighed = most, fixed, watched, asks, weighed
         self.ladder = [
             0,
             *((2 << i) - 1 for i in range(most.bit_length()) if (2 << i) - 1 < most),
@@ -81,13 +90,27 @@ class Pace:
         if (best > 0) != (self._last > 0):
             self._since = 0
         self._last = best
-        if not best and self.watched and all(map(costs.known, self.ladder)):
+        if not best and self.watched and all(map(costs.known, self._tried(costs))):
             return 0
         self._since += 1
         if self._since <= (TOUR if best else self._patience):
             return best
         self._since, self._tours = 0, self._tours + 1
         return self._other(best, costs)
+
+    def holding(self, worth: int, k: int) -> int:
+        """How many guesses a round reads that asked for `k`, where at most `worth` of a row are worth it."""
+        if self.fixed:
+            return k if worth else 0
+        return next(rung for rung in self.ladder if rung >= min(worth, k))
+
+    def _weighs(self, costs: _Costs) -> bool:
+        """Whether each round of so many slots reads what is worth it."""
+        return self.weighed and costs.slots <= self.asks
+
+    def _tried(self, costs: _Costs) -> list[int]:
+        """What rounds are tried with, as it stands among costs."""
+        return [0, WEIGHED] if self._weighs(costs) else self.ladder
 
     def _best(self, costs: _Costs) -> int:
         """What promises most, none unless it is ahead; by the margin, where it is not what is done."""
@@ -98,20 +121,36 @@ class Pace:
         """The number of guesses that promises most, and how many times the tokens a second of none."""
         vain = (1 - self.covered) ** costs.slots if costs.slots <= self.asks else 0.0
         seconds = {k: (1 - vain) * costs.of(k) + vain * costs.of(IN_VAIN if k else 0) for k in self.ladder}
+        if self._weighs(costs):
+            return self.most, self._promise(costs, seconds, vain)
         rates = {k: self.tokens(k) / max(seconds[k], 1e-9) for k in self.ladder}
         best = max(self.ladder[1:], key=rates.__getitem__)
         return best, rates[best] / rates[0]
 
+    def _promise(self, costs: _Costs, seconds: Mapping[int, float], vain: float) -> float:
+        """How many times the tokens a second of none rounds give that read what is worth it.
+
+        As much as one k would whose cost is known, while few of them were made; then what those brought.
+        """
+        ks = [k for k in self.ladder[1:] if k == self.most or costs.known(k)]
+        one = max((1 + self._apart(k)) / max(seconds[k], 1e-9) for k in ks)
+        seen = self._brought[self.most]
+        if not seen.all or not costs.known(WEIGHED):
+            return one * seconds[0]
+        own = (1 + seen.value) / max((1 - vain) * costs.of(WEIGHED) + vain * costs.of(IN_VAIN), 1e-9)
+        return (seen.all * own + DOUBT * one) / (seen.all + DOUBT) * seconds[0]
+
     def _other(self, best: int, costs: _Costs) -> int:
         """What to try in place of the best: none or one of its neighbours, or a number that is not too dear."""
+        ladder = [0, self.most] if self._weighs(costs) else self.ladder
         if best:
-            at = self.ladder.index(best)
-            near = [self.ladder[i] for i in (at - 1, at + 1) if 0 < i < len(self.ladder)]
+            at = ladder.index(best)
+            near = [ladder[i] for i in (at - 1, at + 1) if 0 < i < len(ladder)]
             return [0, *near][self._tours % (1 + len(near))]
         if self._likeliest(costs)[1] <= 1:
             # Else a try costs nothing, and tells whether it is more than that.
             self._patience = min(2 * self._patience, LONGEST)
-        cheap = [k for k in self.ladder[1:] if costs.of(k) <= DEAREST_TRY * costs.of(0)] or [self.ladder[1]]
+        cheap = [k for k in ladder[1:] if costs.of(k) <= DEAREST_TRY * costs.of(0)] or [ladder[1]]
         return cheap[self._tours % len(cheap)]
 
     def note(self, slots: int, k: int, seconds: float) -> None:
@@ -129,13 +168,18 @@ class Pace:
             read = look.rounds if look.read is None or not look.k else look.read
             if read:
                 vain = (look.rounds - read) * costs.of(IN_VAIN) if read < look.rounds else 0.0
-                costs.look(look.k, max(look.seconds - vain, 0) / read)
+                costs.look(WEIGHED if look.k and self._weighs(costs) else look.k, max(look.seconds - vain, 0) / read)
             else:
                 costs.look(IN_VAIN, look.seconds / look.rounds)
         if not look.k:
+            # Where what nobody read tells, it is to be heard once there is more of it.
+            for brought in self._brought.values() if self.watched else ():
+                brought.fade(look.rows * look.rounds)
             return
         asked = look.rows * look.rounds * look.k
-        self._covered.add(min(look.guessed, asked), asked)
+        read = look.rounds if look.read is None else look.read
+        room = look.rows * (read * look.k if look.room is None else look.room)
+        self._covered.add(asked * min(look.guessed / room, 1) * read / look.rounds if room else 0.0, asked)
         self._accepted.add(look.kept, look.judged)
         rounds = look.rows * look.rounds
         for k, brought in self._brought.items():
@@ -153,9 +197,9 @@ class Pace:
             self._accepted.add(UNREAD_WEIGHT * kept, UNREAD_WEIGHT * judged)
 
     def costs(self, slots: int) -> dict[int, float]:
-        """Seconds of a round by k or `IN_VAIN`, as far as they are known, for numbers of slots like this one."""
+        """Seconds of a round by k, `IN_VAIN` or `WEIGHED`, as far as they are known, for slots of about this number."""
         costs = self._of(slots)
-        return {k: costs.of(k) for k in (*self.ladder, IN_VAIN) if costs.known(k)}
+        return {k: costs.of(k) for k in (*self.ladder, IN_VAIN, WEIGHED) if costs.known(k)}
 
     def _of(self, slots: int) -> _Costs:
         bits = (slots - 1).bit_length()
@@ -165,8 +209,12 @@ class Pace:
         """Expected of a row's round with `k` guesses."""
         if not k:
             return 1.0
-        apart, seen = self.covered * sum(self.accepted**i for i in range(1, k + 1)), self._brought[k]
-        return 1 + (seen.some + apart * DOUBT) / (seen.all + DOUBT)
+        seen = self._brought[k]
+        return 1 + (seen.some + self._apart(k) * DOUBT) / (seen.all + DOUBT)
+
+    def _apart(self, k: int) -> float:
+        """Guesses of a round that stand if each does so by itself."""
+        return self.covered * sum(self.accepted**i for i in range(1, k + 1))
 
 
 class _Costs:

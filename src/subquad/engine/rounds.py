@@ -79,7 +79,7 @@ class Rounds:
         self._looked = rounds
         # How many guesses there are that nobody reads, and they.
         self._foreseen_bk = torch.zeros(rows, block, dtype=torch.int64, device=device)
-        # The same of guesses that were asked for, how many of them count in all, and how many slots are under way.
+        # The same of guesses that were asked for, how many are worth a read, and whether a slot is under way.
         self._asked_bk, self._found_2 = self._foreseen_bk.clone(), torch.zeros(2, dtype=torch.int64, device=device)
         self.graphs = Graphs(device.type == "cuda", "rounds")
         # By how many slots are emptied, and which.
@@ -217,16 +217,19 @@ class Rounds:
 
     def foresee(self, n: int, k: int) -> None:
         """Guess for the first `n` slots without reading it: what comes then tells what guesses would have brought."""
-        self.graphs.launch(("foresee", n, k, self._sampler.features), lambda: self._foresee(n, k))
+        self.graphs.launch(("foresee", n, k, self._sampler.features, self.asks(n)), lambda: self._foresee(n, k))
 
     def _foresee(self, n: int, k: int) -> None:
-        self._guess_into(self._foreseen_bk, n, k)
+        worth_b = self._guess_into(self._foreseen_bk, n, k)
+        if self.asks(n):  # no more would be read
+            self._foreseen_bk[:n, 0] = worth_b
 
-    def _guess_into(self, guessed_bk: Tensor, n: int, k: int) -> None:
-        draft = self._guess(n, k)
+    def _guess_into(self, guessed_bk: Tensor, n: int, k: int) -> Tensor:
+        draft, alive_b = self._guess(n, k), self._slots.alive_b[:n]
         assert draft.q_bkv is None, "what a drafter guesses that does not always guess is certain"
-        guessed_bk[:n, 0] = draft.length_b * self._slots.alive_b[:n]
+        guessed_bk[:n, 0] = draft.length_b * alive_b
         guessed_bk[:n, 1 : k + 1] = draft.tokens_bk
+        return draft.worth_b * alive_b  # of slots under way
 
     def asks(self, n: int) -> bool:
         """Whether rounds over the first `n` slots are to `ask`: then they read no guesses where there are none.
@@ -236,18 +239,18 @@ class Rounds:
         """
         return n <= self.most_asked and not self.masks.on
 
-    def ask(self, n: int, k: int) -> tuple[bool, bool, bool]:
-        """Guess for the first `n` slots and wait: whether some has a guess, whether any is under way, and as `run`.
+    def ask(self, n: int, k: int) -> tuple[int, bool, bool]:
+        """Guess for the first `n` slots and wait: how many are worth a read, whether any is under way, and as `run`.
 
-        A round of `run` with `asked` reads what was guessed.
+        A round of `run` with `asked` reads as many of them as it is told.
         """
         steady = self.graphs.launch(("ask", n, k, self._sampler.features), lambda: self._ask(n, k))
-        guessed, alive = self._found_2.tolist()
-        return guessed > 0, alive > 0, steady
+        worth, alive = self._found_2.tolist()
+        return worth, alive > 0, steady
 
     def _ask(self, n: int, k: int) -> None:
-        self._guess_into(self._asked_bk, n, k)
-        self._found_2.copy_(torch.stack((self._asked_bk[:n, 0].sum(), self._slots.alive_b[:n].sum())))
+        worth_b = self._guess_into(self._asked_bk, n, k)
+        self._found_2.copy_(torch.stack((worth_b, self._slots.alive_b[:n]), 1).amax(0))
 
     def catch_up(self, n: int) -> None:
         """Tell the drafter what plain rounds gave the first `n` slots since the last look, all at once."""
@@ -305,7 +308,7 @@ class Rounds:
         pool, history, slots = self.pool.first(n), self._history.first(n), self._slots.first(n)
         draft = held
         if draft is None and asked and k:
-            draft = Draft(self._asked_bk[:n, 1 : k + 1], self._asked_bk[:n, 0])
+            draft = Draft(self._asked_bk[:n, 1 : k + 1], self._asked_bk[:n, 0].clamp(max=k))
         draft, tokens_bt, lengths_b = self._lead(n, self._guess(n, k) if draft is None else draft)
         state = pool if draft.chains == 1 else pool.fork(draft.chains)
         layout = None

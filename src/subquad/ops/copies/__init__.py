@@ -15,9 +15,12 @@ _backends = Backends(__name__)
 
 
 def find(
-    tokens_bn: Tensor, length_b: Tensor, table_gbm: Tensor, gammas: Sequence[int], k: int
-) -> tuple[Tensor, Tensor]:
+    tokens_bn: Tensor, length_b: Tensor, table_gbm: Tensor, gammas: Sequence[int], k: int, stretch: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The k tokens behind the last run like each row's last tokens, int64 ``[b, k]``, and k, or 0 where there is none.
+
+    Third comes how many of them have a ground: `stretch` for each token in which the text before that run's end and
+    the row's last tokens agree, backwards up to the first in which they do not; at most k.
 
     Lengths of runs are tried in the order of `gammas`. The run itself is compared, so that a collision finds nothing
     and no more. Where the copy reaches the end of the text it goes on in itself, as text that repeats does.
@@ -28,9 +31,9 @@ def find(
         table_gbm: int64, for each of `gammas` the position behind the last run of each `bucket`, -1 for none; the last
             bucket takes what is no run.
         gammas: tokens of a run.
-        k: at least 1.
+        k, stretch: at least 1.
     """
-    return _backends.choose(tokens_bn, length_b, table_gbm).find(tokens_bn, length_b, table_gbm, gammas, k)
+    return _backends.choose(tokens_bn, length_b, table_gbm).find(tokens_bn, length_b, table_gbm, gammas, k, stretch)
 
 
 def enter_(

@@ -43,8 +43,8 @@ def _enter(row, new, table, length, kept, c, buckets, GAMMA: tl.constexpr, BT: t
 
 @triton.jit
 def find_kernel(
-    tokens_ptr, length_ptr, table_ptr, out_ptr, count_ptr, stride, stride_g, stride_b, buckets,
-    GAMMAS: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, OVERLAP: tl.constexpr,
+    tokens_ptr, length_ptr, table_ptr, out_ptr, count_ptr, grounded_ptr, stride, stride_g, stride_b, buckets,
+    GAMMAS: tl.constexpr, K: tl.constexpr, STRETCH: tl.constexpr, BT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """See `subquad.ops.copies.find`. Grid: rows."""
     b, c = tl.program_id(0).to(tl.int64), tl.arange(0, BT)
@@ -59,6 +59,10 @@ def find_kernel(
     at = tl.maximum(start, 0) + c % period
     tl.store(out_ptr + b * K + c, tl.load(row + at, mask=c < K, other=0), mask=c < K)
     tl.store(count_ptr + b, tl.where(start >= 0, K, 0).to(tl.int64))
+    before = start - 1 - c
+    mine = tl.load(row + tl.maximum(end - 1 - c, 0))
+    alike = (tl.load(row + tl.maximum(before, 0)) == mine) & (before >= 0)
+    tl.store(grounded_ptr + b, tl.minimum(STRETCH * tl.min(tl.where(alike, BT, c)), K).to(tl.int64))
 
 
 @triton.jit

@@ -38,8 +38,8 @@ def _runs(tokens_bn: Tensor, end_bt: Tensor, gamma: int) -> Tensor:
 
 
 def find(
-    tokens_bn: Tensor, length_b: Tensor, table_gbm: Tensor, gammas: Sequence[int], k: int
-) -> tuple[Tensor, Tensor]:
+    tokens_bn: Tensor, length_b: Tensor, table_gbm: Tensor, gammas: Sequence[int], k: int, stretch: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """`subquad.ops.copies.find`."""
     end_b1 = length_b[:, None]
     from_b1 = torch.full_like(end_b1, -1)
@@ -51,8 +51,13 @@ def find(
         from_b1 = torch.where(there_b1, found_b1, from_b1)
     found_b1 = from_b1 >= 0
     period_b1 = torch.where(found_b1, end_b1 - from_b1, 1)
-    tokens_bk = _read(tokens_bn, from_b1 + torch.arange(k, device=end_b1.device) % period_b1)
-    return tokens_bk, torch.where(found_b1, k, 0)[:, 0]
+    columns_k = torch.arange(k, device=end_b1.device)
+    tokens_bk = _read(tokens_bn, from_b1 + columns_k % period_b1)
+    # No more than k agree: so many have a ground for all.
+    before_bk = from_b1 - 1 - columns_k
+    alike_bk = (_read(tokens_bn, before_bk) == _read(tokens_bn, end_b1 - 1 - columns_k)) & (before_bk >= 0)
+    grounded_b = (stretch * alike_bk.to(torch.int64).cumprod(1).sum(1)).clamp(max=k)
+    return tokens_bk, torch.where(found_b1, k, 0)[:, 0], grounded_b
 
 
 def enter_(

@@ -19,32 +19,37 @@ def refusal(*tensors: Tensor) -> str | None:
 
 
 def find(
-    tokens_bn: Tensor, length_b: Tensor, table_gbm: Tensor, gammas: Sequence[int], k: int
-) -> tuple[Tensor, Tensor]:
+    tokens_bn: Tensor, length_b: Tensor, table_gbm: Tensor, gammas: Sequence[int], k: int, stretch: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """`subquad.ops.copies.find`."""
-    return _find(tokens_bn, length_b, table_gbm, list(gammas), k)
+    return _find(tokens_bn, length_b, table_gbm, list(gammas), k, stretch)
 
 
 @torch.library.custom_op(
     "subquad::copies_find",
     mutates_args=(),
-    schema="(Tensor tokens, Tensor length, Tensor table, int[] gammas, int k) -> (Tensor, Tensor)",
+    schema="(Tensor tokens, Tensor length, Tensor table, int[] gammas, int k, int stretch) -> (Tensor, Tensor, Tensor)",
 )
 @launch.guarded
-def _find(tokens: Tensor, length: Tensor, table: Tensor, gammas: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
+def _find(
+    tokens: Tensor, length: Tensor, table: Tensor, gammas: Sequence[int], k: int, stretch: int
+) -> tuple[Tensor, Tensor, Tensor]:
     b = len(tokens)
-    out, count = tokens.new_empty(b, k), torch.empty_like(length)
+    out, count, grounded = tokens.new_empty(b, k), torch.empty_like(length), torch.empty_like(length)
     kernel: Any = find_kernel[(b,)]
     kernel(
-        tokens, length, table, out, count, tokens.stride(0), *table.stride()[:2], table.shape[2] - 1,
-        GAMMAS=tuple(gammas), K=k, BT=triton.next_power_of_2(k), num_warps=1, **overlap.options(tokens.device),
+        tokens, length, table, out, count, grounded, tokens.stride(0), *table.stride()[:2], table.shape[2] - 1,
+        GAMMAS=tuple(gammas), K=k, STRETCH=stretch, BT=triton.next_power_of_2(k), num_warps=1,
+        **overlap.options(tokens.device),
     )  # fmt: skip
-    return out, count
+    return out, count, grounded
 
 
 @_find.register_fake
-def _(tokens: Tensor, length: Tensor, table: Tensor, gammas: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
-    return tokens.new_empty(len(tokens), k), torch.empty_like(length)
+def _(
+    tokens: Tensor, length: Tensor, table: Tensor, gammas: Sequence[int], k: int, stretch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tokens.new_empty(len(tokens), k), torch.empty_like(length), torch.empty_like(length)
 
 
 def enter_(
