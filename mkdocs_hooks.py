@@ -41,8 +41,10 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "methods/index.md", content=methods_page()))
     for folder in sorted(p for p in SOURCE.iterdir() if (p / "__init__.py").exists() and p.name != "cli"):
         files.append(File.generated(config, f"api/{folder.name}.md", content=api_page(folder)))
-    for picture in sorted(RESULTS.glob("*.svg")):
-        files.append(File.generated(config, f"results/{picture.name}", abs_src_path=str(picture)))
+    for picture in sorted(RESULTS.rglob("*.svg")):
+        files.append(
+            File.generated(config, f"results/{picture.relative_to(RESULTS).as_posix()}", abs_src_path=str(picture))
+        )
     config["nav"] = reading_order([file.src_uri for file in files.documentation_pages()])
     return files
 

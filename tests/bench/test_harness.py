@@ -156,6 +156,11 @@ def test_a_room_that_is_broken_off_gives_the_figures_so_far(tmp_path, monkeypatc
             os.kill(os.getpid(), signal.SIGTERM)
             bench.value("more", 3, "tokens/s", "higher")
 
+        @staticmethod
+        def red(bench):
+            bench.value("speed", 3, "tokens/s", "higher")
+            bench.gate("one is two", torch.ones(1), 2 * torch.ones(1), rtol=0.0)
+
     monkeypatch.setitem(sys.modules, "subquad.bench.decode.some", Ended)
     monkeypatch.setattr("subquad.bench.rooms.find_rooms", lambda names: ["decode/some"])
     before = signal.getsignal(signal.SIGTERM)
@@ -166,6 +171,12 @@ def test_a_room_that_is_broken_off_gives_the_figures_so_far(tmp_path, monkeypatc
     (kept,) = tmp_path.iterdir()
     assert kept.name.endswith(".json.unfinished") and str(kept) in capsys.readouterr().err
     assert [row.id for row in load_result(kept).rows] == ["spec.some.speed"]
+    # What computes something else has no figures.
+    monkeypatch.setattr(Ended, "run", Ended.red)
+    kept.unlink()
+    with pytest.raises(GateError):
+        run_room("decode/some", unfinished=lambda result: result.save(kept))
+    assert not kept.exists()
 
 
 def result(**changes):

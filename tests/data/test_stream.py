@@ -231,6 +231,12 @@ def test_held_out_text_is_read_once_whatever_the_weights():
     assert text.strip().split("\n\n")[1:4] == [t for t in small if held_out(t, 0.3)][:3]
 
 
+def test_a_conversation_without_a_turn_is_refused_where_it_stands(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(DataError, match=r"a.jsonl:1: expected text, messages"):
+        list(parse_source(str(tmp_path / "a.jsonl")).open())
+
+
 def test_all_answers_to_a_question_lie_on_one_side():
     def talk(question, answer):
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

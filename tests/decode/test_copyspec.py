@@ -132,7 +132,7 @@ def test_rounds_read_what_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.submit(Request([0, 1], Limits(90, end_tokens=[])))
     got = [piece.token for piece in drained(engine)]
     assert got == [(2 + i) % 10 for i in range(90)]
-    reads = [look.room for look in looks]
+    reads = [look.readable for look in looks]
     # Ten tokens that stand for the first time; then one that has come back, four more with what it brings, and so on.
     assert reads[:11] == [0] * 9 + [3, 15]
     assert set(reads[11:]) == {15}

@@ -188,6 +188,7 @@ def test_one_command_trains_a_block_head(
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.7 * log[0]["loss"]
     head, loaded = load_head(out), load_model(folder)
+    assert head.config.aux_layers == (0, 1)
     ids_n = torch.tensor(loaded.tokenizer.encode("97 bottles of water on the wall, 97 bottles of water. " * 3))
     before, after = (
         measure(loaded.model, one, Batch(ids_n[None]), 4) for one in (untrained(head.config).begin_(loaded.model), head)

@@ -333,10 +333,10 @@ def test_what_is_weighed_is_asked_for_in_full_or_not_at_all() -> None:
             chosen.append(pace.choose())
             if chosen[-1]:
                 # Of eight rounds two read 15 guesses, which stand or fall, and six read one, which falls.
-                room, kept = 2 * 15 + 6, 30 * stands
+                readable, kept = 2 * 15 + 6, 30 * stands
                 judged = kept + 6 + 2 * (not stands)
                 seconds = 2 * COSTS["middling"](15) + 6 * COSTS["middling"](1)
-                pace.learn(Look(1, 15, 8, 8 + kept, room, judged, kept, seconds, read=8, room=room))
+                pace.learn(Look(1, 15, 8, 8 + kept, readable, judged, kept, seconds, read=8, readable=readable))
             else:
                 pace.learn(Look(1, 0, 8, 8, 0, 0, 0, 8.0))
                 pace.see(1, 1, 1, int(stands))
@@ -360,5 +360,5 @@ def test_the_share_of_rounds_with_guesses_is_not_that_of_the_guesses_that_were_n
     pace = Pace(15, watched=True, asks=4, weighed=True)
     pace.note(1, 0, 1.0)
     for _ in range(40):
-        pace.learn(Look(1, 15, 8, 12, 6, 6, 2, 8.0, read=6, room=6))
+        pace.learn(Look(1, 15, 8, 12, 6, 6, 2, 8.0, read=6, readable=6))
     assert pace.covered == pytest.approx(0.75, abs=0.01)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from subquad.bench.harness import Bench
+from subquad.bench.harness import Bench, GateError
 from subquad.bench.results import Result, dtype_name, environment
 from subquad.core.errors import ConfigError, nearest
 
@@ -79,7 +79,7 @@ def run_room(
         say: told one line about each step, where the room has something to say.
         hybrid, hybrid_rows, drafter, data, minutes, work: see `Bench`.
         threads: of PyTorch on the CPU; 0 leaves them.
-        unfinished: given the figures so far where the room is broken off, if there are any.
+        unfinished: given the figures so far where the room is broken off, if there are any; not where a gate is red.
 
     Raises:
         GateError: what was to be timed computes something else than it should.
@@ -120,6 +120,8 @@ def run_room(
 
     try:
         module.run(bench)
+    except GateError:
+        raise
     except BaseException:
         if bench.rows:
             unfinished(result())

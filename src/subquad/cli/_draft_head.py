@@ -133,7 +133,7 @@ def train_head(settings: HeadRun, out: Path, *, resume: bool, device: torch.devi
             )
         finally:
             stream.close()
-        line.say(f"comparing guesses on {held_out.tokens_bt.numel():,} held-out tokens")
+        line.say(f"comparing guesses along {held_out.tokens_bt.numel():,} held-out tokens")
         stood = measure(loaded.model, head, held_out, lesson.steps)
         save_head(head, out)
         write_results(out, stood, folder.lines())
@@ -149,8 +149,9 @@ def _opened(facts: dict[str, Any], settings: HeadRun, out: Path, *, resume: bool
         raise ConfigError(f"--out {out}: holds a run already; give --resume to go on, or another folder")
     if facts.get("finished"):
         raise ConfigError(f"--resume: the run in {out} is finished; use it with --draft {settings.drafter},path={out}")
-    # As JSON gives them back.
+    # As JSON gives them back; a run may be older than the choice of layers.
     now, was = json.loads(json.dumps(asdict(settings))), facts.get("settings")
+    was = was and {"aux_layers": [], **was}
     changed = [f"{k} {was.get(k)} (now {v})" for k, v in now.items() if was.get(k) != v] if was else []
     if changed:
         raise ConfigError(

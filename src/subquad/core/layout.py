@@ -209,7 +209,10 @@ class Layout:
         return kept_bt & (self.documents_bt == last_b[:, None]), last_b == 0
 
     def narrow(self, start: int, stop: int) -> Layout:
-        """The layout of columns ``[start, stop)``, read after the columns before `start` were committed."""
+        """The layout of columns ``[start, stop)``, read after the columns before `start` were committed.
+
+        `positions_bt` must have been asked for before, where the layout begins at a counter that the commit moves.
+        """
         documents_bt = None
         if self.documents_bt is not None:
             before_b1 = self.documents_bt[:, start - 1 : start] if start > 0 else 0

@@ -201,7 +201,7 @@ def _document(record: Any, field: str, where: str) -> Document:
     if not field and isinstance(record.get("text"), str):
         return str(record["text"])
     messages = record.get(field or "messages")
-    if isinstance(messages, list):
+    if isinstance(messages, list) and messages:
         return [_turn(message, where) for message in cast("list[Any]", messages)]
     if not field and "prompt" in record and "response" in record:
         return _turns(str(record["prompt"]), str(record["response"]))
@@ -241,7 +241,7 @@ def _functions(path: Path) -> Iterator[Document]:
         tree = ast.parse(text)
     except (UnicodeDecodeError, SyntaxError, ValueError):
         return  # A file that is meant to be broken.
-    lines = text.splitlines()
+    lines = text.split("\n")  # as the parser counts them
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and ast.get_docstring(node):
             head, whole = (dedent("\n".join(lines[node.lineno - 1 : last.end_lineno])) for last in (node.body[0], node))

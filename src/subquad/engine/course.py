@@ -23,7 +23,7 @@ class Turn(NamedTuple):
         pace: chose their number of guesses.
         slots, k: read, and guesses of each asked for.
         steady: whether its time says what rounds take: none did anything for the first time.
-        rounds, read, room: how many, how many of them read guesses, and how many of a row those could read.
+        rounds, read, readable: how many, how many of them read guesses, and how many guesses of a row those could read.
         began: second of the clock.
         given: to each slot.
     """
@@ -34,7 +34,7 @@ class Turn(NamedTuple):
     steady: bool
     rounds: int
     read: int
-    room: int
+    readable: int
     began: float
     given: list[Given]
 
@@ -77,9 +77,10 @@ class Course:
         k = pace.choose(n) if self._drafter is not None else 0
         rounds = most if k and self._rounds.asks(n) else min(most, math.ceil(left / pace.tokens(k)))
         began = time.perf_counter()
-        steady, done, read, room = self._run(n, k, rounds)
-        # In a turn cut short the look itself weighs too much for its time to say what a round takes.
-        return Turn(pace, n, k, steady and rounds == most, done, read, room, began, self._rounds.take(n))
+        steady, done, read, readable = self._run(n, k, rounds)
+        # Of a short turn the look is too large a part for it to tell what a round takes, unless nothing else has.
+        telling = 2 * rounds > most or not pace.looked(n, k)
+        return Turn(pace, n, k, steady and telling, done, read, readable, began, self._rounds.take(n))
 
     def look(self, turn: Turn) -> Look:
         """What a turn was, which the pace learns from; it ends now."""
@@ -97,7 +98,7 @@ class Course:
             steady=turn.steady,
             loose=sum(new.loose for new in given),
             read=turn.read,
-            room=turn.room,
+            readable=turn.readable,
         )
         turn.pace.learn(look)
         if not turn.k and self._seldom:
@@ -123,7 +124,7 @@ class Course:
         return min(taken[REHEARSALS:])
 
     def _run(self, n: int, k: int, rounds: int, *, found: bool | None = None) -> tuple[bool, int, int, int]:
-        """`Turn.steady`, `rounds`, `read` and `room`.
+        """`Turn.steady`, `rounds`, `read` and `readable`.
 
         Args:
             n, k, rounds: slots, guesses, and at most so many rounds.
@@ -149,24 +150,25 @@ class Course:
 
     def _ask_and_run(self, n: int, k: int, rounds: int, found: bool | None) -> tuple[bool, int, int, int]:
         """`_run` where every round first asks for guesses; once no row is under way there is nothing more to run."""
-        steady, done, read, room = True, 0, 0, 0
+        steady, done, read, readable = True, 0, 0, 0
         for _ in range(rounds):
             worth, alive, known = self._rounds.ask(n, k)
             if found is None and not alive:
                 break
             reads = self.pace.holding(worth, k) if found is None else k * found
             steady = self._rounds.run(n, reads, asked=True) and known and steady
-            done, read, room = done + 1, read + (reads > 0), room + reads
-        return steady, done, read, room
+            done, read, readable = done + 1, read + (reads > 0), readable + reads
+        return steady, done, read, readable
 
     def _compare(self, given: Sequence[Given], pace: Pace) -> None:
         """Let the pace know what guesses that nobody read would have brought."""
         asked = guessed = judged = kept = 0
         for new in given:
             if new.tokens:
-                asked += len(new.foreseen) or self._foreseen
-                guessed += len(new.foreseen)
-                most = min(len(new.foreseen), len(new.tokens))
+                found = len(new.foreseen)
+                # A drafter that weighs its guesses has as many as it is asked for, or none; fewer are worth a read.
+                asked, guessed = asked + self._foreseen, guessed + (self._foreseen if found and pace.weighed else found)
+                most = min(found, len(new.tokens))
                 stood = next((i for i in range(most) if new.foreseen[i] != new.tokens[i]), most)
                 judged, kept = judged + min(stood + 1, most), kept + stood
         pace.see(asked, guessed, judged, kept)

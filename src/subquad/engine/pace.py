@@ -178,8 +178,8 @@ class Pace:
             return
         asked = look.rows * look.rounds * look.k
         read = look.rounds if look.read is None else look.read
-        room = look.rows * (read * look.k if look.room is None else look.room)
-        self._covered.add(asked * min(look.guessed / room, 1) * read / look.rounds if room else 0.0, asked)
+        readable = look.rows * (read * look.k if look.readable is None else look.readable)
+        self._covered.add(asked * min(look.guessed / readable, 1) * read / look.rounds if readable else 0.0, asked)
         self._accepted.add(look.kept, look.judged)
         rounds = look.rows * look.rounds
         for k, brought in self._brought.items():
@@ -195,6 +195,11 @@ class Pace:
         if not self.fixed:
             self._covered.add(UNREAD_WEIGHT * guessed, UNREAD_WEIGHT * asked)
             self._accepted.add(UNREAD_WEIGHT * kept, UNREAD_WEIGHT * judged)
+
+    def looked(self, slots: int, k: int) -> bool:
+        """Whether a look has told what a round over so many slots costs that makes so many guesses."""
+        costs = self._of(slots)
+        return (WEIGHED if k and self._weighs(costs) else k) in costs.looked
 
     def costs(self, slots: int) -> dict[int, float]:
         """Seconds of a round by k, `IN_VAIN` or `WEIGHED`, as far as they are known, for slots of about this number."""

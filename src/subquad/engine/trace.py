@@ -21,7 +21,7 @@ class Look:
         slots: that a round read, idle ones included.
         steady: whether no round did anything for the first time, such as to compile or to capture a graph.
         read: rounds that read guesses; None is all where any were asked for.
-        room: guesses that those could read of a row, all rounds together; None is k each.
+        readable: guesses that those could read of a row, all rounds together; None is k each.
         loose: tokens that are not what plain decoding gives behind the same text; only where guesses are relaxed.
     """
 
@@ -37,4 +37,4 @@ class Look:
     steady: bool = True
     loose: int = 0
     read: int | None = None
-    room: int | None = None
+    readable: int | None = None

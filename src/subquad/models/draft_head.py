@@ -178,7 +178,7 @@ class Head(nn.Module):
         self.norm_stream.weight.copy_(torch.where(scale_d.abs() > SMALLEST * scale_d.abs().amax(), 1 / scale_d, 0))
         self.join.weight.zero_().fill_diagonal_(1)
         if self.config.aux_layers:
-            # Its norm's factor falls out in the next one.
+            # Its norm's factor falls out in the next one, but for what that adds to the mean square.
             self.fuse.weight.zero_().fill_diagonal_(1)
         self.mixer.o_proj.weight.zero_()
         assert self.block.mlp is not None
