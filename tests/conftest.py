@@ -85,3 +85,25 @@ def smollm2(smollm2_file):
     from subquad.models.teachers import load_teacher
 
     return load_teacher(TEACHER)
+
+
+@pytest.fixture
+def byte_model(tmp_path):
+    """Saves a model of 258 tokens with a tokenizer of bytes; the folder comes back."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as tokenizer_models
+    from transformers import PreTrainedTokenizerFast
+
+    from subquad.models.checkpoint import save_pretrained
+
+    def save(model):
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        core = Tokenizer(tokenizer_models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.decoder = decoders.ByteLevel()
+        core.add_special_tokens(["<s>", "</s>"])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+        save_pretrained(model, tmp_path / "bytes", tokenizer)
+        return str(tmp_path / "bytes")
+
+    return save

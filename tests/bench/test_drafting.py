@@ -31,7 +31,8 @@ from subquad.engine.model_draft import ModelDrafter
 from subquad.engine.relax import Relaxed
 from subquad.models.checkpoint import save_pretrained
 from subquad.models.config import ModelConfig
-from subquad.models.draft_head import Head, HeadConfig, save_head, untrained
+from subquad.models.draft_head import Head, save_head, untrained
+from subquad.models.head_config import HeadConfig
 from subquad.models.stack import Stack
 
 HERE = Path(prompts.__file__).parent

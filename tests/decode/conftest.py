@@ -1,18 +1,13 @@
 """Tiny models of any mixer, in float64, and prompts of several lengths."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import PreTrainedTokenizerFast
 
 from subquad.core.registry import methods
 from subquad.engine.translate import Foreign, Translation
-from subquad.models.checkpoint import save_pretrained
 from subquad.models.config import ModelConfig
 from subquad.models.stack import Stack
 
@@ -61,20 +56,3 @@ def models() -> Callable[[str], Stack]:
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(V, (n,), generator=generator).tolist() for n in LENGTHS]
-
-
-@pytest.fixture
-def byte_model(tmp_path: Path) -> Callable[[Stack], str]:
-    """Saves a model of 258 tokens with a tokenizer of bytes; the folder comes back."""
-
-    def save(model: Stack) -> str:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        core = Tokenizer(tokenizer_models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        core.decoder = decoders.ByteLevel()
-        core.add_special_tokens(["<s>", "</s>"])
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-        save_pretrained(model, tmp_path / "bytes", tokenizer)
-        return str(tmp_path / "bytes")
-
-    return save

@@ -20,7 +20,8 @@ from subquad.engine.generate import Limits, generate
 from subquad.engine.history import History
 from subquad.engine.sampler import Sampler, SamplingConfig
 from subquad.models.config import ModelConfig
-from subquad.models.draft_head import BlockHead, HeadConfig, load_head, save_head, untrained
+from subquad.models.draft_head import BlockHead, load_head, save_head, untrained
+from subquad.models.head_config import HeadConfig
 from subquad.models.load import load_model
 from subquad.models.stack import Stack
 from subquad.train.draft_head import guessable, measure

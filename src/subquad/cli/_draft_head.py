@@ -80,7 +80,8 @@ def train_head(settings: HeadRun, out: Path, *, resume: bool, device: torch.devi
 
     from subquad.data import TokenStream, held_out_batch
     from subquad.models.checkpoint import check_target
-    from subquad.models.draft_head import MODEL_TYPE, HeadConfig, save_head, untrained, usual_aux_layers
+    from subquad.models.draft_head import MODEL_TYPE, save_head, untrained
+    from subquad.models.head_config import HeadConfig, usual_aux_layers
     from subquad.models.load import load_model
     from subquad.train.checkpoint import RunFolder
     from subquad.train.display import Line

@@ -16,7 +16,8 @@ from subquad.core.layout import Layout
 from subquad.core.state import State, axes
 from subquad.engine.draft import Drafter, take_options
 from subquad.engine.model_draft import Guessable
-from subquad.models.draft_head import Head, HeadConfig, load_head, untrained
+from subquad.models.draft_head import Head, load_head, untrained
+from subquad.models.head_config import HeadConfig
 from subquad.models.stack import Stack
 from subquad.ops.ring import RingState
 from subquad.ops.slots import keep_last_

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subquad.core.constants import counted
+
 
 def refusal(*tensors: Tensor) -> str | None:
     """None: it takes everything."""
@@ -13,7 +15,7 @@ def refusal(*tensors: Tensor) -> str | None:
 
 def turns(starts_bn: Tensor, run: int, freq_f: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine ``[b, n * run, 1, f]`` of positions times frequencies, `run` positions from each start on."""
-    positions_bt = (starts_bn[..., None] + torch.arange(run, device=starts_bn.device)).flatten(1)
+    positions_bt = (starts_bn[..., None] + counted(run, starts_bn.device)).flatten(1)
     angle_bt1f = (positions_bt[..., None].to(freq_f.dtype) * freq_f)[:, :, None]
     return angle_bt1f.cos(), angle_bt1f.sin()
 
