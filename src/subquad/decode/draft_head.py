@@ -26,8 +26,8 @@ CARD = Card(
     gives="guesses at the price of one block each, out of the model's own stream, with no second model to find",
     status="incubating",
     claim="2.7 to 3.5 times lower latency for LLaMA2-Chat 70B at twice the throughput, same distribution",
-    measured="1.62 times plain greedy decoding of SmolLM2-135M at batch 1, 2.01 of its hybrid, one H100",
-    result="draft_head.smollm2/bench.log",
+    measured="1.66 times plain greedy decoding of SmolLM2-135M at batch 1, 1.82 of its hybrid, one H100",
+    result="spec.draft_head.h100.json",
     constant_state=True,
     examples={"window": {"window": "6"}, "coupled": {"window": "3", "coupled": "true"}},
 )

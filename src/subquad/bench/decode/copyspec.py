@@ -8,5 +8,5 @@ from subquad.decode.copyspec import CopySpec
 
 
 def run(bench: Bench) -> None:
-    """A run of 3 tokens, then of 2, the number of guesses chosen by what they bring."""
+    """The default runs, of 3, 2 and 1 tokens, the number of guesses chosen by what they bring."""
     run_drafter(bench, lambda _: CopySpec())
