@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_gated_linear_unit_is_its_formula(
 
 @pytest.mark.parametrize("backend", ["torch", TRITON])
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 40), (3, 2, 1100), (1, 7, 33), (2, 9, 33)])
+@pytest.mark.parametrize(("b", "t", "d"), [(1, 1, 40), (3, 2, 1100), (1, 7, 33), (2, 9, 33), (5, 8, 48)])
 def test_layers_behind_a_norm_give_what_they_give_of_it(
     b: int, t: int, d: int, dtype: torch.dtype, backend: str
 ) -> None:
@@ -111,8 +112,10 @@ def test_the_fused_second_half_of_a_block_is_its_formula(
         assert apart(y, want) < 2 * ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("tokens", [3, 5, 8, 16])
-@pytest.mark.parametrize("width", [40, 96, 576, 1024, 1536])
+@pytest.mark.parametrize(
+    ("width", "tokens"),
+    [*itertools.product([40, 96, 576, skinny.NARROW, 1536], [3, 5, 8, skinny.MOST_TOKENS]), (576, 32)],
+)
 def test_rows_cut_in_slices_and_a_tail_are_whole(width: int, tokens: int) -> None:
     if not triton_runs:
         pytest.skip("needs Triton")

@@ -27,8 +27,8 @@ class Tiling(NamedTuple):
 
 # The matrix unit's smallest tile, and its narrow side.
 FEWEST, NARROW = 16, 8
-# So few of float32 are multiplied without it in programs that hold whole rows.
-VERY_FEW = 2
+# Most tokens before programs that hold whole rows: of numbers for the matrix unit, and of float32, which goes without.
+FEW, VERY_FEW = 32, 2
 # A program holds whole rows of a weight of at most so many bytes.
 ROW_BYTES = 4096
 # It makes sixteen columns at once where it holds at most so many numbers for each: more take the place of a program.
@@ -62,7 +62,7 @@ def unit(width: int) -> int:
 
 def few(rows: int, width: int, size: int) -> bool:
     """Whether programs hold whole rows of the weight and of tokens: one wait for a weight, and a norm on the way."""
-    return width * size <= ROW_BYTES and rows <= (FEWEST if size <= 2 else VERY_FEW)
+    return width * size <= ROW_BYTES and rows <= (FEW if size <= 2 else VERY_FEW)
 
 
 def parts(width: int, least: int) -> tuple[int, int]:
