@@ -314,6 +314,24 @@ def test_a_round_that_asked_in_vain_has_a_cost_of_its_own() -> None:
     assert pace.costs(1) == pytest.approx({0: 1.0, 1: 1.3, 3: 1.5, IN_VAIN: 1.1})
 
 
+def test_a_note_that_was_too_high_leaves_no_absurd_cost_to_the_few_rounds_beside_it() -> None:
+    """Six of eight rounds asked in vain, which was noted at 1.5 in place of 1.1: two that read took 1.5, not 0.3."""
+    pace = Pace(3, watched=True, asks=4)
+    for k, cost in ((0, 1.0), (1, 1.3), (3, 1.5), (IN_VAIN, 1.5)):
+        pace.note(1, k, cost)
+    seconds = 2 * 1.5 + 6 * 1.1
+    for _ in range(20):
+        pace.learn(Look(1, 3, 8, 14, 6, 6, 6, seconds, read=2))
+    costs = pace.costs(1)
+    assert 2 * costs[3] + 6 * costs[IN_VAIN] == pytest.approx(seconds)
+    assert costs[3] > 1.1
+    # Looks that read in none of their rounds tell them apart.
+    for _ in range(150):
+        pace.learn(Look(1, 3, 8, 8, 0, 0, 0, seconds=8 * 1.1, read=0))
+        pace.learn(Look(1, 3, 8, 14, 6, 6, 6, seconds, read=2))
+    assert pace.costs(1)[3] == pytest.approx(1.5, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("worth", "k", "read"), [(0, 15, 0), (1, 15, 1), (2, 15, 3), (9, 15, 15), (15, 3, 3), (9, 7, 7)]
 )

@@ -166,11 +166,8 @@ class Pace:
         costs = self._of(look.slots)
         if look.steady:
             read = look.rounds if look.read is None or not look.k else look.read
-            if read:
-                vain = (look.rounds - read) * costs.of(IN_VAIN) if read < look.rounds else 0.0
-                costs.look(WEIGHED if look.k and self._weighs(costs) else look.k, max(look.seconds - vain, 0) / read)
-            else:
-                costs.look(IN_VAIN, look.seconds / look.rounds)
+            took = {WEIGHED if look.k and self._weighs(costs) else look.k: read, IN_VAIN: look.rounds - read}
+            costs.look({k: rounds for k, rounds in took.items() if rounds}, look.seconds)
         if not look.k:
             # Where what nobody read tells, it is to be heard once there is more of it.
             for brought in self._brought.values() if self.watched else ():
@@ -233,10 +230,17 @@ class _Costs:
         self.looked: dict[int, float] = {}
         self.noted: dict[int, float] = {}
 
-    def look(self, k: int, cost: float) -> None:
-        """Take in what a round cost."""
-        before = self.looked.get(k, cost)
-        self.looked[k] = before + (CHEAPER if cost < before else DEARER) * (cost - before)
+    def look(self, rounds: Mapping[int, int], seconds: float) -> None:
+        """Take in what so many rounds of each k cost together: each as many times what was thought as all of them.
+
+        To take from all what some are thought to cost would leave what is wrong in that to the few others.
+        """
+        thought = {k: self.of(k) if self.known(k) or self.known(0) else 1.0 for k in rounds}
+        times = max(seconds, 1e-9) / sum(n * thought[k] for k, n in rounds.items())
+        for k, before in thought.items():
+            cost = before * times
+            share = 1.0 if k not in self.looked else CHEAPER if times < 1 else DEARER
+            self.looked[k] = before + share * (cost - before)
 
     def known(self, k: int) -> bool:
         """Whether a round was measured."""
