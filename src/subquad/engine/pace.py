@@ -235,12 +235,12 @@ class _Costs:
 
         To take from all what some are thought to cost would leave what is wrong in that to the few others.
         """
-        thought = {k: self.of(k) if self.known(k) or self.known(0) else 1.0 for k in rounds}
+        told = self.known(0) or all(map(self.known, rounds))
+        thought = {k: self.of(k) if told else 1.0 for k in rounds}
         times = max(seconds, 1e-9) / sum(n * thought[k] for k, n in rounds.items())
         for k, before in thought.items():
-            cost = before * times
-            share = 1.0 if k not in self.looked else CHEAPER if times < 1 else DEARER
-            self.looked[k] = before + share * (cost - before)
+            new = 1.0 if k not in self.looked or not told else CHEAPER if times < 1 else DEARER
+            self.looked[k] = before * (1 + new * (times - 1))
 
     def known(self, k: int) -> bool:
         """Whether a round was measured."""
