@@ -231,16 +231,16 @@ class _Costs:
         self.noted: dict[int, float] = {}
 
     def look(self, rounds: Mapping[int, int], seconds: float) -> None:
-        """Take in what so many rounds of each k cost together: each as many times what was thought as all of them.
+        """Take in what so many rounds of each k cost together: each the same multiple of what it was expected to.
 
-        To take from all what some are thought to cost would leave what is wrong in that to the few others.
+        To subtract what some are expected to cost would leave all the error in that to the few others.
         """
-        told = self.known(0) or all(map(self.known, rounds))
-        thought = {k: self.of(k) if told else 1.0 for k in rounds}
-        times = max(seconds, 1e-9) / sum(n * thought[k] for k, n in rounds.items())
-        for k, before in thought.items():
-            new = 1.0 if k not in self.looked or not told else CHEAPER if times < 1 else DEARER
-            self.looked[k] = before * (1 + new * (times - 1))
+        known = self.known(0) or all(map(self.known, rounds))
+        expected = {k: self.of(k) if known else 1.0 for k in rounds}
+        ratio = max(seconds, 1e-9) / sum(n * expected[k] for k, n in rounds.items())
+        for k, cost in expected.items():
+            weight = 1.0 if k not in self.looked or not known else CHEAPER if ratio < 1 else DEARER
+            self.looked[k] = cost * (1 + weight * (ratio - 1))
 
     def known(self, k: int) -> bool:
         """Whether a round was measured."""
